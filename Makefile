@@ -1,0 +1,71 @@
+# Everything needs only python3 (3.11 or newer) and make; each target does its own set-up.
+# Another Python: make PYTHON=python3.12 test (remove .venv first if it holds a different one).
+
+PYTHON ?= python3
+VENV := .venv
+
+# Two workers at least halve the time that JAX spends compiling on one core; more than four spend
+# more memory than they save time. `worksteal` keeps a file's tests together where it can, so they
+# share what has been compiled. Anything may stand here: make test PYTEST_ARGS="-x tests/method"
+PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## specialise the edge model to unseen tasks, end to end, on this machine
+	@$(VENV)/bin/lorax-gen demo
+
+test: $(VENV)/.installed-test ## run the test suite on 8 simulated CPU devices (PYTEST_ARGS=... to choose)
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test ## check style and formatting, change nothing
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed-test ## put formatting and imports right
+	@$(VENV)/bin/ruff check --fix-only --quiet .
+	@$(VENV)/bin/ruff format .
+
+clean: ## remove caches and build products (.venv and runs/ stay)
+	@rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up: stamp files in the virtual environment say what has been done -----------------------
+
+# Every failure below has one line that says what to do. The code also parses on old Pythons.
+define CHECK_PYTHON
+import sys
+version = '.'.join(map(str, sys.version_info[:3]))
+if sys.version_info < (3, 11):
+    sys.exit('lorax-gen needs Python 3.11 or newer, but $(PYTHON) is %s: '
+             'name another one, as in "make PYTHON=python3.12"' % version)
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit('$(PYTHON) (%s) cannot make virtual environments: install its venv package '
+             '(Debian, Ubuntu: apt install python%d.%d-venv)' % ((version,) + sys.version_info[:2]))
+endef
+export CHECK_PYTHON
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo 'lorax-gen needs Python 3.11 or newer, but "$(PYTHON)" is not found: install it, or name another one, as in "make PYTHON=python3.12"' >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.created
+	@echo "Installing lorax-gen into $(VENV) (this may take a few minutes) ..."
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+# Holds all that .installed asks for, so it stamps both.
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.created
+	@echo "Installing lorax-gen and its test tools into $(VENV) (this may take a few minutes) ..."
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch $(VENV)/.installed $@

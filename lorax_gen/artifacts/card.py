@@ -1,0 +1,111 @@
+"""Task cards: a specialised task as the K experts it uses in each layer and their gates.
+
+    indices  [L, K] uint8   experts, the heaviest first
+    gates    [L, K] fp32    summing to 1 in each layer
+
+A few hundred bytes of safetensors. With the pool that it was made with, a card is a LoRA; its
+metadata name that pool and the edge model, and it is refused with any other.
+
+Dimensions: L edge layers, K kept experts, N experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_gen.artifacts.generator import Generator
+from lorax_gen.errors import UserError
+from lorax_gen.method.generator import lora_from_gates
+from lorax_gen.method.lora import Tree, merge
+from lorax_gen.models.huggingface import Model
+from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
+
+FORMAT = "lorax-gen card 1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskCard:
+    """What specialisation leaves of a prompt.
+
+    Attributes:
+      pool: hash of the pool of experts; edge: hash of the edge model's parameters.
+      prompt: SHA-256 of the prompt's text.
+    """
+
+    indices: np.ndarray
+    gates: np.ndarray
+    pool: str
+    edge: str
+    prompt: str
+    composition: str
+
+    def dense_gates(self, n_experts: int) -> np.ndarray:
+        """Gates over all experts, `[L, N]` fp32, zero but for the K kept."""
+        dense = np.zeros((len(self.indices), n_experts), np.float32)
+        np.put_along_axis(dense, self.indices.astype(np.int64), self.gates, axis=1)
+        return dense
+
+    def lora(self, generator: Generator) -> Tree:
+        """The card's LoRA tree `[L, ...]`, scale folded in.
+
+        Raises UserError where the card was made with another generator's pool.
+        """
+        if self.pool != generator.pool_hash:
+            raise UserError(
+                f"this card was made with the pool {self.pool}, the given generator has "
+                f"{generator.pool_hash}; use the card's own generator or specialise again"
+            )
+        gates = jnp.asarray(self.dense_gates(generator.config.n_experts))
+        return lora_from_gates(generator.params["pool"], gates, generator.config)
+
+    def merge(self, edge: Model, generator: Generator) -> Model:
+        """The edge model with the card's LoRA merged into its kernels (eq. 1).
+
+        Raises UserError where the card was made for another edge model or pool.
+        """
+        if self.edge != edge.fingerprint:
+            raise UserError(
+                f"this card was made for the edge model {self.edge}, the given one is "
+                f"{edge.fingerprint}; use that model or specialise again"
+            )
+        layers = edge.params["layers"]
+        merged = layers | merge(
+            {name: layers[name] for name in generator.config.edge_targets}, self.lora(generator)
+        )
+        return dataclasses.replace(edge, params={**edge.params, "layers": merged})
+
+
+def make_card(gates: np.ndarray, prompt: str, edge: Model, generator: Generator) -> TaskCard:
+    """A card of gates `[L, N]`: the experts with non-zero gates, the heaviest first."""
+    config = generator.config
+    kept = config.top_k if config.strategy == "keep_top_k" else config.n_experts
+    order = np.argsort(-gates, axis=1, kind="stable")[:, :kept]
+    return TaskCard(
+        indices=order.astype(np.uint8 if config.n_experts <= 256 else np.uint16),
+        gates=np.take_along_axis(gates, order, axis=1).astype(np.float32),
+        pool=generator.pool_hash,
+        edge=edge.fingerprint,
+        prompt=hashlib.sha256(prompt.encode()).hexdigest(),
+        composition=config.composition,
+    )
+
+
+def save_card(path: str | Path, card: TaskCard) -> None:
+    """Writes a card to a new file, whole or not at all."""
+    metadata = {name: getattr(card, name) for name in ("pool", "edge", "prompt", "composition")}
+    tensors = {"indices": card.indices, "gates": card.gates}
+    write_tensors(Path(path), tensors, {"format": FORMAT, **metadata})
+
+
+def load_card(path: str | Path) -> TaskCard:
+    """Reads a card; UserError where the file is missing, truncated or not a card."""
+    path = Path(path)
+    metadata, tensors = read_metadata(path), read_tensors(path)
+    if metadata.pop("format", None) != FORMAT or set(tensors) != {"indices", "gates"}:
+        raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
+    return TaskCard(**tensors, **metadata)

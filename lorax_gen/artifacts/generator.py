@@ -1,0 +1,117 @@
+"""A released generator: a directory of plain safetensors and JSON.
+
+generator.safetensors   meta tokens, cloud LoRA, router, pool, BatchNorm statistics
+config.json             GeneratorConfig, shapes, what it was trained with and what it reached
+metrics.jsonl           the curve of its training, if it was trained here
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_gen import assets, files
+from lorax_gen import config as configs
+from lorax_gen.errors import UserError
+from lorax_gen.method.generator import GeneratorConfig
+from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.tensors import flatten, read_tensors, tree_hash, unflatten, write_tensors
+from lorax_gen.training.step import GeneratorSpec
+
+FORMAT = "lorax-gen generator 1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+    """A trained generator, as `specialize` wants it."""
+
+    config: GeneratorConfig
+    params: dict[str, Any]
+    stats: dict[str, Any]
+    metadata: dict[str, Any]
+
+    def spec(self, cloud: DecoderConfig, edge: DecoderConfig) -> GeneratorSpec:
+        """The static system with its two models.
+
+        Raises UserError where a model is not of the shape that the generator was trained with.
+        """
+        for role, model in (("cloud", cloud), ("edge", edge)):
+            wanted, found = self.metadata["shapes"][role], model_shape(model)
+            if wanted != found:
+                raise UserError(
+                    f"this generator was trained for {article(role)} {role} model of {wanted}, but "
+                    f"the given one has {found}; pass the {role} model that it was trained with"
+                )
+        return GeneratorSpec(self.config, cloud, edge)
+
+    @functools.cached_property
+    def pool_hash(self) -> str:
+        """Identifies the pool of experts."""
+        return tree_hash(self.params["pool"])
+
+
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def model_shape(config: DecoderConfig) -> dict[str, Any]:
+    """What of a decoder's shape a generator depends on, as plain values."""
+    return {
+        "layers": config.num_hidden_layers,
+        "kernels": {name: list(shape) for name, shape in kernel_shapes(config).items()},
+    }
+
+
+def save_generator(
+    directory: str | Path,
+    config: GeneratorConfig,
+    params: dict[str, Any],
+    stats: dict[str, Any],
+    *,
+    cloud: DecoderConfig,
+    edge: DecoderConfig,
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Writes a generator directory; replaces nothing."""
+    with files.new_directory(Path(directory)) as partial:
+        tensors = flatten({"params": params, "stats": stats})
+        write_tensors(partial / "generator.safetensors", tensors)
+        files.write_json(
+            partial / "config.json",
+            {
+                "format": FORMAT,
+                "generator": configs.to_dict(config),
+                "shapes": {"cloud": model_shape(cloud), "edge": model_shape(edge)},
+                **(provenance or {}),
+            },
+        )
+
+
+def load_generator(directory: str | Path) -> Generator:
+    """Reads a generator directory.
+
+    Raises UserError where a file is missing, truncated or of another kind.
+    """
+    directory = assets.resolve(directory)
+    if not directory.is_dir():
+        raise UserError(f"no generator directory at {directory}; train one with `lorax-gen train`")
+    metadata = files.read_json(directory / "config.json")
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{directory} is not a generator (format {metadata.get('format')!r}, expected "
+            f"{FORMAT!r}); give the directory that training released"
+        )
+    config = configs.from_dict(
+        GeneratorConfig, metadata.pop("generator"), str(directory / "config.json")
+    )
+    tree = unflatten(read_tensors(directory / "generator.safetensors"))
+    for part in ("meta_tokens", "cloud_lora", "router", "pool"):
+        if part not in tree.get("params", {}):
+            raise UserError(f"{directory}/generator.safetensors lacks {part}; get it again")
+    tree = jax.tree.map(jnp.asarray, tree)
+    return Generator(config, tree["params"], tree.get("stats", {}), metadata)

@@ -1,0 +1,125 @@
+"""The paper's first baseline: one LoRA on the edge model, fine-tuned on all seen tasks.
+
+It reads no prompt: it learns what the tasks have in common and cannot know which one is asked.
+Rank 8 on all seven kernels fits the paper's arithmetic best (Table 13). Once trained it is merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_gen import assets, files
+from lorax_gen.data.batches import Encoder, mixed_tasks, question_batch
+from lorax_gen.data.sources import WorldConfig
+from lorax_gen.evaluation.questions import score_questions
+from lorax_gen.method.lora import Tree, init_lora, scaled
+from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.huggingface import load_model
+from lorax_gen.tensors import flatten, read_tensors, unflatten, write_tensors
+from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.optimizer import OptimizerConfig
+from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.state import State
+from lorax_gen.training.step import Loss, answer_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Fine-tune one LoRA on the edge model, on all seen tasks and without their prompts."""
+
+    edge: str = "world/edge"
+    """Edge model: a model directory, or the name of a shipped one."""
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    batch_size: int = 128
+    """Questions per batch, of mixed tasks."""
+    data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def lora_loss(config: LoraConfig, decoder_config: Any) -> Loss:
+    """L_LM of the frozen edge with the trained LoRA; `frozen` is the edge's parameters."""
+
+    def loss(params, stats, frozen, batch, key, axis_name):
+        lora = scaled(params, config.alpha / config.rank)
+        lm, accuracy = answer_loss(
+            frozen,
+            decoder_config,
+            batch,
+            lora=lora,
+            dropout=config.dropout,
+            dropout_key=key if config.dropout else None,
+            axis_name=axis_name,
+        )
+        return lm, (stats, {"loss_lm": lm, "accuracy/batch": accuracy})
+
+    return loss
+
+
+def experiment(config: LoraConfig) -> Experiment:
+    """Assembles the run; see `training.loop.fit`."""
+    edge = load_model(config.edge)
+    world, data = config.data.world(), config.data
+    encoder = Encoder(edge.tokenizer)
+    seen = [task for task in world.select("seen") if task.family in data.families]
+    shapes = {name: kernel_shapes(edge.config)[name] for name in config.targets}
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([config.run.seed, step])
+        tasks = mixed_tasks(rng, seen, config.batch_size)
+        questions = [task.questions[rng.integers(len(task.questions))] for task in tasks]
+        return question_batch(encoder, questions, data.question_length)
+
+    def evaluate(state: State) -> dict[str, float]:
+        lora = scaled(state["params"], config.alpha / config.rank)
+        rng, result = np.random.default_rng(0), {}
+        for split in ("seen", "unseen"):
+            for family in data.families:
+                tasks = world.select(split, family)
+                asked = [pair for task in tasks for pair in task.sample(rng, 12)]
+                right = score_questions(
+                    edge.params, edge.config, encoder, asked, data.question_length, lora=lora
+                )
+                result[f"accuracy/{split}/{family}"] = float(right.mean())
+        return result
+
+    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
+        tree = scaled(state["params"], config.alpha / config.rank)
+        with files.new_directory(directory) as partial:
+            write_tensors(partial / "lora.safetensors", flatten(tree))
+            files.write_json(partial / "config.json", {"format": FORMAT, **provenance})
+
+    return Experiment(
+        init=lambda: (
+            init_lora(
+                jax.random.key(config.run.seed), shapes, config.rank, edge.config.num_hidden_layers
+            ),
+            {},
+        ),
+        loss=lora_loss(config, edge.config),
+        frozen=edge.params,
+        batch=batch,
+        evaluate=evaluate,
+        release=release,
+        examples_per_step=config.batch_size,
+        run=config.run,
+        optimizer=config.optimizer,
+        mesh=config.mesh,
+    )
+
+
+FORMAT = "lorax-gen lora 1"
+
+
+def load_lora(directory: str | Path) -> Tree:
+    """A released LoRA tree, its scale folded in; merge it with `method.lora.merge`."""
+    return unflatten(read_tensors(assets.resolve(directory) / "lora.safetensors"))

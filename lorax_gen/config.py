@@ -1,0 +1,77 @@
+"""Configs: frozen dataclasses, read from YAML strictly and written back resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import yaml
+
+from lorax_gen.errors import UserError
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """A config dataclass from plain values, nested ones included.
+
+    Raises UserError for an unknown key (naming the nearest known one) or a value of a wrong type.
+    """
+    _reject_unknown(cls, values, where)
+    # YAML has lists where configs have tuples, integers where they have floats, and reads a rate
+    # written as 2e-5 as text.
+    hooks = {float: float, tuple[str, ...]: tuple}
+    try:
+        return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
+    except (dacite.DaciteError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: {error}") from None
+
+
+def _reject_unknown(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must map names to values")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+        nested = fields[key].default_factory
+        if dataclasses.is_dataclass(nested):
+            _reject_unknown(nested, value, where, f"{prefix}{key}.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; UserError where the file is missing or not one."""
+    try:
+        values = read_yaml_text(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no such config file: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {line}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must map names to values")
+    return values
+
+
+def read_yaml_text(text: str) -> Any:
+    return yaml.safe_load(text)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values of a config, as YAML and JSON take them."""
+    plain = lambda x: list(x) if isinstance(x, tuple) else x  # noqa: E731
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {key: plain(value) for key, value in items}
+    )
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """YAML text in the order of the fields."""
+    return yaml.safe_dump(values, sort_keys=False)

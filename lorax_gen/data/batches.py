@@ -1,0 +1,155 @@
+"""Text to fixed-shape integer arrays, as a pure function of (seed, step).
+
+A batch is drawn by a generator seeded with `[seed, step]`: a resumed run asks for the next step
+and gets the batch that it would have had. Rows are right-padded.
+
+Dimensions: P prompts, Q queries per prompt, B = P * Q rows, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from lorax_gen.data.tasks import Task
+from lorax_gen.data.world import Piece, World, exercise, lesson
+from lorax_gen.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Encoder:
+    """A tokenizer with a memory: question and answer pairs recur, prompts mostly do not."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.row = lru_cache(maxsize=1 << 16)(self._row)
+        self.ids = lru_cache(maxsize=1 << 16)(self._ids)
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text, with whatever the tokenizer puts in front of one."""
+        return self.tokenizer(text)["input_ids"]
+
+    def _row(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Ids of question + answer + end of text, and the index where the answer begins.
+
+        Both are encoded together and split at the question's token count.
+        """
+        together = self.ids(f"{question} {answer}")
+        return [*together, self.tokenizer.eos_token_id], len(self.ids(question))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, pad_id: int, what: str) -> np.ndarray:
+    """`[len(rows), length]` int32. Raises UserError where a row is longer: nothing is cut."""
+    out = np.full((len(rows), length), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            raise UserError(
+                f"{what} of {len(row)} tokens is longer than the limit of {length}; "
+                "shorten it or raise the limit"
+            )
+        out[i, : len(row)] = row
+    return out
+
+
+def prompt_batch(encoder: Encoder, prompts: Sequence[str], length: int) -> Batch:
+    """`{'prompt': [P, T], 'prompt_lengths': [P]}` of system prompts."""
+    rows = []
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UserError("the prompt is empty; write what the task is, in a sentence or more")
+        rows.append(encoder.ids(prompt))
+    return {
+        "prompt": pad_rows(rows, length, encoder.pad_id, "a prompt"),
+        "prompt_lengths": np.array([len(row) for row in rows], np.int32),
+    }
+
+
+def question_batch(encoder: Encoder, questions: Sequence[tuple[str, str]], length: int) -> Batch:
+    """`{'tokens': [B, T], 'answer': [B, T]}`: `answer` marks the answer and the end of text."""
+    rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
+    answer = np.zeros((len(rows), length), bool)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        answer[i, start : len(row)] = True
+    return {"tokens": pad_rows(rows, length, encoder.pad_id, "a question"), "answer": answer}
+
+
+def mixed_tasks(rng: np.random.Generator, tasks: Sequence[Task], count: int) -> list[Task]:
+    """`count` tasks, families in equal parts: BatchNorm needs every batch to mix tasks."""
+    families = sorted({task.family for task in tasks})
+    by_family = {f: [t for t in tasks if t.family == f] for f in families}
+    order = [families[i % len(families)] for i in rng.permutation(count)]
+    return [by_family[f][rng.integers(len(by_family[f]))] for f in order]
+
+
+def generator_batch(
+    tasks: Sequence[Task],
+    cloud: Encoder,
+    edge: Encoder,
+    *,
+    seed: int,
+    step: int,
+    prompts: int,
+    queries: int,
+    prompt_length: int,
+    question_length: int,
+    max_shots: int = 0,
+) -> Batch:
+    """Training batch of the generator: P prompts for the cloud, P * Q bare questions for the edge.
+
+    Row `b` of the questions belongs to prompt `b // Q`.
+    """
+    rng = np.random.default_rng([seed, step])
+    drawn = mixed_tasks(rng, tasks, prompts)
+    shots = rng.integers(0, max_shots + 1, prompts)
+    texts = [task.prompt(rng, int(k)) for task, k in zip(drawn, shots, strict=True)]
+    questions = [
+        task.questions[i] for task in drawn for i in rng.integers(0, len(task.questions), queries)
+    ]
+    return {
+        **prompt_batch(cloud, texts, prompt_length),
+        **question_batch(edge, questions, question_length),
+    }
+
+
+def document_batch(encoder: Encoder, documents: Sequence[Sequence[Piece]], length: int) -> Batch:
+    """`{'tokens', 'answer': [B, T]}` of documents made of pieces; `answer` marks the trained."""
+    rows, marks = [], []
+    for pieces in documents:
+        ids, mark = encoder.ids(""), []
+        mark = [False] * len(ids)
+        for text, trained in pieces:
+            piece = encoder.ids(text)[len(encoder.ids("")) :]
+            ids, mark = ids + piece, mark + [trained] * len(piece)
+        rows.append([*ids, encoder.tokenizer.eos_token_id])
+        marks.append([*mark, True])
+    return {
+        "tokens": pad_rows(rows, length, encoder.pad_id, "a document"),
+        "answer": pad_rows(marks, length, False, "a document").astype(bool),
+    }
+
+
+def pretraining_batch(
+    world: World,
+    encoder: Encoder,
+    *,
+    seed: int,
+    step: int,
+    lessons: int,
+    exercises: int,
+    questions: int,
+    length: int,
+) -> dict[str, Batch]:
+    """Two groups of documents, each padded to its own length: short lessons, long exercises."""
+    rng = np.random.default_rng([seed, step])
+    groups = {}
+    if lessons:
+        documents = [lesson(world, rng) for _ in range(lessons)]
+        groups["lessons"] = document_batch(encoder, documents, 8)
+    if exercises:
+        documents = [exercise(world, rng, questions) for _ in range(exercises)]
+        groups["exercises"] = document_batch(encoder, documents, length)
+    return groups

@@ -1,0 +1,300 @@
+"""The embedded world: a small place of words, things and tasks in which the whole method runs.
+
+64 things have eight attributes of four values each; twelve tongues have their own words for the
+values and for the hours of the clock. Four families of tasks are told by an English system prompt:
+
+    sort    put a thing into one of four boxes by an attribute     8 attributes x 24 assignments
+    name    say a thing's attribute in a tongue                    8 attributes x 12 tongues
+    clock   add hours to an hour and say the result in a tongue    12 shifts x 12 tongues
+    check   say one word if a thing has a value, else another      32 values x 12 ordered pairs
+
+In each family one combination in five is **unseen**: no training, of a language model or of a
+generator, ever meets its prompt. Every factor of an unseen task occurs in seen ones.
+
+An input such as `apple :` or `five :` has a different right answer in every task: without the
+task, nobody can know it. `chance` says how well the best guesser without the task would do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+
+import numpy as np
+
+from lorax_gen.data.tasks import Task
+
+FAMILIES = ("sort", "name", "clock", "check")
+ATTRIBUTES = {
+    "color": ("red", "blue", "green", "white"),
+    "size": ("tiny", "small", "big", "huge"),
+    "material": ("wood", "stone", "metal", "glass"),
+    "place": ("kitchen", "garden", "forest", "harbor"),
+    "shape": ("round", "square", "flat", "long"),
+    "owner": ("king", "baker", "sailor", "miller"),
+    "season": ("spring", "summer", "autumn", "winter"),
+    "age": ("new", "young", "old", "ancient"),
+}
+THINGS = tuple(
+    "apple anchor arrow barrel basket bell blanket boat bottle bowl box brick bridge broom bucket "
+    "button candle carpet cart chain chair clock coin comb cradle crown cup curtain desk dish doll "
+    "door drum fan feather fence fiddle flag flute fork gate globe glove hammer hat helmet hook "
+    "kettle key kite knife ladder lamp lantern lock mirror needle pillow rope saddle scarf shovel "
+    "table wheel".split()
+)
+HOURS = tuple("one two three four five six seven eight nine ten eleven twelve".split())
+BOXES = ("alpha", "beta", "gamma", "delta")
+TONGUES = 12
+HELD_OUT = 5  # one task in about five is unseen
+
+# Each family's task descriptions; the parts in braces are filled in by `describe_*` below.
+TEMPLATES = {
+    "sort": (
+        "Put each thing into a box by its {attribute} : {pairs} .",
+        "Sort the things . Look at the {attribute} of the thing , then {pairs} .",
+        "You are a porter . The {attribute} decides the box : {pairs} .",
+    ),
+    "name": (
+        "Say the {attribute} of each thing in {tongue} .",
+        "You speak {tongue} . Tell us the {attribute} of the thing .",
+        "For every thing name its {attribute} , and use the words of {tongue} .",
+    ),
+    "clock": (
+        "Add {hour} to the hour and say it in {tongue} .",
+        "You speak {tongue} . Turn the clock on by {hour} and tell us the hour .",
+        "The clock is slow by {hour} . Name the right hour in the words of {tongue} .",
+    ),
+    "check": (
+        "Say {yes} if the {attribute} of the thing is {value} , else say {no} .",
+        "Look at the {attribute} of the thing . When it is {value} answer {yes} , if not {no} .",
+        "You are a guard . Things whose {attribute} is {value} are {yes} , all others are {no} .",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class World:
+    """What is true: `facts[thing][attribute]` and `words[tongue][english word]`."""
+
+    facts: dict[str, dict[str, str]]
+    words: dict[str, dict[str, str]]
+    tasks: tuple[Task, ...]
+
+    @functools.cache  # noqa: B019 (worlds live as long as the process)
+    def select(self, split: str, family: str | None = None) -> list[Task]:
+        """The tasks of a split (`seen` or `unseen`), of one family or of all."""
+        return [t for t in self.tasks if t.split == split and family in (None, t.family)]
+
+    def chance(self, family: str) -> float:
+        """Accuracy on unseen questions of the best guesser who knows all but the task.
+
+        For each input that is the answer which most tasks of the family give; where several tie,
+        each is guessed equally often.
+        """
+        answers: dict[str, Counter] = {}
+        for task in self.tasks:
+            for question, answer in task.questions:
+                if task.family == family:
+                    answers.setdefault(question, Counter())[answer] += 1
+        right = []
+        for task in self.select("unseen", family):
+            for question, answer in task.questions:
+                counts = answers[question]
+                top = [a for a, count in counts.items() if count == max(counts.values())]
+                right.append((answer in top) / len(top))
+        return float(np.mean(right))
+
+
+def _pseudo_words(rng: np.random.Generator, count: int, syllables: int) -> list[str]:
+    """Distinct made-up words of consonant-vowel syllables."""
+    parts = ["".join(p) for p in itertools.product("bdfgklmnprstvz", "aeiou")]
+    made: dict[str, None] = {}
+    while len(made) < count:
+        made["".join(rng.choice(parts, syllables))] = None
+    return list(made)
+
+
+def _held_out(rng: np.random.Generator, count: int) -> set[int]:
+    return set(rng.permutation(count)[: count // HELD_OUT].tolist())
+
+
+@functools.cache
+def make_world(seed: int = 0) -> World:
+    """Builds the world of a seed; the shipped models know the world of seed 0."""
+    rng = np.random.default_rng(seed)
+    # Each value belongs to exactly a quarter of the things, so no value is a better guess.
+    columns = {
+        attribute: rng.permutation(np.repeat(values, len(THINGS) // len(values)))
+        for attribute, values in ATTRIBUTES.items()
+    }
+    facts = {t: {a: str(columns[a][i]) for a in ATTRIBUTES} for i, t in enumerate(THINGS)}
+    values = [value for group in ATTRIBUTES.values() for value in group]
+    tongues = [stem + "ish" for stem in _pseudo_words(rng, TONGUES, 2)]
+    spoken = _pseudo_words(rng, TONGUES * (len(values) + len(HOURS)), 3)
+    words = {
+        tongue: dict(zip(values + list(HOURS), spoken[i::TONGUES], strict=True))
+        for i, tongue in enumerate(tongues)
+    }
+
+    families = {
+        "sort": [
+            _sort_task(facts, attribute, boxes)
+            for attribute in ATTRIBUTES
+            for boxes in itertools.permutations(BOXES)
+        ],
+        "name": [
+            _name_task(facts, words, attribute, tongue)
+            for attribute in ATTRIBUTES
+            for tongue in tongues
+        ],
+        "clock": [_clock_task(words, shift, tongue) for shift in HOURS for tongue in tongues],
+        "check": [
+            _check_task(facts, rng, attribute, value, yes, no)
+            for attribute, group in ATTRIBUTES.items()
+            for value in group
+            for yes, no in itertools.permutations(BOXES, 2)
+        ],
+    }
+    tasks: list[Task] = []
+    for family in FAMILIES:
+        unseen = _held_out(rng, len(families[family]))
+        for i, task in enumerate(families[family]):
+            tasks.append(dataclasses.replace(task, split="unseen" if i in unseen else "seen"))
+    return World(facts, words, tuple(tasks))
+
+
+def _sort_task(facts, attribute, boxes) -> Task:
+    box = dict(zip(ATTRIBUTES[attribute], boxes, strict=True))
+    return Task(
+        family="sort",
+        name=f"sort-{attribute}-{'-'.join(boxes)}",
+        templates=TEMPLATES["sort"],
+        slots={"attribute": attribute},
+        pairs=tuple(f"{value} to {name}" for value, name in box.items()),
+        questions=tuple((f"{thing} :", box[facts[thing][attribute]]) for thing in facts),
+        drills=tuple((f"{value} :", name) for value, name in box.items()),
+    )
+
+
+def _name_task(facts, words, attribute, tongue) -> Task:
+    return Task(
+        family="name",
+        name=f"name-{attribute}-{tongue}",
+        templates=TEMPLATES["name"],
+        slots={"attribute": attribute, "tongue": tongue},
+        questions=tuple((f"{t} :", words[tongue][facts[t][attribute]]) for t in facts),
+    )
+
+
+def _clock_task(words, shift, tongue) -> Task:
+    turn = HOURS.index(shift) + 1
+    return Task(
+        family="clock",
+        name=f"clock-{shift}-{tongue}",
+        templates=TEMPLATES["clock"],
+        slots={"hour": shift, "tongue": tongue},
+        questions=tuple(
+            (f"{hour} :", words[tongue][HOURS[(i + turn) % 12]]) for i, hour in enumerate(HOURS)
+        ),
+    )
+
+
+def _check_task(facts, rng, attribute, value, yes, no) -> Task:
+    """Half of the questions are about things that have the value, so neither word is favoured."""
+    having = [t for t in facts if facts[t][attribute] == value]
+    others = rng.choice([t for t in facts if facts[t][attribute] != value], len(having), False)
+    return Task(
+        family="check",
+        name=f"check-{value}-{yes}-{no}",
+        templates=TEMPLATES["check"],
+        slots={"attribute": attribute, "value": value, "yes": yes, "no": no},
+        questions=(
+            *((f"{thing} :", yes) for thing in having),
+            *((f"{thing} :", no) for thing in others.tolist()),
+        ),
+        drills=tuple((f"{v} :", yes if v == value else no) for v in ATTRIBUTES[attribute]),
+    )
+
+
+# --- text for language models --------------------------------------------------------------------
+
+Piece = tuple[str, bool]  # text, and whether a language model is trained to predict it
+
+
+def lesson(world: World, rng: np.random.Generator) -> list[Piece]:
+    """A short document that teaches one fact or skill, the cue in a few plain words.
+
+    What the edge model needs to know before any task: attributes of things, words of tongues,
+    arithmetic of the clock, each alone and chained. Without a cue (one in five) the answer is
+    that of a random task: the bare question is nobody's task in particular.
+    """
+    if rng.random() < 0.2:
+        tasks = world.select("seen", FAMILIES[rng.integers(len(FAMILIES))])
+        question, answer = _pick(rng, _pick(rng, tasks).questions)
+        return [(question, False), (answer, True)]
+    thing, attribute = _pick(rng, THINGS), _pick(rng, tuple(ATTRIBUTES))
+    value = world.facts[thing][attribute]
+    tongue, kind = _pick(rng, tuple(world.words)), rng.integers(6)
+    start, shift = rng.integers(12), rng.integers(12)
+    hour = HOURS[(start + shift + 1) % 12]
+    question, answer = (
+        (f"{attribute} {thing} :", value),
+        (f"{tongue} {value} :", world.words[tongue][value]),
+        (f"{tongue} {attribute} {thing} :", world.words[tongue][value]),
+        (f"{tongue} {HOURS[start]} :", world.words[tongue][HOURS[start]]),
+        (f"{tongue} {HOURS[shift]} {HOURS[start]} :", world.words[tongue][hour]),
+        (f"{HOURS[shift]} {HOURS[start]} :", hour),
+    )[kind]
+    return [(question, False), (answer, True)]
+
+
+def exercise(world: World, rng: np.random.Generator, questions: int) -> list[Piece]:
+    """A document with a seen task's system prompt and several of its questions, answered.
+
+    One in three asks drills, where the task has them: reading the prompt is then learned before
+    it is chained with what is known of things.
+    """
+    task = _pick(rng, world.select("seen", FAMILIES[rng.integers(len(FAMILIES))]))
+    if task.drills and rng.random() < 1 / 3:
+        task = dataclasses.replace(task, questions=task.drills)
+    pieces: list[Piece] = [(task.prompt(rng), False)]
+    for question, answer in task.sample(rng, questions):
+        pieces += [(question, False), (answer, True), (".", False)]
+    return pieces[:-1]  # the end of the text follows the last answer
+
+
+def vocabulary(world: World) -> list[str]:
+    """Every word of the world, in a fixed order, special tokens first."""
+    texts = [t for group in TEMPLATES.values() for template in group for t in template.split()]
+    texts += ["to", ":", ".", ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES]
+    texts += [value for group in ATTRIBUTES.values() for value in group]
+    texts += [word for tongue, words in world.words.items() for word in (tongue, *words.values())]
+    plain = [t.lower() for t in texts if not t.startswith("{")]
+    return list(dict.fromkeys(["<pad>", "<unk>", "<bos>", "<eos>", *plain]))
+
+
+def make_tokenizer(world: World):
+    """A word-level tokenizer of the world's words, as `transformers` loads it from a directory."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate(vocabulary(world))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+def _pick(rng: np.random.Generator, items):
+    return items[rng.integers(len(items))]

@@ -1,0 +1,133 @@
+"""`lorax-gen demo`: the whole method on the shipped models, told on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from lorax_gen import assets, files
+from lorax_gen.artifacts.generator import load_generator
+from lorax_gen.baselines.lora import load_lora
+from lorax_gen.data.sources import WorldConfig
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation import pictures
+from lorax_gen.evaluation.report import METHODS, System, evaluate_world
+from lorax_gen.models.decoding import generate_text
+from lorax_gen.models.huggingface import load_model
+from lorax_gen.specialize import specialize
+
+LABELS = {
+    "edge": "edge, no prompt",
+    "edge_icl": "edge, prompt in context",
+    "edge_lora": "edge, one LoRA on all seen tasks",
+    "cloud_icl": "cloud, prompt in context",
+    "lora_gen": "edge + LoRA-Gen, no prompt",
+    "lora_gen_shuffled": "LoRA-Gen, prompts shuffled",
+}
+
+
+def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> System:
+    """Loads what is compared; the names are directories or shipped models."""
+    return System(
+        load_model(cloud),
+        load_model(edge),
+        load_generator(generator),
+        None if lora is None else load_lora(lora),
+    )
+
+
+def run_demo(run_dir: Path, questions: int, seed: int) -> dict[str, Any]:
+    """Specialises, evaluates and draws; see `cli.Demo`. Returns the report."""
+    report_path = run_dir / "report.json"
+    if run_dir.exists() and any(run_dir.iterdir()) and not report_path.exists():
+        raise UserError(f"{run_dir} exists and holds no demo; choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    system = load_system("world/cloud", "world/edge", "world/generator", "world/lora")
+    data = WorldConfig()
+
+    console.print(
+        "\n[bold]LoRA-Gen in a small world.[/bold] A cloud model reads a task's prompt once and "
+        "generates LoRA weights\nfor an edge model; merged, they replace the prompt. None of the "
+        "tasks below was ever trained on.\n"
+    )
+    show_examples(console, system, data, seed)
+    report = evaluate_world(system, data, questions=questions, seed=seed, progress=progress)
+    print_table(report, console)
+
+    files.write_json(report_path, report)
+    pictures.draw_accuracy(report, run_dir / "accuracy.png")
+    draw_gates(system, data, run_dir / "gates.png", seed)
+    metrics = assets.resolve("world/generator") / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    pictures.draw_training(rows, run_dir / "training.png")
+    console.print(f"\nreport and pictures: {run_dir}/")
+    return report
+
+
+def show_examples(console: Console, system: System, data: WorldConfig, seed: int) -> None:
+    """For one unseen task of each family: the prompt, and questions before and after."""
+    rng = np.random.default_rng(seed)
+    for family in data.families:
+        tasks = data.world().select("unseen", family)
+        task = tasks[rng.integers(len(tasks))]
+        prompt, asked = task.prompt(rng), task.sample(rng, 3)
+        card = specialize(prompt, system.cloud, system.edge, system.generator)
+        merged = card.merge(system.edge, system.generator)
+        texts = [question for question, _ in asked]
+        before = generate_text(system.edge, texts, max_new_tokens=4)
+        after = generate_text(merged, texts, max_new_tokens=4)
+        console.print(f"[bold]{family}[/bold]  [italic]{prompt}[/italic]")
+        for (question, answer), old, new in zip(asked, before, after, strict=True):
+            mark = "[green]right[/green]" if new == answer else f"[red]wrong: {answer}[/red]"
+            console.print(f"    {question:<12} before: {old:<10} after: {new:<10} {mark}")
+        console.print()
+
+
+def draw_gates(system: System, data: WorldConfig, path: Path, seed: int) -> None:
+    """The heat map of gates of some unseen tasks of each family."""
+    rng, chosen = np.random.default_rng(seed), []
+    for family in data.families:
+        tasks = data.world().select("unseen", family)
+        chosen += [tasks[i] for i in np.sort(rng.permutation(len(tasks))[:8])]
+    prompts = [task.prompt() for task in chosen]
+    cards = specialize(prompts, system.cloud, system.edge, system.generator)
+    gates = np.stack([card.dense_gates(system.generator.config.n_experts) for card in cards])
+    names, families = [task.name for task in chosen], [task.family for task in chosen]
+    pictures.draw_gates(gates, names, families, path)
+
+
+def print_table(report: dict[str, Any], console: Console | None = None) -> None:
+    """Methods by families, with what each question costs."""
+    console = console or Console(highlight=False)
+    families = list(report["accuracy"])
+    table = Table(title=f"accuracy on {report['split']} tasks", title_justify="left")
+    table.add_column("method")
+    for name in [*families, "mean", "context tokens", "ms / question"]:
+        table.add_column(name, justify="right")
+    for method in METHODS:
+        if method not in report["mean"]:
+            continue
+        shares = [report["accuracy"][family][method] for family in families]
+        row = [f"{share:.3f}" for share in [*shares, report["mean"][method]]]
+        cost = [f"{report['context_tokens'][method]:.1f}", f"{report['latency_ms'][method]:.2f}"]
+        style = "bold" if method == "lora_gen" else ""
+        table.add_row(LABELS[method], *row, *cost, style=style)
+    chance = [f"{report['chance'][family]:.3f}" for family in families]
+    table.add_section()
+    table.add_row("chance", *chance, style="dim")
+    table.add_row("questions", *[str(report["questions"][f]) for f in families], style="dim")
+    console.print(table)
+
+
+def progress(items: Sequence) -> Sequence:
+    """A progress bar that is silent off a terminal."""
+    return tqdm(items, unit="family", leave=False, disable=not sys.stderr.isatty())

@@ -1,0 +1,265 @@
+"""Pictures of a report, of the gates and of a training run, as PNG files.
+
+Pure drawing from plain values: no jax, and none of pyplot's global state. Backgrounds are light
+and opaque, so that a picture reads the same on a light and on a dark page. Colours are those of
+Okabe and Ito (jfly.uni-koeln.de/color), which the colour-blind can tell apart.
+
+Dimensions: L edge layers, N experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
+VERMILION = "#d55e00"
+
+# In the order drawn: the label and the look of each method's bars.
+METHODS: dict[str, tuple[str, dict[str, str]]] = {
+    "edge": ("edge, no prompt", {"color": "#c4c9ce"}),
+    "edge_icl": ("edge, prompt in context", {"color": "#56b4e9"}),
+    "edge_lora": ("edge, one LoRA on all seen tasks", {"color": "#009e73"}),
+    "cloud_icl": ("cloud, prompt in context", {"color": "#0072b2"}),
+    "lora_gen": ("edge + LoRA-Gen, no prompt", {"color": VERMILION}),
+    "lora_gen_shuffled": (
+        "LoRA-Gen, prompts shuffled",
+        {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"},
+    ),
+}
+FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LONGEST_NAMED = 40  # more tasks than this, and their names would be too small to read
+PANELS_PER_ROW = 8
+
+
+def draw_accuracy(report: dict[str, Any], path: Path) -> None:
+    """Bars of each method's accuracy per family and on average, from `report.evaluate_world`.
+
+    A method that the report lacks is left out.
+    """
+    _write(_figure_accuracy(report), path)
+
+
+def draw_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str], path: Path) -> None:
+    """Heat maps of tasks x experts, one per edge layer, with the tasks of a family together.
+
+    Args:
+      gates: `[tasks, L, N]`, each in 0..1.
+      names: the tasks' names; drawn where there are at most `LONGEST_NAMED`.
+      groups: the family of each task.
+    """
+    _write(_figure_gates(gates, names, groups), path)
+
+
+def draw_training(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Losses, and accuracy on seen and unseen tasks, against the step; rows of `metrics.jsonl`.
+
+    A row is skipped where it lacks the value drawn, and so is a curve that no row has.
+    """
+    _write(_figure_training(rows), path)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _figure_accuracy(report: dict[str, Any]) -> Figure:
+    families = list(report["accuracy"])
+    methods = [name for name in METHODS if name in report["mean"]]
+    rows = [*(report["accuracy"][family] for family in families), report["mean"]]
+    chances = [report["chance"][family] for family in families]
+    chances.append(float(np.mean(chances)))
+    # The mean stands a little apart: it is no family.
+    centres = np.arange(len(rows)) + 0.2 * (np.arange(len(rows)) == len(families))
+    width = 0.84 / len(methods)
+
+    figure = _figure(2.1 * len(rows) + 0.8, 5.6)
+    axes = _axes(figure.subplots(), f"Accuracy on {report['split']} tasks, by family")
+    for i, name in enumerate(methods):
+        label, look = METHODS[name]
+        tokens = round(report["context_tokens"][name], 1)
+        places = centres + (i - (len(methods) - 1) / 2) * width
+        shares = [row[name] for row in rows]
+        axes.bar(places, shares, 0.9 * width, label=f"{label} ({tokens:g})", zorder=2, **look)
+        if name.startswith("lora_gen"):
+            weight = "bold" if name == "lora_gen" else "normal"
+            for x, share in zip(places, shares, strict=True):
+                axes.annotate(
+                    f"{100 * share:.0f}", (x, share), (0, 3), textcoords="offset points",
+                    ha="center", color=INK, fontsize=10, fontweight=weight, zorder=4,
+                    path_effects=[withStroke(linewidth=3, foreground="white")],
+                )  # fmt: skip
+    axes.hlines(
+        chances, centres - 0.46, centres + 0.46, colors=INK, linestyles="--", linewidth=1,
+        label="chance: best guess without the task", zorder=3,
+    )  # fmt: skip
+    counts = [f"{report['tasks'][f]} tasks\n{report['questions'][f]} questions" for f in families]
+    ticks = [f"{f}\n{count}" for f, count in zip(families, counts, strict=True)]
+    axes.set_xticks(centres, [*ticks, "mean\nof the families"])
+    axes.tick_params("x", length=0)
+    axes.set_xlim(centres[0] - 0.55, centres[-1] + 0.55)
+    _percent(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    _legend(
+        figure, handles, labels, loc="outside lower center", ncols=3, fontsize=10,
+        title="Method (context tokens per question)",
+    )  # fmt: skip
+    return figure
+
+
+def _figure_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]) -> Figure:
+    tasks, layers, experts = gates.shape
+    families = list(dict.fromkeys(groups))
+    order = sorted(range(tasks), key=lambda i: families.index(groups[i]))
+    sizes = [sum(group == family for group in groups) for family in families]
+    ends = np.cumsum(sizes)
+    middles = ends - np.asarray(sizes) / 2 - 0.5
+    named = tasks <= LONGEST_NAMED
+    columns = min(layers, PANELS_PER_ROW)
+    lines = -(-layers // columns)
+
+    height = max(2.6, tasks * (0.19 if named else 0.05))
+    width = columns * max(1.2, 0.2 * experts) + (3.2 if named else 1.8)
+    figure = _figure(max(width, 6.0), lines * height + 1.4)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for layer, axes in itertools.zip_longest(range(layers), grid.flat):
+        if layer is None:
+            axes.set_visible(False)
+            continue
+        image = axes.imshow(
+            gates[order, layer], cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none"
+        )
+        axes.hlines(ends[:-1] - 0.5, -0.5, experts - 0.5, colors=INK, linewidth=1)
+        axes.set_title(f"layer {layer}", fontsize=11, color=INK)
+        axes.set_xticks(range(0, experts, -(-experts // 8)))
+        axes.tick_params(labelsize=10, colors=INK, length=0)
+        axes.spines[:].set_color(FAINT)
+        if named:
+            axes.set_yticks(range(tasks), [names[i] for i in order], fontsize=8)
+        else:
+            axes.set_yticks(middles, families, fontsize=11)
+        if named and layer % columns == columns - 1:
+            right = axes.secondary_yaxis("right")
+            right.set_yticks(middles, families, fontsize=11, color=INK)
+            right.tick_params(length=0)
+    bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30)
+    bar.set_label("gate: weight of the expert", fontsize=11, color=INK)
+    bar.ax.tick_params(labelsize=10, colors=INK)
+    bar.outline.set_edgecolor(FAINT)
+    figure.supxlabel("expert", fontsize=11, color=INK)
+    figure.suptitle("The experts that each task's prompt chooses, by edge layer", **_TITLE)
+    return figure
+
+
+def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
+    figure = _figure(12, 4.8)
+    left, right = figure.subplots(1, 2)
+
+    _axes(left, "Training loss")
+    steps, rates = _series(rows, "learning_rate")
+    if steps:
+        shade = left.twinx()  # drawn below the losses; its scale is told by the label
+        shade.fill_between(
+            steps, rates, color=RULE, alpha=0.6, linewidth=0,
+            label=f"learning rate, up to {max(rates):g}",
+        )  # fmt: skip
+        shade.set_ylim(0, 1.05 * max(rates) or 1)
+        shade.set_axis_off()
+        left.set_zorder(shade.get_zorder() + 1)
+        left.patch.set_visible(False)
+    has_lm = any("loss_lm" in row for row in rows)
+    for key, label, color in (
+        ("loss_lm" if has_lm else "loss", "$L_{LM}$, answer tokens" if has_lm else "loss", INK),
+        ("loss_cv", "$L_{cv}$, balance of the experts", FAMILY_COLORS[4]),
+    ):
+        steps, values = _series(rows, key)
+        if any(value > 0 for value in values):  # a log axis has no place for a loss that is off
+            left.plot(steps, values, color=color, linewidth=1.4, label=label)
+            left.set_yscale("log")
+    left.set_ylabel("loss", fontsize=11, color=INK)
+    entries = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles, labels = (sum(parts, []) for parts in zip(*entries, strict=True))
+    if handles:
+        _legend(left, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+    _axes(right, "Accuracy on seen and unseen tasks")
+    prefix = "accuracy/unseen/"
+    families = list(dict.fromkeys(k[len(prefix) :] for row in rows for k in row if prefix in k))
+    looks = {f"/{f}": (f, c, 1.4) for f, c in zip(families, itertools.cycle(FAMILY_COLORS))}
+    looks[""] = ("mean", INK, 2.6)
+    handles = []
+    for suffix, (label, color, linewidth) in looks.items():
+        for split, style in (("seen", (0, (4, 2))), ("unseen", "-")):
+            steps, values = _series(rows, f"accuracy/{split}{suffix}")
+            right.plot(steps, values, color=color, linewidth=linewidth, linestyle=style)
+        handles.append(Line2D([], [], color=color, linewidth=linewidth, label=label))
+    handles.append(Line2D([], [], color=FAINT, linestyle="-", label="unseen"))
+    handles.append(Line2D([], [], color=FAINT, linestyle=(0, (4, 2)), label="seen"))
+    if any(line.get_xdata().size for line in right.lines):
+        labels = [handle.get_label() for handle in handles]
+        _legend(right, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+    else:
+        right.text(0.5, 0.5, "no evaluation yet", transform=right.transAxes, ha="center")
+    _percent(right)
+    last = max((row["step"] for row in rows), default=1)
+    for axes in (left, right):
+        axes.set_xlim(0, last)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("step", fontsize=11, color=INK)
+    return figure
+
+
+# --- shared looks --------------------------------------------------------------------------------
+
+_TITLE = {"fontsize": 14, "fontweight": "bold", "color": INK}
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
+
+
+def _axes(axes: Axes, title: str) -> Axes:
+    axes.set_title(title, loc="left", pad=12, **_TITLE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(labelsize=11, colors=INK)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _percent(axes: Axes) -> None:
+    """An axis of shares, with room above 100 % for what stands on a full bar."""
+    axes.set_ylim(0, 1.06)
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def _legend(owner: Axes | Figure, handles: list, labels: list[str], **options: Any) -> None:
+    options = {"fontsize": 10, "frameon": False, "labelcolor": INK, **options}
+    owner.legend(handles, labels, **options)
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have the key."""
+    have = [row for row in rows if key in row]
+    return [row["step"] for row in have], [row[key] for row in have]
+
+
+def _write(figure: Figure, path: Path) -> None:
+    """Writes a whole PNG or none: under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,175 @@
+"""The methods side by side on the world's unseen tasks, as one report.
+
+edge               the edge model, bare question
+edge_icl           the edge model with the system prompt in its context
+edge_lora          the edge model fine-tuned by one LoRA on all seen tasks, bare question
+cloud_icl          the cloud model with the system prompt in its context
+lora_gen           the edge model specialised by LoRA-Gen, bare question
+lora_gen_shuffled  the same, each task specialised by the prompt of another of its family
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_gen.artifacts.generator import Generator
+from lorax_gen.data.batches import Encoder, pad_rows
+from lorax_gen.data.sources import WorldConfig
+from lorax_gen.evaluation.questions import score_questions, score_specialised
+from lorax_gen.method.lora import Tree, merge
+from lorax_gen.models.decoding import greedy
+from lorax_gen.models.huggingface import Model
+
+METHODS = ("edge", "edge_icl", "edge_lora", "cloud_icl", "lora_gen", "lora_gen_shuffled")
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What is compared: both models, the generator, and the baseline's LoRA if there is one."""
+
+    cloud: Model
+    edge: Model
+    generator: Generator
+    lora: Tree | None = None
+
+
+def evaluate_world(
+    system: System,
+    data: WorldConfig,
+    *,
+    split: str = "unseen",
+    questions: int = 16,
+    seed: int = 0,
+    latency_runs: int = 50,
+    progress: Callable[[Sequence], Sequence] = lambda items: items,
+) -> dict[str, Any]:
+    """Accuracy per family and method, context tokens and latency per question.
+
+    Args:
+      questions: asked per task, or all of a task's questions where it has fewer.
+      latency_runs: timed questions per method, after warm-up; one at a time.
+      progress: wraps the list of families, for a progress bar.
+
+    Returns:
+      `{'accuracy': {family: {method: share}}, 'mean': {method: share}, 'chance': {family: share},
+      'questions': {family: count}, 'tasks': {family: count}, 'context_tokens': {method: mean},
+      'latency_ms': {method: median}, 'seed', 'split'}`.
+    """
+    world, rng = data.world(), np.random.default_rng(seed)
+    edge, cloud = system.edge, system.cloud
+    edge_encoder, cloud_encoder = Encoder(edge.tokenizer), Encoder(cloud.tokenizer)
+    spec = system.generator.spec(cloud.config, edge.config)
+    long = data.prompt_length + data.question_length
+    report: dict[str, Any] = {"accuracy": {}, "chance": {}, "tasks": {}, "questions": {}}
+    contexts: dict[str, list[tuple[Model, str]]] = {}
+    for family in progress(data.families):
+        tasks = world.select(split, family)
+        prompts = [task.prompt(rng) for task in tasks]
+        # A derangement: every task gets the prompt of the next one in a random order.
+        order = rng.permutation(len(tasks))
+        shuffled = [prompts[i] for i in order[np.argsort(np.roll(order, 1))]]
+        asked = [(i, pair) for i, task in enumerate(tasks) for pair in task.sample(rng, questions)]
+        bare = [pair for _, pair in asked]
+        prompted = [(f"{prompts[i]} {question}", answer) for i, (question, answer) in asked]
+
+        def icl(model, encoder, prompted=prompted):
+            return score_questions(model.params, model.config, encoder, prompted, long)
+
+        def generated(prompts, asked=asked):
+            return score_specialised(
+                system.generator.params,
+                system.generator.stats,
+                cloud,
+                edge,
+                spec,
+                prompts,
+                asked,
+                prompt_length=data.prompt_length,
+                length=data.question_length,
+            )
+
+        def plain(lora=None, bare=bare):
+            return score_questions(
+                edge.params, edge.config, edge_encoder, bare, data.question_length, lora=lora
+            )
+
+        right = {"edge": plain(), "edge_icl": icl(edge, edge_encoder)}
+        if system.lora is not None:
+            right["edge_lora"] = plain(system.lora)
+        right["cloud_icl"] = icl(cloud, cloud_encoder)
+        right["lora_gen"] = generated(prompts)
+        right["lora_gen_shuffled"] = generated(shuffled)
+        report["accuracy"][family] = {name: float(share.mean()) for name, share in right.items()}
+        report["chance"][family] = world.chance(family)
+        report["tasks"][family], report["questions"][family] = len(tasks), len(asked)
+        for name in right:
+            model = cloud if name.startswith("cloud") else edge
+            texts = [q for q, _ in (prompted if name.endswith("icl") else bare)]
+            contexts.setdefault(name, []).extend((model, text) for text in texts)
+
+    report["mean"] = {
+        name: float(np.mean([row[name] for row in report["accuracy"].values()]))
+        for name in contexts
+    }
+    encoders = {id(edge): edge_encoder, id(cloud): cloud_encoder}
+    report["context_tokens"] = {
+        name: float(np.mean([len(encoders[id(model)].ids(text)) for model, text in texts]))
+        for name, texts in contexts.items()
+    }
+    report["latency_ms"] = {
+        name: latency_ms(served(system, name), [text for _, text in texts], latency_runs, rng)
+        for name, texts in contexts.items()
+    }
+    return report | {"split": split, "seed": seed}
+
+
+def served(system: System, method: str) -> Model:
+    """The model that answers in a method. Merged models are shaped as the edge is, so the edge
+    stands for a specialised one where only time matters."""
+    if method.startswith("cloud"):
+        return system.cloud
+    if method == "edge_lora":
+        layers = system.edge.params["layers"]
+        params = {**system.edge.params, "layers": merge(layers, system.lora)}
+        return dataclasses.replace(system.edge, params=params)
+    return system.edge
+
+
+def latency_ms(model: Model, texts: Sequence[str], runs: int, rng: np.random.Generator) -> float:
+    """Median milliseconds from a question's tokens to its answer, one question at a time.
+
+    Greedy decoding of one token with a cache, rows padded to a multiple of 8, so that there are
+    few programs to compile; each is run once before it is timed.
+    """
+    encoder = Encoder(model.tokenizer)
+    chosen = [encoder.ids(texts[i]) for i in rng.integers(0, len(texts), runs)]
+    times, warm = [], set()
+    for ids in chosen:
+        padded = -(-len(ids) // 8) * 8
+        tokens = jnp.asarray(pad_rows([ids], padded, encoder.pad_id, "a question"))
+        lengths = jnp.asarray([len(ids)], jnp.int32)
+
+        def answer(tokens=tokens, lengths=lengths):
+            return greedy(
+                model.params,
+                model.config,
+                tokens,
+                lengths,
+                max_new_tokens=1,
+                eos_id=model.tokenizer.eos_token_id,
+            )
+
+        if padded not in warm:
+            jax.block_until_ready(answer())
+            warm.add(padded)
+        start = time.perf_counter()
+        jax.block_until_ready(answer())
+        times.append(1e3 * (time.perf_counter() - start))
+    return float(np.median(times))

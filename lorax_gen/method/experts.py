@@ -1,0 +1,88 @@
+"""The pool of LoRA experts, and the gated sum that makes a task's LoRA of them (eq. 8).
+
+A pool is a LoRA tree with an expert axis: `{name: {'a': [L, N, D, R], 'b': [L, N, R, F]}}` when
+every edge layer has its own experts, `[N, D, R]` and `[N, R, F]` when the layers share them.
+
+Dims: B batch, L edge layers, N experts, K kept experts, D input width, F output width, R rank.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from lorax_gen.errors import UserError
+from lorax_gen.method.lora import Tree, init_factors
+
+Array = jax.Array
+
+
+def init_pool(
+    key: Array,
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    n_experts: int,
+    layers: int | None,
+) -> Tree:
+    """A fp32 pool whose every expert adds nothing yet (B = 0); `layers=None` shares it."""
+    return init_factors(key, shapes, rank, (n_experts,) if layers is None else (layers, n_experts))
+
+
+def compose(
+    pool: Tree,
+    gates: Array,
+    composition: Literal["factors", "products"] = "factors",
+    top_k: int | None = None,
+) -> Tree:
+    """Eq. 8: theta^i = sum_j G^i_j E^i_j, in one of its two readings.
+
+    `factors` sums A and B each, (sum_j G_j A_j)(sum_j G_j B_j): rank R. `products` sums the
+    products, sum_j G_j A_j B_j: rank K R, the factors of the K experts side by side and the gates
+    folded into B. The two are different functions of the gates.
+
+    Args:
+      gates: `[L, N]`, or `[B, L, N]` for one LoRA per example.
+      top_k: non-zero gates per row, used by `products`; None takes all N.
+
+    Returns:
+      A fp32 tree with the layer axis in front, for the decoder scans over it: `[L, D, R]` or
+      `[L, B, D, R]`.
+
+    Raises:
+      UserError: an unknown composition.
+    """
+    if composition not in ("factors", "products"):
+        raise UserError(f"composition is {composition!r}: choose one of factors, products")
+    gates = jnp.moveaxis(gates, -2, 0).astype(jnp.float32)  # [L, ..., N]
+    if composition == "factors":
+        return {name: _sum_factors(pair, gates) for name, pair in pool.items()}
+    kept, indices = jax.lax.top_k(gates, top_k or gates.shape[-1])  # [L, ..., K]
+    return {name: _side_by_side(pair, kept, indices) for name, pair in pool.items()}
+
+
+def _sum_factors(pair: dict[str, Array], gates: Array) -> dict[str, Array]:
+    equation = "l...n,lnxy->l...xy" if pair["a"].ndim == 4 else "...n,nxy->...xy"
+    exact = jax.lax.Precision.HIGHEST  # a LoRA must not depend on the accelerator it was made on
+    return {
+        k: jnp.einsum(equation, gates, jnp.asarray(factor, jnp.float32), precision=exact)
+        for k, factor in pair.items()
+    }
+
+
+def _side_by_side(pair: dict[str, Array], kept: Array, indices: Array) -> dict[str, Array]:
+    a = _pick(pair["a"], indices)  # [L, ..., K, D, R]
+    b = _pick(pair["b"], indices) * kept[..., None, None]  # [L, ..., K, R, F]
+    *lead, k, d_in, rank = a.shape
+    return {
+        "a": jnp.moveaxis(a, -3, -2).reshape(*lead, d_in, k * rank),
+        "b": b.reshape(*lead, k * rank, b.shape[-1]),
+    }
+
+
+def _pick(experts: Array, indices: Array) -> Array:
+    """The chosen experts of each layer; a shared pool offers the same ones to every layer."""
+    experts = jnp.asarray(experts, jnp.float32)
+    if experts.ndim == 3:
+        return experts[indices]
+    return jax.vmap(lambda own, chosen: own[chosen])(experts, indices)

@@ -1,0 +1,215 @@
+"""The generator: meta states to gates to the task's LoRA, eq. 3-8 composed.
+
+Trainables and BatchNorm statistics are two explicit trees. The trainables are
+`{'meta_tokens', 'cloud_lora', 'router', 'pool'}`; the first two act inside the cloud model, before
+the states that this module starts from.
+
+Dims: B batch, L edge layers, D width of the cloud model, N experts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import jax
+
+from lorax_gen.errors import UserError
+from lorax_gen.method.experts import compose, init_pool
+from lorax_gen.method.lora import Tree, init_lora, scaled
+from lorax_gen.method.meta_tokens import init_meta_tokens
+from lorax_gen.method.router import gumbel, init_router, keep_top_k, router_logits
+
+Array = jax.Array
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The paper's constants, and a switch wherever the paper leaves room.
+
+    Raises:
+      UserError: a value is out of range; the message names the field.
+    """
+
+    n_experts: int = 8
+    top_k: int = 2
+    rank: int = 16
+    alpha: float = 16.0
+    strategy: Literal["keep_top_k", "gumbel"] = "keep_top_k"
+    composition: Literal["factors", "products"] = "factors"
+    pool: Literal["per_layer", "shared"] = "per_layer"
+    router: Literal["per_layer", "shared"] = "per_layer"
+    router_width: int = 512
+    batch_norm: bool = True
+    bn_momentum: float = 0.9
+    bn_eps: float = 1e-5
+    meta_tokens: Literal["per_layer", "shared"] = "per_layer"
+    balance_coefficient: float = 0.01
+    cloud_rank: int = 16
+    cloud_alpha: float = 16.0
+    cloud_dropout: float = 0.05
+    cloud_targets: tuple[str, ...] = ("q", "v")
+    edge_targets: tuple[str, ...] = ("gate", "up", "down")
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, field.type):
+                raise UserError(f"{field.name} is {value!r}: {_expected(field.type)}")
+        ranges = {
+            "bn_momentum": (0 <= self.bn_momentum < 1, "at least 0 and below 1"),
+            "bn_eps": (0 < self.bn_eps < float("inf"), "positive"),
+            "alpha": (0 < self.alpha < float("inf"), "positive"),
+            "cloud_alpha": (0 < self.cloud_alpha < float("inf"), "positive"),
+            "balance_coefficient": (0 <= self.balance_coefficient < float("inf"), "at least 0"),
+            "cloud_dropout": (0 <= self.cloud_dropout < 1, "at least 0 and below 1"),
+            "top_k": (self.top_k <= self.n_experts, f"at most n_experts, {self.n_experts}"),
+        }
+        for name, (valid, expected) in ranges.items():
+            if not valid:
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose a number {expected}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; every integer of the config is a size, so positive."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        names = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+        return names and 0 < len(set(value)) == len(value)
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "choose one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "list one or more kernel names, each once, as a tuple"
+    wanted = {bool: "true or false", int: "an integer of at least 1", float: "a number"}
+    return "choose " + wanted[kind]
+
+
+class Generated(NamedTuple):
+    """What one pass of the generator gives."""
+
+    lora: Tree  # [L, B, ...] per example, alpha / r folded in
+    gates: Array  # [B, L, N]
+    stats: dict[str, Array]  # BatchNorm statistics to carry on
+
+
+def init_generator(
+    key: Array,
+    config: GeneratorConfig,
+    *,
+    edge_layers: int,
+    edge_shapes: Shapes,
+    cloud_layers: int,
+    cloud_shapes: Shapes,
+    cloud_embedding: Array,
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Fresh trainables and BatchNorm statistics, fp32. The generated LoRA is zero at this point.
+
+    Args:
+      edge_shapes, cloud_shapes: kernel name -> (D_in, D_out) of one layer; only targets are used.
+      cloud_embedding: `[D]`, the existing embedding that the meta tokens start from.
+
+    Raises:
+      UserError: a model has no kernel of a target's name.
+    """
+    edge = _select(edge_shapes, config.edge_targets, "edge")
+    cloud = _select(cloud_shapes, config.cloud_targets, "cloud")
+    router_layers = edge_layers if config.router == "per_layer" else None
+    pool_layers = edge_layers if config.pool == "per_layer" else None
+    meta_key, cloud_key, router_key, pool_key = jax.random.split(key, 4)
+    router, stats = init_router(
+        router_key, cloud_embedding.shape[-1], config.router_width, config.n_experts, router_layers
+    )
+    params = {
+        "meta_tokens": init_meta_tokens(meta_key, cloud_embedding, edge_layers, config.meta_tokens),
+        "cloud_lora": init_lora(cloud_key, cloud, config.cloud_rank, cloud_layers),
+        "router": router,
+        "pool": init_pool(pool_key, edge, config.rank, config.n_experts, pool_layers),
+    }
+    return params, stats
+
+
+def _select(shapes: Shapes, targets: tuple[str, ...], model: str) -> Shapes:
+    for name in targets:
+        if name not in shapes:
+            raise UserError(
+                f"{model}_targets names {name!r}, which the {model} model lacks: "
+                f"choose from {sorted(shapes)}"
+            )
+    return {name: shapes[name] for name in targets}
+
+
+def gates_from_states(
+    params: dict[str, Any],
+    stats: dict[str, Array],
+    states: Array,
+    config: GeneratorConfig,
+    *,
+    train: bool = False,
+    key: Array | None = None,
+    axis_name: str | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Eq. 3-7: meta states `[B, L, D]` to gates `[B, L, N]` and the statistics to carry on.
+
+    Args:
+      key: for the noise of the `gumbel` strategy in training; unused otherwise.
+      axis_name: the mapped axis over which shards of the batch lie (under pmap), else None.
+
+    Raises:
+      UserError: training with `gumbel` and no key.
+    """
+    logits, stats = router_logits(
+        params["router"],
+        stats,
+        states,
+        train=train,
+        use_batch_norm=config.batch_norm,
+        momentum=config.bn_momentum,
+        eps=config.bn_eps,
+        axis_name=axis_name,
+    )
+    if config.strategy == "keep_top_k":
+        return keep_top_k(logits, config.top_k), stats
+    if train and key is None:
+        raise UserError("strategy 'gumbel' draws noise in training: pass a key")
+    return gumbel(key if train else None, logits), stats
+
+
+def lora_from_gates(pool: Tree, gates: Array, config: GeneratorConfig) -> Tree:
+    """Eq. 8 with the scale alpha / r of eq. 1 folded in.
+
+    Args:
+      gates: `[L, N]` gives a tree of `[L, D, R]`; `[B, L, N]` one of `[L, B, D, R]`.
+    """
+    top_k = config.top_k if config.strategy == "keep_top_k" else None  # gumbel gates are dense
+    return scaled(compose(pool, gates, config.composition, top_k), config.alpha / config.rank)
+
+
+def generate(
+    params: dict[str, Any],
+    stats: dict[str, Array],
+    states: Array,
+    config: GeneratorConfig,
+    *,
+    train: bool = False,
+    key: Array | None = None,
+    axis_name: str | None = None,
+) -> Generated:
+    """Eq. 3-8: meta states `[B, L, D]` to one LoRA per example; see `gates_from_states`."""
+    gates, stats = gates_from_states(
+        params, stats, states, config, train=train, key=key, axis_name=axis_name
+    )
+    return Generated(lora_from_gates(params["pool"], gates, config), gates, stats)
+
+
+def cloud_lora(params: dict[str, Any], config: GeneratorConfig) -> Tree:
+    """The cloud model's own adapter, `[cloud layers, D, R]`, with its scale folded in."""
+    return scaled(params["cloud_lora"], config.cloud_alpha / config.cloud_rank)

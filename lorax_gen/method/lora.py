@@ -1,0 +1,109 @@
+"""LoRA trees: the one low-rank mechanism behind the cloud's adapter, the generated LoRA and the
+baselines (eq. 1 of the paper).
+
+A tree is `{name: {'a': [..., D, R], 'b': [..., R, F]}}`, one pair per adapted kernel `[D, F]` of a
+decoder layer. Layers are stacked in front: `[L, D, R]` when the whole batch shares the tree,
+`[L, B, D, R]` when every example has its own. The scale s of eq. 1 is folded into `b` (`scaled`)
+before a tree is used, so that whoever applies or merges it needs no other number.
+
+Dims: B batch, T time, D input width, F output width, L layers, R rank.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from lorax_gen.errors import UserError
+
+Array = jax.Array
+Tree = dict[str, dict[str, Array]]
+
+
+def init_factors(
+    key: Array, shapes: Mapping[str, tuple[int, int]], rank: int, leading: tuple[int, ...]
+) -> Tree:
+    """Pairs of fp32 factors with any leading axes: A ~ U(+-1/sqrt(D)), B = 0, so that AB = 0.
+
+    Args:
+      shapes: kernel name -> (D, F).
+    """
+    names = sorted(shapes)  # the draw must not depend on the order of the mapping
+    tree = {}
+    for name, name_key in zip(names, jax.random.split(key, len(names)), strict=True):
+        d_in, d_out = shapes[name]
+        bound = d_in**-0.5
+        a = jax.random.uniform(name_key, (*leading, d_in, rank), jnp.float32, -bound, bound)
+        tree[name] = {"a": a, "b": jnp.zeros((*leading, rank, d_out), jnp.float32)}
+    return tree
+
+
+def init_lora(key: Array, shapes: Mapping[str, tuple[int, int]], rank: int, layers: int) -> Tree:
+    """A shared tree `{name: {'a': [L, D, R], 'b': [L, R, F]}}` in fp32 whose product is zero."""
+    return init_factors(key, shapes, rank, (layers,))
+
+
+def scaled(tree: Tree, s: float) -> Tree:
+    """The tree with the scale s = alpha / r of eq. 1 folded into every `b`."""
+    return {name: {"a": pair["a"], "b": pair["b"] * s} for name, pair in tree.items()}
+
+
+def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
+    """The low-rank term of eq. 1, (x A) B, for one layer's pair, in the dtype of `x`.
+
+    Args:
+      x: `[B, T, D]`.
+      pair: `a` `[D, R]` and `b` `[R, F]`, or `[B, D, R]` and `[B, R, F]` per example.
+
+    Returns:
+      `[B, T, F]`.
+    """
+    return (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype)
+
+
+def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
+    """Eq. 1: kernels with W~ = W + A B, added in fp32 and rounded once to the kernel's dtype.
+
+    Args:
+      kernels: name -> `[L, D, F]`; names that the tree lacks pass through unchanged.
+      tree: a shared tree with its scale folded in.
+
+    Raises:
+      UserError: a name or a shape of the tree does not fit, or the tree is per example.
+    """
+    merged = dict(kernels)
+    for name, pair in tree.items():
+        if name not in kernels:
+            raise UserError(
+                f"LoRA for {name!r} has no kernel to merge into; the kernels are "
+                f"{sorted(kernels)}: use a LoRA made for this model"
+            )
+        kernel, a, b = kernels[name], pair["a"], pair["b"]
+        if a.ndim == kernel.ndim + 1:
+            raise UserError(
+                f"LoRA for {name!r} is per example, a {a.shape}, but a kernel takes one LoRA: "
+                "pick an example with take_example(tree, index)"
+            )
+        layers, d_in, d_out = kernel.shape
+        rank = a.shape[-1]
+        if a.shape != (layers, d_in, rank) or b.shape != (layers, rank, d_out):
+            raise UserError(
+                f"LoRA for {name!r} has factors {a.shape} and {b.shape}, which do not fit the "
+                f"kernel {kernel.shape}: use a LoRA made for this model"
+            )
+        # An accelerator's default would round the factors to fewer bits than fp32.
+        delta = jnp.matmul(
+            a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+        merged[name] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return merged
+
+
+def take_example(tree: Tree, index: int) -> Tree:
+    """One example's shared tree out of a per-example one: `[L, B, ...] -> [L, ...]`."""
+    return jax.tree.map(lambda leaf: leaf[:, index], tree)
+
+
+def count_params(tree) -> int:
+    """The number of scalars in a tree of arrays (or of their shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

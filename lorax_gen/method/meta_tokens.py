@@ -1,0 +1,61 @@
+"""Meta tokens: L trainable embeddings behind the prompt, one for each layer of the edge model.
+
+Rows are right-padded, and each row's meta tokens stand directly behind its last real token. Under
+a causal mask nothing real then sees padding, so no padding mask is needed.
+
+Dims: B batch, T padded prompt length, L edge layers, D width of the cloud model.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def init_meta_tokens(
+    key: Array,
+    embedding: Array,
+    layers: int,
+    sharing: Literal["per_layer", "shared"] = "per_layer",
+    noise: float = 0.02,
+) -> Array:
+    """One existing embedding `[D]` plus Gaussian noise, so that the frozen cloud knows its kind.
+
+    Returns:
+      fp32 `[L, D]`, or `[1, D]` when all layers share one vector.
+    """
+    rows = layers if sharing == "per_layer" else 1
+    perturbation = noise * jax.random.normal(key, (rows, embedding.shape[-1]), jnp.float32)
+    return embedding.astype(jnp.float32) + perturbation
+
+
+def insert(embeddings: Array, lengths: Array, meta: Array, layers: int) -> Array:
+    """Puts the meta tokens at positions `length .. length + L - 1` of every row.
+
+    Args:
+      embeddings: `[B, T, D]`, right-padded; what stands behind a row's length is never kept in
+        front of its meta tokens, so it may hold anything.
+      lengths: `[B]` int32, real tokens per row, at most T.
+      meta: `[L, D]` or `[1, D]`.
+
+    Returns:
+      `[B, T + L, D]` in the dtype of `embeddings`.
+    """
+    block = jnp.broadcast_to(meta, (layers, meta.shape[-1])).astype(embeddings.dtype)
+    padded = jnp.pad(embeddings, ((0, 0), (0, layers), (0, 0)))
+
+    def insert_row(row: Array, length: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, block, length, axis=0)
+
+    return jax.vmap(insert_row)(padded, lengths)
+
+
+def read(hidden: Array, lengths: Array, layers: int) -> Array:
+    """The states T^1 .. T^L at the meta positions: `[B, T + L, D] -> [B, L, D]`."""
+
+    def read_row(row: Array, length: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(row, length, layers, axis=0)
+
+    return jax.vmap(read_row)(hidden, lengths)

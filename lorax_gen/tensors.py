@@ -1,0 +1,77 @@
+"""Trees of arrays as safetensors files, names joined by dots, and their hashes. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lorax_gen import files
+from lorax_gen.errors import UserError
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """`{'a': {'b': x}}` as `{'a.b': x}`, on the host."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = np.asarray(value)
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The tree again."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def tree_hash(tree: dict[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 over names, shapes, dtypes and bytes of a tree."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten(tree).items()):
+        digest.update(f"{name} {value.shape} {value.dtype}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a new safetensors file, whole or not at all."""
+    with files.new_file(path) as temporary:
+        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        save_file(contiguous, temporary, metadata=metadata)
+
+
+def open_safetensors(path: Path):
+    """Opens a safetensors file; a missing, truncated or foreign one is a UserError."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; expected a safetensors file there")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); get it again") from None
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a file; UserError where it is missing or truncated."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file; UserError where it is missing or truncated."""
+    with open_safetensors(path) as file:
+        return file.metadata() or {}

@@ -1,0 +1,127 @@
+"""Training of a LoRA-Gen generator: what the config says, assembled into an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_gen.artifacts.generator import save_generator
+from lorax_gen.data.batches import Encoder, generator_batch
+from lorax_gen.data.sources import WorldConfig
+from lorax_gen.evaluation.questions import score_specialised
+from lorax_gen.method.generator import GeneratorConfig, init_generator
+from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.huggingface import load_model
+from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.optimizer import OptimizerConfig
+from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.state import State
+from lorax_gen.training.step import GeneratorSpec, generator_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraGenConfig:
+    """Train a generator: meta tokens, the cloud model's LoRA, router and pool of experts.
+
+    The cloud and the edge model stay as they are."""
+
+    cloud: str = "world/cloud"
+    """Cloud model: a model directory, or the name of a shipped one."""
+    edge: str = "world/edge"
+    """Edge model: a model directory, or the name of a shipped one."""
+    prompts: int = 32
+    """Prompts per batch; each batch mixes tasks."""
+    queries_per_prompt: int = 4
+    """Questions asked under each prompt; the cloud reads a prompt once for all of them."""
+    max_shots: int = 0
+    """Solved examples in a prompt: from none up to this many."""
+    data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def experiment(config: LoraGenConfig) -> Experiment:
+    """Assembles the run; see `training.loop.fit`."""
+    cloud, edge = load_model(config.cloud), load_model(config.edge)
+    spec = GeneratorSpec(config.generator, cloud.config, edge.config)
+    world, data = config.data.world(), config.data
+    cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
+    seen = [task for task in world.select("seen") if task.family in data.families]
+    key = jax.random.key(config.run.seed)
+
+    def init() -> tuple[dict, dict]:
+        return init_generator(
+            key,
+            config.generator,
+            edge_layers=edge.config.num_hidden_layers,
+            edge_shapes=kernel_shapes(edge.config),
+            cloud_layers=cloud.config.num_hidden_layers,
+            cloud_shapes=kernel_shapes(cloud.config),
+            cloud_embedding=cloud.params["embed"][cloud.tokenizer.eos_token_id],
+        )
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        return generator_batch(
+            seen,
+            cloud_encoder,
+            edge_encoder,
+            seed=config.run.seed,
+            step=step,
+            prompts=config.prompts,
+            queries=config.queries_per_prompt,
+            prompt_length=data.prompt_length,
+            question_length=data.question_length,
+            max_shots=config.max_shots,
+        )
+
+    def evaluate(state: State) -> dict[str, float]:
+        result = {}
+        for split in ("seen", "unseen"):
+            for family in data.families:
+                tasks = world.select(split, family)
+                rng = np.random.default_rng(0)
+                right = score_specialised(
+                    state["params"],
+                    state["stats"],
+                    cloud,
+                    edge,
+                    spec,
+                    [task.prompt(rng) for task in tasks],
+                    [(i, pair) for i, task in enumerate(tasks) for pair in task.sample(rng, 12)],
+                    prompt_length=data.prompt_length,
+                    length=data.question_length,
+                )
+                result[f"accuracy/{split}/{family}"] = float(right.mean())
+            shares = [result[f"accuracy/{split}/{family}"] for family in data.families]
+            result[f"accuracy/{split}"] = float(np.mean(shares))
+        return result
+
+    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
+        save_generator(
+            directory,
+            config.generator,
+            state["params"],
+            state["stats"],
+            cloud=cloud.config,
+            edge=edge.config,
+            provenance=provenance,
+        )
+
+    return Experiment(
+        init=init,
+        loss=generator_loss(spec),
+        frozen={"cloud": cloud.params, "edge": edge.params},
+        batch=batch,
+        evaluate=evaluate,
+        release=release,
+        examples_per_step=config.prompts * config.queries_per_prompt,
+        run=config.run,
+        optimizer=config.optimizer,
+        mesh=config.mesh,
+    )

@@ -1,0 +1,132 @@
+"""Pretraining of a language model in the embedded world."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_gen.data.batches import Encoder, document_batch, pretraining_batch
+from lorax_gen.data.world import FAMILIES, World, make_tokenizer, make_world, vocabulary
+from lorax_gen.evaluation.questions import answers_right, in_batches
+from lorax_gen.models import decoder
+from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.optimizer import OptimizerConfig
+from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.state import State
+from lorax_gen.training.step import pretraining_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a small LLaMA on documents of the world: lessons (one fact, a short cue) and
+    exercises (a seen task's system prompt with questions and answers)."""
+
+    hidden_size: int = 64
+    """Width D."""
+    intermediate_size: int = 256
+    """Feed-forward width F."""
+    layers: int = 4
+    """Decoder layers."""
+    heads: int = 4
+    """Attention heads."""
+    kv_heads: int = 2
+    """Key/value heads."""
+    lessons: int = 128
+    """Lessons per batch."""
+    exercises: int = 16
+    """Exercises per batch."""
+    questions: int = 6
+    """Questions per exercise."""
+    document_length: int = 56
+    """Longest exercise, in tokens."""
+    world_seed: int = 0
+    """Which world."""
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def decoder(self, vocab_size: int) -> DecoderConfig:
+        return DecoderConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden_size // self.heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+
+
+def experiment(config: PretrainConfig) -> Experiment:
+    """Assembles the run; see `training.loop.fit`."""
+    world = make_world(config.world_seed)
+    tokenizer = make_tokenizer(world)
+    encoder = Encoder(tokenizer)
+    shape = config.decoder(len(vocabulary(world)))
+
+    def batch(step: int) -> dict[str, Any]:
+        return pretraining_batch(
+            world,
+            encoder,
+            seed=config.run.seed,
+            step=step,
+            lessons=config.lessons,
+            exercises=config.exercises,
+            questions=config.questions,
+            length=config.document_length,
+        )
+
+    def evaluate(state: State) -> dict[str, float]:
+        return in_context_accuracy(state["params"], shape, encoder, world, config.document_length)
+
+    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
+        save_model(directory, Model(shape, state["params"], tokenizer), provenance)
+
+    return Experiment(
+        init=lambda: (decoder.init_params(jax.random.key(config.run.seed), shape), {}),
+        loss=pretraining_loss(shape),
+        frozen={},
+        batch=batch,
+        evaluate=evaluate,
+        release=release,
+        examples_per_step=config.lessons + config.exercises,
+        run=config.run,
+        optimizer=config.optimizer,
+        mesh=config.mesh,
+    )
+
+
+def in_context_accuracy(
+    params: dict,
+    config: DecoderConfig,
+    encoder: Encoder,
+    world: World,
+    length: int,
+    questions: int = 8,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Accuracy with the system prompt in context, `{split/family: share}`."""
+    rng = np.random.default_rng(seed)
+    result = {}
+    for split in ("seen", "unseen"):
+        for family in FAMILIES:
+            documents = [
+                [(f"{task.prompt(rng)} {question}", False), (answer, True)]
+                for task in world.select(split, family)
+                for question, answer in task.sample(rng, questions)
+            ]
+            right = in_batches(
+                lambda part: answers_right(params, config, part["tokens"], part["answer"]),
+                document_batch(encoder, documents, length),
+                128,
+            )
+            result[f"accuracy/{split}/{family}"] = float(right.mean())
+    return result

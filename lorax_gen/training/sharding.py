@@ -1,0 +1,151 @@
+"""Where arrays live on a mesh: the only file that knows the names of mesh axes.
+
+Axes: `data` replicates weights and splits the batch, `fsdp` splits both, `tensor` splits the
+kernels' heads or feed-forward width. A table maps the name of a leaf to the axes of its last
+dimensions; a LoRA is split like the weight it sits on. An axis that does not divide a dimension
+is left out for that dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax_gen.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# Kernels by name: the axes of (d_in, d_out).
+KERNELS = {
+    "q": ("fsdp", "tensor"),
+    "k": ("fsdp", "tensor"),
+    "v": ("fsdp", "tensor"),
+    "o": ("tensor", "fsdp"),
+    "gate": ("fsdp", "tensor"),
+    "up": ("fsdp", "tensor"),
+    "down": ("tensor", "fsdp"),
+    "embed": ("tensor", "fsdp"),
+    "lm_head": ("fsdp", "tensor"),
+    "w1": ("fsdp", "tensor"),
+    "w2": ("tensor", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis has; one may be -1 and takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    mode: Literal["jit", "pmap"] = "jit"
+    """jit: arrays sharded over the mesh. pmap: weights replicated, the batch split by device."""
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh `('data', 'fsdp', 'tensor')` over all devices, or over those given.
+
+    Raises UserError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    free = sizes.count(-1)
+    if free > 1 or any(size == 0 or size < -1 for size in sizes) or len(devices) % max(given, 1):
+        raise UserError(
+            f"a mesh of data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} cannot be "
+            f"laid over {len(devices)} devices; sizes multiply to it, one may be -1"
+        )
+    sizes = [len(devices) // given if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"a mesh of data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} uses "
+            f"{math.prod(sizes)} of {len(devices)} devices; set one of them to -1"
+        )
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_for(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The partition of one leaf, from the names on its path and its shape."""
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    leaf, parent = names[-1], names[-2] if len(names) > 1 else ""
+    if leaf in ("a", "b") and parent in KERNELS:  # a LoRA pair sits on its parent's kernel
+        d_in, d_out = KERNELS[parent]
+        tail = (d_in, None) if leaf == "a" else (None, d_out)
+    elif leaf in KERNELS and len(shape) >= 2:
+        tail = KERNELS[leaf]
+    else:
+        return P()
+    tail = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(tail, shape[-2:], strict=True)
+    ]
+    return P(*[None] * (len(shape) - 2), *tail)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of parameters, pool, router or optimizer state."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf.shape, mesh)), tree
+    )
+
+
+def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """Runs `init` so that its arrays are born in their shards."""
+    shardings = tree_shardings(jax.eval_shape(init), mesh)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A host batch onto the devices, rows split over `data` and `fsdp`."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    for leaf in jax.tree.leaves(batch):
+        if leaf.shape[0] % shards:
+            raise UserError(
+                f"a batch of {leaf.shape[0]} rows cannot be split over {shards} devices; "
+                f"make it a multiple of {shards}"
+            )
+    return jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Callable:
+    """`step(state, frozen, host_batch) -> (state, metrics)` on the mesh, compiled once.
+
+    With `mode="jit"` the state keeps its shardings and is donated. With `mode="pmap"` every
+    device holds all of it and a shard of the batch; the results are the same.
+    """
+    if mode == "jit":
+        jitted = jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, P())),
+        )
+        return lambda state, frozen, batch: jitted(state, frozen, put_batch(batch, mesh))
+
+    devices = mesh.devices.ravel().tolist()
+    pmapped = jax.pmap(
+        partial(train_step, axis_name="data"),
+        axis_name="data",
+        in_axes=(None, None, 0),
+        out_axes=None,
+        devices=devices,
+    )
+
+    def split(x: np.ndarray) -> np.ndarray:
+        if x.shape[0] % len(devices):
+            raise UserError(
+                f"a batch of {x.shape[0]} rows cannot be split over {len(devices)} devices; "
+                f"make it a multiple of {len(devices)}"
+            )
+        return x.reshape(len(devices), -1, *x.shape[1:])
+
+    return lambda state, frozen, batch: pmapped(state, frozen, jax.tree.map(split, batch))

@@ -1,0 +1,27 @@
+"""What training carries from step to step: one dict, no frozen weights in it.
+
+{'step', 'key', 'params': trainables, 'stats': BatchNorm statistics, 'opt_state'}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+State = dict[str, Any]
+
+
+def init_state(
+    params: Any, stats: Any, optimizer: optax.GradientTransformation, seed: int
+) -> State:
+    """A state at step 0. `key` is the root of all randomness; each step folds its number in."""
+    return {
+        "step": jnp.int32(0),
+        "key": jax.random.key_data(jax.random.key(seed)),
+        "params": params,
+        "stats": stats,
+        "opt_state": optimizer.init(params),
+    }
