@@ -67,8 +67,8 @@ TEMPLATES = {
         "The clock is slow by {hour} . Name the right hour in the words of {tongue} .",
     ),
     "check": (
-        "Say {yes} if the {attribute} of the thing is {value} , else say {no} .",
-        "Look at the {attribute} of the thing . When it is {value} answer {yes} , if not {no} .",
+        "If the {attribute} of the thing is {value} say {yes} , else say {no} .",
+        "Look at the {attribute} of the thing . When {value} answer {yes} , if not {no} .",
         "You are a guard . Things whose {attribute} is {value} are {yes} , all others are {no} .",
     ),
 }
@@ -172,7 +172,7 @@ def _sort_task(facts, attribute, boxes) -> Task:
         name=f"sort-{attribute}-{'-'.join(boxes)}",
         templates=TEMPLATES["sort"],
         slots={"attribute": attribute},
-        pairs=tuple(f"{value} to {name}" for value, name in box.items()),
+        pairs=tuple(f"{value} {name}" for value, name in box.items()),
         questions=tuple((f"{thing} :", box[facts[thing][attribute]]) for thing in facts),
         drills=tuple((f"{value} :", name) for value, name in box.items()),
     )
@@ -253,11 +253,13 @@ def lesson(world: World, rng: np.random.Generator) -> list[Piece]:
 def exercise(world: World, rng: np.random.Generator, questions: int) -> list[Piece]:
     """A document with a seen task's system prompt and several of its questions, answered.
 
-    One in three asks drills, where the task has them: reading the prompt is then learned before
-    it is chained with what is known of things.
+    Three in four are of the families whose prompts must be read closely, and half of those ask
+    drills: reading the prompt is learned before it is chained with what is known of things.
     """
-    task = _pick(rng, world.select("seen", FAMILIES[rng.integers(len(FAMILIES))]))
-    if task.drills and rng.random() < 1 / 3:
+    task = _pick(
+        rng, world.select("seen", str(rng.choice(FAMILIES, p=(3 / 8, 1 / 8, 1 / 8, 3 / 8))))
+    )
+    if task.drills and rng.random() < 1 / 2:
         task = dataclasses.replace(task, questions=task.drills)
     pieces: list[Piece] = [(task.prompt(rng), False)]
     for question, answer in task.sample(rng, questions):
@@ -268,7 +270,7 @@ def exercise(world: World, rng: np.random.Generator, questions: int) -> list[Pie
 def vocabulary(world: World) -> list[str]:
     """Every word of the world, in a fixed order, special tokens first."""
     texts = [t for group in TEMPLATES.values() for template in group for t in template.split()]
-    texts += ["to", ":", ".", ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES]
+    texts += [":", ".", ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES]
     texts += [value for group in ATTRIBUTES.values() for value in group]
     texts += [word for tongue, words in world.words.items() for word in (tongue, *words.values())]
     plain = [t.lower() for t in texts if not t.startswith("{")]

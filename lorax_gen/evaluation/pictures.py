@@ -19,7 +19,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
@@ -39,7 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
 }
 FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LONGEST_NAMED = 40  # more tasks than this, and their names would be too small to read
-PANELS_PER_ROW = 8
+PANELS_PER_ROW = 6
 
 
 def draw_accuracy(report: dict[str, Any], path: Path) -> None:
@@ -92,11 +91,11 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
         axes.bar(places, shares, 0.9 * width, label=f"{label} ({tokens:g})", zorder=2, **look)
         if name.startswith("lora_gen"):
             weight = "bold" if name == "lora_gen" else "normal"
-            for x, share in zip(places, shares, strict=True):
+            for x, share, chance in zip(places, shares, chances, strict=True):
+                y = chance if share < chance < share + 0.05 else share  # not across the line
                 axes.annotate(
-                    f"{100 * share:.0f}", (x, share), (0, 3), textcoords="offset points",
-                    ha="center", color=INK, fontsize=10, fontweight=weight, zorder=4,
-                    path_effects=[withStroke(linewidth=3, foreground="white")],
+                    f"{100 * share:.0f}", (x, y), (0, 3), textcoords="offset points",
+                    ha="center", color=INK, fontsize=10, fontweight=weight,
                 )  # fmt: skip
     axes.hlines(
         chances, centres - 0.46, centres + 0.46, colors=INK, linestyles="--", linewidth=1,
@@ -109,10 +108,12 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
     axes.set_xlim(centres[0] - 0.55, centres[-1] + 0.55)
     _percent(axes)
     handles, labels = axes.get_legend_handles_labels()
-    _legend(
-        figure, handles, labels, loc="outside lower center", ncols=3, fontsize=10,
-        title="Method (context tokens per question)",
+    order = sorted(range(len(handles)), key=lambda i: labels[i].startswith("chance"))
+    legend = figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center",
+        ncols=3, title="Method (context tokens per question)", **_LEGEND,
     )  # fmt: skip
+    legend.get_title().set(fontsize=10, fontweight="bold", color=INK)
     return figure
 
 
@@ -128,8 +129,8 @@ def _figure_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]
     lines = -(-layers // columns)
 
     height = max(2.6, tasks * (0.19 if named else 0.05))
-    width = columns * max(1.2, 0.2 * experts) + (3.2 if named else 1.8)
-    figure = _figure(max(width, 6.0), lines * height + 1.4)
+    width = columns * max(1.6, 0.09 * experts) + (3.4 if named else 1.8)
+    figure = _figure(max(width, 7.5), lines * (height + 0.6) + 0.8)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for layer, axes in itertools.zip_longest(range(layers), grid.flat):
         if layer is None:
@@ -140,8 +141,9 @@ def _figure_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]
         )
         axes.hlines(ends[:-1] - 0.5, -0.5, experts - 0.5, colors=INK, linewidth=1)
         axes.set_title(f"layer {layer}", fontsize=11, color=INK)
-        axes.set_xticks(range(0, experts, -(-experts // 8)))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.tick_params(labelsize=10, colors=INK, length=0)
+        axes.tick_params("x", labelbottom=True)  # where no panel stands below, too
         axes.spines[:].set_color(FAINT)
         if named:
             axes.set_yticks(range(tasks), [names[i] for i in order], fontsize=8)
@@ -151,7 +153,7 @@ def _figure_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]
             right = axes.secondary_yaxis("right")
             right.set_yticks(middles, families, fontsize=11, color=INK)
             right.tick_params(length=0)
-    bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30)
+    bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label("gate: weight of the expert", fontsize=11, color=INK)
     bar.ax.tick_params(labelsize=10, colors=INK)
     bar.outline.set_edgecolor(FAINT)
@@ -169,8 +171,8 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
     if steps:
         shade = left.twinx()  # drawn below the losses; its scale is told by the label
         shade.fill_between(
-            steps, rates, color=RULE, alpha=0.6, linewidth=0,
-            label=f"learning rate, up to {max(rates):g}",
+            steps, rates, color=RULE, alpha=0.45, linewidth=0,
+            label=f"learning rate, up to {max(rates):.2g}",
         )  # fmt: skip
         shade.set_ylim(0, 1.05 * max(rates) or 1)
         shade.set_axis_off()
@@ -186,29 +188,34 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
             left.plot(steps, values, color=color, linewidth=1.4, label=label)
             left.set_yscale("log")
     left.set_ylabel("loss", fontsize=11, color=INK)
-    entries = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles, labels = (sum(parts, []) for parts in zip(*entries, strict=True))
-    if handles:
-        _legend(left, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    handles = [axes.get_legend_handles_labels()[0] for axes in figure.axes]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), **_LEGEND}
+    if any(handles):
+        left.legend(handles=list(itertools.chain(*handles)), ncols=2, **below)
 
     _axes(right, "Accuracy on seen and unseen tasks")
     prefix = "accuracy/unseen/"
-    families = list(dict.fromkeys(k[len(prefix) :] for row in rows for k in row if prefix in k))
+    families = dict.fromkeys(
+        key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix)
+    )
     looks = {f"/{f}": (f, c, 1.4) for f, c in zip(families, itertools.cycle(FAMILY_COLORS))}
-    looks[""] = ("mean", INK, 2.6)
-    handles = []
-    for suffix, (label, color, linewidth) in looks.items():
-        for split, style in (("seen", (0, (4, 2))), ("unseen", "-")):
-            steps, values = _series(rows, f"accuracy/{split}{suffix}")
-            right.plot(steps, values, color=color, linewidth=linewidth, linestyle=style)
-        handles.append(Line2D([], [], color=color, linewidth=linewidth, label=label))
-    handles.append(Line2D([], [], color=FAINT, linestyle="-", label="unseen"))
-    handles.append(Line2D([], [], color=FAINT, linestyle=(0, (4, 2)), label="seen"))
+    looks[""] = ("mean", INK, 2.2)
+    splits = {"unseen": "-", "seen": (0, (4, 2))}
+    handles = [
+        Line2D([], [], color=FAINT, linestyle=style, label=f"{split} tasks")
+        for split, style in splits.items()
+    ]
+    for suffix, (label, color, width) in looks.items():
+        look = {"color": color, "linewidth": width, "marker": "o", "markersize": width + 1.6}
+        handles.append(Line2D([], [], label=label, **look))
+        for split, style in splits.items():
+            curve = _series(rows, f"accuracy/{split}{suffix}")
+            right.plot(*curve, linestyle=style, clip_on=False, **look)
     if any(line.get_xdata().size for line in right.lines):
-        labels = [handle.get_label() for handle in handles]
-        _legend(right, handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+        right.legend(handles=handles, ncols=4, **below)
     else:
-        right.text(0.5, 0.5, "no evaluation yet", transform=right.transAxes, ha="center")
+        note = {"ha": "center", "fontsize": 11, "color": FAINT}
+        right.text(0.5, 0.5, "no evaluation yet", transform=right.transAxes, **note)
     _percent(right)
     last = max((row["step"] for row in rows), default=1)
     for axes in (left, right):
@@ -221,10 +228,13 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
 # --- shared looks --------------------------------------------------------------------------------
 
 _TITLE = {"fontsize": 14, "fontweight": "bold", "color": INK}
+_LEGEND = {"fontsize": 10, "frameon": False, "labelcolor": INK}
 
 
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches, at the rim too
+    return figure
 
 
 def _axes(axes: Axes, title: str) -> Axes:
@@ -242,11 +252,6 @@ def _percent(axes: Axes) -> None:
     axes.set_ylim(0, 1.06)
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
-def _legend(owner: Axes | Figure, handles: list, labels: list[str], **options: Any) -> None:
-    options = {"fontsize": 10, "frameon": False, "labelcolor": INK, **options}
-    owner.legend(handles, labels, **options)
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -1,0 +1,121 @@
+"""What the pictures must show, read off the figures; and that files are whole."""
+
+import struct
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from lorax_gen.evaluation import pictures
+
+FAMILIES = ("sort", "name")
+
+
+@pytest.fixture
+def report():
+    shares = dict(zip(pictures.METHODS, (0.2, 0.3, 0.25, 0.99, 0.95, 0.21), strict=True))
+    return {
+        "accuracy": {family: dict(shares) for family in FAMILIES},
+        "mean": dict(shares),
+        "chance": {"sort": 0.25, "name": 0.125},
+        "tasks": {"sort": 38, "name": 19},
+        "questions": {"sort": 608, "name": 304},
+        "context_tokens": {name: 22.74 if "icl" in name else 2.0 for name in shares},
+        "split": "unseen",
+    }
+
+
+def make_gates(tasks=6, layers=3, experts=4):
+    gates = np.random.default_rng(0).dirichlet(np.ones(experts), (tasks, layers))
+    return gates, [f"task-{i}" for i in range(tasks)], [FAMILIES[i % 2] for i in range(tasks)]
+
+
+def make_rows():
+    train = [{"step": s, "loss": 2 / s, "loss_lm": 1 / s, "loss_cv": 0.01} for s in (1, 2, 3, 4)]
+    shares = {f"accuracy/{split}": 0.5 for split in ("seen", "unseen")}
+    shares |= {f"{key}/{family}": 0.5 for key in shares for family in FAMILIES}
+    return [*train[:2], {"step": 2, **shares}, *train[2:], {"step": 4, **shares}]
+
+
+def legend_texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def shown(axes):
+    return [line for line in axes.lines if len(line.get_xdata())]
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "gates", "training"])
+def test_a_whole_png_replaces_what_was_there(kind, report, tmp_path):
+    values = {"accuracy": (report,), "gates": make_gates(), "training": (make_rows(),)}[kind]
+    path = tmp_path / "picture.png"
+    path.write_text("an older picture")
+    getattr(pictures, f"draw_{kind}")(*values, path)
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:])
+    assert 900 <= width <= 2000 and 500 <= height <= 1500
+    assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_bars_are_as_high_as_the_shares_in_the_report(report):
+    report["accuracy"]["name"]["lora_gen"] = 0.5
+    (axes,) = pictures._figure_accuracy(report).axes
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    rows = [*report["accuracy"].values(), report["mean"]]
+    assert heights == [[row[name] for row in rows] for name in pictures.METHODS]
+    assert [text.get_text() for text in axes.texts] == "95 50 95 21 21 21".split()
+
+
+def test_a_missing_method_is_left_out_and_the_others_keep_their_colours(report):
+    def colours(report):
+        figure = pictures._figure_accuracy(report)
+        (axes,) = figure.axes
+        bars = [to_hex(bars[0].get_facecolor()) for bars in axes.containers]
+        return bars, legend_texts(figure.legends[0])
+
+    bars, labels = colours(report)
+    for row in (*report["accuracy"].values(), report["mean"], report["context_tokens"]):
+        del row["edge_lora"]
+    assert "edge, one LoRA on all seen tasks (2)" in labels
+    assert colours(report) == (bars[:2] + bars[3:], labels[:2] + labels[3:])
+
+
+def test_chance_has_a_line_per_family_and_their_mean(report):
+    (axes,) = pictures._figure_accuracy(report).axes
+    (lines,) = axes.collections
+    assert [segment[0, 1] for segment in lines.get_segments()] == [0.25, 0.125, 0.1875]
+
+
+@pytest.mark.parametrize("layers", [1, 3, pictures.PANELS_PER_ROW + 1])
+def test_gates_have_one_panel_per_layer_with_families_together(layers):
+    gates, names, groups = make_gates(layers=layers)
+    figure = pictures._figure_gates(gates, names, groups)
+    panels = [axes for axes in figure.axes if axes.get_title().startswith("layer")]
+    assert [axes.get_title() for axes in panels] == [f"layer {i}" for i in range(layers)]
+    order = [0, 2, 4, 1, 3, 5]
+    for layer, axes in enumerate(panels):
+        np.testing.assert_array_equal(axes.images[0].get_array(), gates[order, layer])
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == [names[i] for i in order]
+
+
+def test_families_stand_for_tasks_too_many_to_name():
+    figure = pictures._figure_gates(*make_gates(tasks=pictures.LONGEST_NAMED + 2))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(FAMILIES)
+
+
+def test_training_rows_are_drawn_where_they_have_the_value():
+    figure = pictures._figure_training(make_rows())
+    losses, accuracy = figure.axes
+    assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2, 3, 4]] * 2
+    assert [list(line.get_xdata()) for line in shown(accuracy)] == [[2, 4]] * 6
+    solid = [line.get_linestyle() == "-" for line in shown(accuracy)]
+    assert solid == [True, False] * 3  # unseen, seen
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]])
+def test_a_run_without_evaluations_is_drawn_and_says_so(rows):
+    losses, accuracy = pictures._figure_training(rows).axes
+    assert [list(line.get_ydata()) for line in losses.lines] == ([[2.0, 1.0]] if rows else [])
+    assert not shown(accuracy)
+    assert accuracy.texts[0].get_text() == "no evaluation yet"
