@@ -73,7 +73,7 @@ class Specialize:
 class Generate:
     """Answer questions: with a task card, with a prompt in context, or with neither.
 
-    Example: lorax-gen generate --card task.card.safetensors "apple :" "bell :"
+    Example: lorax-gen generate --card task.card.safetensors apple bell
     """
 
     questions: Words[tuple[str, ...]]
@@ -187,7 +187,11 @@ def train(name: str, overrides: list[str]) -> int:
 
 def specialize(command: Specialize) -> int:
     import lorax_gen
+    from lorax_gen import files
 
+    files.must_be_new(command.output)
+    if command.merged is not None:
+        files.must_be_new(command.merged)
     cloud = lorax_gen.load_model(command.cloud)
     edge = lorax_gen.load_model(command.edge)
     generator = lorax_gen.load_generator(command.generator)
@@ -208,9 +212,12 @@ def read_prompt(text: str) -> str:
         return sys.stdin.read()
     if text.startswith("@"):
         path = Path(text[1:])
-        if not path.is_file():
-            raise UserError(f"no prompt file {path}; after @ stands the name of a text file")
-        return path.read_text()
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError):
+            raise UserError(
+                f"cannot read the prompt file {path}; after @ stands the name of a text file"
+            ) from None
     return text
 
 
@@ -222,7 +229,7 @@ def generate(command: Generate) -> int:
         card = lorax_gen.load_card(command.card)
         model = card.merge(model, lorax_gen.load_generator(command.generator))
     if not command.questions:
-        raise UserError('no question given; for example: lorax-gen generate "apple :"')
+        raise UserError('no question given; for example: lorax-gen generate apple')
     texts = [f"{command.context} {question}".strip() for question in command.questions]
     answers = lorax_gen.generate_text(model, texts, max_new_tokens=command.max_new_tokens)
     for question, answer in zip(command.questions, answers, strict=True):
@@ -236,8 +243,8 @@ def evaluate(command: Evaluate) -> int:
     from lorax_gen.demo import load_system, print_table, progress
     from lorax_gen.evaluation.report import evaluate_world
 
-    if command.output is not None and command.output.exists():
-        raise UserError(f"{command.output} already exists; choose another name or remove it first")
+    if command.output is not None:
+        files.must_be_new(command.output)
     lora = command.lora or ("world/lora" if command.edge == "world/edge" else None)
     system = load_system(command.cloud, command.edge, command.generator, lora)
     report = evaluate_world(
@@ -256,7 +263,9 @@ def evaluate(command: Evaluate) -> int:
 
 RUN = {
     Demo: demo,
-    Train: lambda command: train(command.config, []),
+    Train: lambda command: train(
+        command.config, ["--run-dir", str(command.run_dir)] if command.run_dir else []
+    ),
     Specialize: specialize,
     Generate: generate,
     Evaluate: evaluate,

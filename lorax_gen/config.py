@@ -21,15 +21,28 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     Raises UserError for an unknown key (naming the nearest known one) or a value of a wrong type.
     """
     _reject_unknown(cls, values, where)
-    # YAML has lists where configs have tuples, integers where they have floats, and reads a rate
-    # written as 2e-5 as text.
-    hooks = {float: float, tuple[str, ...]: tuple}
+    hooks = {float: _to_float, tuple[str, ...]: _to_names}
     try:
         return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
     except (dacite.DaciteError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: {error}") from None
+
+
+def _to_float(value: Any) -> Any:
+    """A number that YAML reads as an integer, or, written as 2e-5, as text; others as they are."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _to_names(value: Any) -> Any:
+    """The tuple that YAML writes as a list, or, where it is of one name, as that name."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _reject_unknown(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:

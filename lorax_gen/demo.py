@@ -24,15 +24,6 @@ from lorax_gen.models.decoding import generate_text
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.specialize import specialize
 
-LABELS = {
-    "edge": "edge, no prompt",
-    "edge_icl": "edge, prompt in context",
-    "edge_lora": "edge, one LoRA on all seen tasks",
-    "cloud_icl": "cloud, prompt in context",
-    "lora_gen": "edge + LoRA-Gen, no prompt",
-    "lora_gen_shuffled": "LoRA-Gen, prompts shuffled",
-}
-
 
 def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> System:
     """Loads what is compared; the names are directories or shipped models."""
@@ -113,14 +104,14 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     table.add_column("method")
     for name in [*families, "mean", "context tokens", "ms / question"]:
         table.add_column(name, justify="right")
-    for method in METHODS:
+    for method, label in METHODS.items():
         if method not in report["mean"]:
             continue
         shares = [report["accuracy"][family][method] for family in families]
         row = [f"{share:.3f}" for share in [*shares, report["mean"][method]]]
         cost = [f"{report['context_tokens'][method]:.1f}", f"{report['latency_ms'][method]:.2f}"]
         style = "bold" if method == "lora_gen" else ""
-        table.add_row(LABELS[method], *row, *cost, style=style)
+        table.add_row(label, *row, *cost, style=style)
     chance = [f"{report['chance'][family]:.3f}" for family in families]
     table.add_section()
     table.add_row("chance", *chance, style="dim")

@@ -35,11 +35,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def must_be_new(path: Path) -> None:
+    """UserError where something is at `path`."""
+    if path.exists():
+        raise UserError(f"{path} already exists; choose another name or remove it first")
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well. `path` must not exist."""
-    if path.exists():
-        raise UserError(f"{path} already exists; choose another name or remove it first")
+    must_be_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

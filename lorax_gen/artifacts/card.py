@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from lorax_gen.models.huggingface import Model
 from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
 
 FORMAT = "lorax-gen card 1"
+METADATA = ("pool", "edge", "prompt", "composition")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,15 +99,17 @@ def make_card(gates: np.ndarray, prompt: str, edge: Model, generator: Generator)
 
 def save_card(path: str | Path, card: TaskCard) -> None:
     """Writes a card to a new file, whole or not at all."""
-    metadata = {name: getattr(card, name) for name in ("pool", "edge", "prompt", "composition")}
+    metadata = {"format": FORMAT, **{name: getattr(card, name) for name in METADATA}}
     tensors = {"indices": card.indices, "gates": card.gates}
-    write_tensors(Path(path), tensors, {"format": FORMAT, **metadata})
+    # One entry, for safetensors write several in a random order: equal cards are equal files.
+    write_tensors(Path(path), tensors, {"card": json.dumps(metadata)})
 
 
 def load_card(path: str | Path) -> TaskCard:
     """Reads a card; UserError where the file is missing, truncated or not a card."""
     path = Path(path)
-    metadata, tensors = read_metadata(path), read_tensors(path)
-    if metadata.pop("format", None) != FORMAT or set(tensors) != {"indices", "gates"}:
+    metadata, tensors = json.loads(read_metadata(path).get("card", "{}")), read_tensors(path)
+    known = metadata.pop("format", None) == FORMAT and set(metadata) == set(METADATA)
+    if not known or set(tensors) != {"indices", "gates"}:
         raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
     return TaskCard(**tensors, **metadata)

@@ -16,6 +16,7 @@ import numpy as np
 from lorax_gen import assets, files
 from lorax_gen.data.batches import Encoder, mixed_tasks, question_batch
 from lorax_gen.data.sources import WorldConfig
+from lorax_gen.errors import UserError
 from lorax_gen.evaluation.questions import score_questions
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.decoder import kernel_shapes
@@ -71,7 +72,13 @@ def experiment(config: LoraConfig) -> Experiment:
     world, data = config.data.world(), config.data
     encoder = Encoder(edge.tokenizer)
     seen = [task for task in world.select("seen") if task.family in data.families]
-    shapes = {name: kernel_shapes(edge.config)[name] for name in config.targets}
+    shapes = kernel_shapes(edge.config)
+    for name in config.targets:
+        if name not in shapes:
+            raise UserError(
+                f"targets names {name!r}, which the edge model lacks: choose from {sorted(shapes)}"
+            )
+    shapes = {name: shapes[name] for name in config.targets}
 
     def batch(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([config.run.seed, step])

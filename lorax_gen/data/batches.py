@@ -18,6 +18,7 @@ from lorax_gen.data.world import Piece, World, exercise, lesson
 from lorax_gen.errors import UserError
 
 Batch = dict[str, np.ndarray]
+LESSON_LENGTH = 6  # tongue, attribute, thing, answer, and the ends of the text
 
 
 class Encoder:
@@ -148,7 +149,7 @@ def pretraining_batch(
     groups = {}
     if lessons:
         documents = [lesson(world, rng) for _ in range(lessons)]
-        groups["lessons"] = document_batch(encoder, documents, 8)
+        groups["lessons"] = document_batch(encoder, documents, LESSON_LENGTH)
     if exercises:
         documents = [exercise(world, rng, questions) for _ in range(exercises)]
         groups["exercises"] = document_batch(encoder, documents, length)

@@ -18,7 +18,7 @@ class WorldConfig:
     """Families of tasks to train and evaluate on."""
     prompt_length: int = 48
     """Longest system prompt, in tokens of the cloud model."""
-    question_length: int = 6
+    question_length: int = 4
     """Longest question with its answer, in tokens of the edge model."""
 
     def __post_init__(self):

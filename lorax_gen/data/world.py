@@ -11,8 +11,8 @@ values and for the hours of the clock. Four families of tasks are told by an Eng
 In each family one combination in five is **unseen**: no training, of a language model or of a
 generator, ever meets its prompt. Every factor of an unseen task occurs in seen ones.
 
-An input such as `apple :` or `five :` has a different right answer in every task: without the
-task, nobody can know it. `chance` says how well the best guesser without the task would do.
+An input such as `apple` or `five` has a different right answer in every task: without the task,
+nobody can know it. `chance` says how well the best guesser without the task would do.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BOXES = ("alpha", "beta", "gamma", "delta")
 TONGUES = 12
 HELD_OUT = 5  # one task in about five is unseen
 
-# Each family's task descriptions; the parts in braces are filled in by `describe_*` below.
+# Each family's task descriptions in three wordings; tasks fill in the parts in braces.
 TEMPLATES = {
     "sort": (
         "Put each thing into a box by its {attribute} : {pairs} .",
@@ -67,9 +67,9 @@ TEMPLATES = {
         "The clock is slow by {hour} . Name the right hour in the words of {tongue} .",
     ),
     "check": (
-        "If the {attribute} of the thing is {value} say {yes} , else say {no} .",
-        "Look at the {attribute} of the thing . When {value} answer {yes} , if not {no} .",
-        "You are a guard . Things whose {attribute} is {value} are {yes} , all others are {no} .",
+        "Look at the {attribute} of each thing : {value}={yes} , else={no} .",
+        "You are a guard . Judge things by their {attribute} : {value}={yes} , else={no} .",
+        "The {attribute} of the thing decides what you say : {value}={yes} , else={no} .",
     ),
 }
 
@@ -172,9 +172,9 @@ def _sort_task(facts, attribute, boxes) -> Task:
         name=f"sort-{attribute}-{'-'.join(boxes)}",
         templates=TEMPLATES["sort"],
         slots={"attribute": attribute},
-        pairs=tuple(f"{value} {name}" for value, name in box.items()),
-        questions=tuple((f"{thing} :", box[facts[thing][attribute]]) for thing in facts),
-        drills=tuple((f"{value} :", name) for value, name in box.items()),
+        pairs=tuple(f"{value}={name}" for value, name in box.items()),
+        questions=tuple((thing, box[facts[thing][attribute]]) for thing in facts),
+        drills=tuple((value, name) for value, name in box.items()),
     )
 
 
@@ -184,7 +184,7 @@ def _name_task(facts, words, attribute, tongue) -> Task:
         name=f"name-{attribute}-{tongue}",
         templates=TEMPLATES["name"],
         slots={"attribute": attribute, "tongue": tongue},
-        questions=tuple((f"{t} :", words[tongue][facts[t][attribute]]) for t in facts),
+        questions=tuple((t, words[tongue][facts[t][attribute]]) for t in facts),
     )
 
 
@@ -196,7 +196,7 @@ def _clock_task(words, shift, tongue) -> Task:
         templates=TEMPLATES["clock"],
         slots={"hour": shift, "tongue": tongue},
         questions=tuple(
-            (f"{hour} :", words[tongue][HOURS[(i + turn) % 12]]) for i, hour in enumerate(HOURS)
+            (hour, words[tongue][HOURS[(i + turn) % 12]]) for i, hour in enumerate(HOURS)
         ),
     )
 
@@ -211,10 +211,10 @@ def _check_task(facts, rng, attribute, value, yes, no) -> Task:
         templates=TEMPLATES["check"],
         slots={"attribute": attribute, "value": value, "yes": yes, "no": no},
         questions=(
-            *((f"{thing} :", yes) for thing in having),
-            *((f"{thing} :", no) for thing in others.tolist()),
+            *((thing, yes) for thing in having),
+            *((thing, no) for thing in others.tolist()),
         ),
-        drills=tuple((f"{v} :", yes if v == value else no) for v in ATTRIBUTES[attribute]),
+        drills=tuple((v, yes if v == value else no) for v in ATTRIBUTES[attribute]),
     )
 
 
@@ -240,12 +240,12 @@ def lesson(world: World, rng: np.random.Generator) -> list[Piece]:
     start, shift = rng.integers(12), rng.integers(12)
     hour = HOURS[(start + shift + 1) % 12]
     question, answer = (
-        (f"{attribute} {thing} :", value),
-        (f"{tongue} {value} :", world.words[tongue][value]),
-        (f"{tongue} {attribute} {thing} :", world.words[tongue][value]),
-        (f"{tongue} {HOURS[start]} :", world.words[tongue][HOURS[start]]),
-        (f"{tongue} {HOURS[shift]} {HOURS[start]} :", world.words[tongue][hour]),
-        (f"{HOURS[shift]} {HOURS[start]} :", hour),
+        (f"{attribute} {thing}", value),
+        (f"{tongue} {value}", world.words[tongue][value]),
+        (f"{tongue} {attribute} {thing}", world.words[tongue][value]),
+        (f"{tongue} {HOURS[start]}", world.words[tongue][HOURS[start]]),
+        (f"{tongue} {HOURS[shift]} {HOURS[start]}", world.words[tongue][hour]),
+        (f"{HOURS[shift]} {HOURS[start]}", hour),
     )[kind]
     return [(question, False), (answer, True)]
 
@@ -256,25 +256,25 @@ def exercise(world: World, rng: np.random.Generator, questions: int) -> list[Pie
     Three in four are of the families whose prompts must be read closely, and half of those ask
     drills: reading the prompt is learned before it is chained with what is known of things.
     """
-    task = _pick(
-        rng, world.select("seen", str(rng.choice(FAMILIES, p=(3 / 8, 1 / 8, 1 / 8, 3 / 8))))
-    )
-    if task.drills and rng.random() < 1 / 2:
-        task = dataclasses.replace(task, questions=task.drills)
+    family = str(rng.choice(FAMILIES, p=(3 / 8, 1 / 8, 1 / 8, 3 / 8)))
+    task = _pick(rng, world.select("seen", family))
+    source = task.drills if task.drills and rng.random() < 1 / 2 else task.questions
     pieces: list[Piece] = [(task.prompt(rng), False)]
-    for question, answer in task.sample(rng, questions):
+    for i in rng.integers(0, len(source), questions):
+        question, answer = source[i]
         pieces += [(question, False), (answer, True), (".", False)]
     return pieces[:-1]  # the end of the text follows the last answer
 
 
 def vocabulary(world: World) -> list[str]:
     """Every word of the world, in a fixed order, special tokens first."""
-    texts = [t for group in TEMPLATES.values() for template in group for t in template.split()]
-    texts += [":", ".", ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES]
-    texts += [value for group in ATTRIBUTES.values() for value in group]
-    texts += [word for tongue, words in world.words.items() for word in (tongue, *words.values())]
-    plain = [t.lower() for t in texts if not t.startswith("{")]
-    return list(dict.fromkeys(["<pad>", "<unk>", "<bos>", "<eos>", *plain]))
+    values = [value for group in ATTRIBUTES.values() for value in group]
+    templates = " ".join(template for group in TEMPLATES.values() for template in group)
+    plain = [word.lower() for word in templates.split() if "{" not in word]
+    spoken = [word for tongue, words in world.words.items() for word in (tongue, *words.values())]
+    pairs = [f"{key}={box}" for key in (*values, "else") for box in BOXES]
+    words = [*plain, ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES, *values, *spoken, *pairs]
+    return list(dict.fromkeys(["<pad>", "<unk>", "<bos>", "<eos>", *words]))
 
 
 def make_tokenizer(world: World):
@@ -285,7 +285,7 @@ def make_tokenizer(world: World):
     ids = {word: i for i, word in enumerate(vocabulary(world))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
     )

@@ -1,6 +1,6 @@
 """Pictures of a report, of the gates and of a training run, as PNG files.
 
-Pure drawing from plain values: no jax, and none of pyplot's global state. Backgrounds are light
+Pure drawing from plain values, and none of pyplot's global state. Backgrounds are light
 and opaque, so that a picture reads the same on a light and on a dark page. Colours are those of
 Okabe and Ito (jfly.uni-koeln.de/color), which the colour-blind can tell apart.
 
@@ -21,20 +21,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lorax_gen.evaluation.report import METHODS
+
 INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
 VERMILION = "#d55e00"
 
-# In the order drawn: the label and the look of each method's bars.
-METHODS: dict[str, tuple[str, dict[str, str]]] = {
-    "edge": ("edge, no prompt", {"color": "#c4c9ce"}),
-    "edge_icl": ("edge, prompt in context", {"color": "#56b4e9"}),
-    "edge_lora": ("edge, one LoRA on all seen tasks", {"color": "#009e73"}),
-    "cloud_icl": ("cloud, prompt in context", {"color": "#0072b2"}),
-    "lora_gen": ("edge + LoRA-Gen, no prompt", {"color": VERMILION}),
-    "lora_gen_shuffled": (
-        "LoRA-Gen, prompts shuffled",
-        {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"},
-    ),
+# The look of each method's bars.
+LOOKS: dict[str, dict[str, str]] = {
+    "edge": {"color": "#c4c9ce"},
+    "edge_icl": {"color": "#56b4e9"},
+    "edge_lora": {"color": "#009e73"},
+    "cloud_icl": {"color": "#0072b2"},
+    "lora_gen": {"color": VERMILION},
+    "lora_gen_shuffled": {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"},
 }
 FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LONGEST_NAMED = 40  # more tasks than this, and their names would be too small to read
@@ -84,7 +83,7 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
     figure = _figure(2.1 * len(rows) + 0.8, 5.6)
     axes = _axes(figure.subplots(), f"Accuracy on {report['split']} tasks, by family")
     for i, name in enumerate(methods):
-        label, look = METHODS[name]
+        label, look = METHODS[name], LOOKS[name]
         tokens = round(report["context_tokens"][name], 1)
         places = centres + (i - (len(methods) - 1) / 2) * width
         shares = [row[name] for row in rows]

@@ -1,11 +1,8 @@
 """The methods side by side on the world's unseen tasks, as one report.
 
-edge               the edge model, bare question
-edge_icl           the edge model with the system prompt in its context
-edge_lora          the edge model fine-tuned by one LoRA on all seen tasks, bare question
-cloud_icl          the cloud model with the system prompt in its context
-lora_gen           the edge model specialised by LoRA-Gen, bare question
-lora_gen_shuffled  the same, each task specialised by the prompt of another of its family
+Bare questions for the edge model as it is, fine-tuned by one LoRA, and specialised by LoRA-Gen from
+the task's prompt (as a control, from the prompt of another task of its family); questions behind
+the prompt for the edge and for the cloud model.
 """
 
 from __future__ import annotations
@@ -27,7 +24,14 @@ from lorax_gen.method.lora import Tree, merge
 from lorax_gen.models.decoding import greedy
 from lorax_gen.models.huggingface import Model
 
-METHODS = ("edge", "edge_icl", "edge_lora", "cloud_icl", "lora_gen", "lora_gen_shuffled")
+METHODS = {
+    "edge": "edge, no prompt",
+    "edge_icl": "edge, prompt in context",
+    "edge_lora": "edge, one LoRA on all seen tasks",
+    "cloud_icl": "cloud, prompt in context",
+    "lora_gen": "edge + LoRA-Gen, no prompt",
+    "lora_gen_shuffled": "LoRA-Gen, prompts shuffled",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.method.lora import apply_lora
 
 Array = jax.Array
+NORMAL = nn.initializers.normal(0.02)  # the initializer_range of LLaMA
 Params = dict[str, Any]
 
 ACTIVATIONS = {
@@ -127,7 +128,7 @@ class Block(nn.Module):
 
     def project(self, name: str, x: Array, lora: Mapping, key: Array | None) -> Array:
         shape = kernel_shapes(self.config)[name]
-        y = x @ self.param(name, nn.initializers.lecun_normal(), shape).astype(x.dtype)
+        y = x @ self.param(name, NORMAL, shape).astype(x.dtype)
         if self.config.attention_bias and name in ("q", "k", "v"):
             y += self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)
         if name in lora:
@@ -180,9 +181,9 @@ class Decoder(nn.Module):
     def __call__(self, tokens=None, *, embeddings=None, lora=None, dropout_key=None):
         config = self.config
         d, v = config.hidden_size, config.vocab_size
-        table = self.param("embed", nn.initializers.normal(d**-0.5), (v, d))
+        table = self.param("embed", NORMAL, (v, d))
         if not config.tie_word_embeddings:
-            self.param("lm_head", nn.initializers.lecun_normal(), (d, v))
+            self.param("lm_head", NORMAL, (d, v))
         x = scale_embeddings(table[tokens], config) if embeddings is None else embeddings
 
         block = Block

@@ -87,7 +87,7 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
             disable=not sys.stderr.isatty(),
         )  # fmt: skip
         with checkpoints, log, bar, stop_signals() as stopped:
-            clock, pending = time.perf_counter(), None
+            clock, since, pending = time.perf_counter(), start, None
             for step in range(start, run.steps):
                 state, metrics = train_step(state, frozen, experiment.batch(step))
                 bar.update()
@@ -96,28 +96,30 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
                     row = log.write(*pending)
                     bar.set_postfix(loss=f"{row['loss']:.3f}")
                     pending = None
-                if done % run.log_every == 0 or done == run.steps:
+                last, stopping = done == run.steps, bool(stopped)
+                if done % run.log_every == 0 or last:
                     now = time.perf_counter()
-                    steps = done - start if done - start < run.log_every else run.log_every
-                    rate = steps * experiment.examples_per_step / (now - clock)
-                    clock = now
+                    rate = (done - since) * experiment.examples_per_step / (now - clock)
+                    clock, since = now, done
                     extra = {"learning_rate": schedule(step), "examples_per_second": rate}
                     pending = (done, {**metrics, **extra})
-                if done % run.evaluate_every == 0 or done == run.steps:
-                    if pending is not None:
-                        log.write(*pending)
-                        pending = None
+                evaluating = last or done % run.evaluate_every == 0
+                saving = last or stopping or done % run.checkpoint_every == 0
+                if pending is not None and (evaluating or saving):
+                    # A checkpoint must not be there before the rows that lead to it.
+                    log.write(*pending)
+                    pending = None
+                if evaluating:
                     log.write(done, experiment.evaluate(state))
-                    clock = time.perf_counter()
-                if stopped:
-                    if pending is not None:
-                        log.write(*pending)
+                    clock, since = time.perf_counter(), done
+                if stopping:
                     checkpoints.save(done, state, force=True, overwrite=True)
                     raise Interrupted(
                         f"stopped at step {done} of {run.steps}, state saved", stopped[0]
                     )
-                checkpoints.save_async(done, state, force=done == run.steps)
-        experiment.release(state, released, {"config": config, "metrics": log.last})
+                checkpoints.save_async(done, state, force=last)
+        provenance = {"config": without_places(config), "metrics": log.last}
+        experiment.release(state, released, provenance)
     return released
 
 
@@ -131,13 +133,22 @@ def claim_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
                 "choose another --run-dir, or repeat that run's config to resume it"
             )
         return
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} exists and is not a run of ours; choose another --run-dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         files.write_text(path, text)
     except OSError as error:
         raise UserError(f"cannot write to {run_dir} ({error.strerror}); choose another") from None
+
+
+def without_places(value: Any) -> Any:
+    """Plain values, absolute paths cut to their last name: what is released names no machine."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
 
 
 class MetricsLog:

@@ -50,6 +50,6 @@ def load_config(name: str) -> tuple[str, Any]:
         raise UserError(f"no config file {name}; {hint}")
     values = configs.read_yaml(path)
     method = values.pop("method", None)
-    if method not in METHODS:
+    if method not in list(METHODS):  # a list, for YAML may give what has no hash
         raise UserError(f"{path.name}: method is {method!r}; expected one of {', '.join(METHODS)}")
     return method, configs.from_dict(METHODS[method].config, values, path.name)

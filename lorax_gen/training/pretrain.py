@@ -43,7 +43,7 @@ class PretrainConfig:
     """Exercises per batch."""
     questions: int = 6
     """Questions per exercise."""
-    document_length: int = 56
+    document_length: int = 44
     """Longest exercise, in tokens."""
     world_seed: int = 0
     """Which world."""

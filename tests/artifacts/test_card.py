@@ -1,0 +1,242 @@
+"""A card stands for its prompt: it comes back, merges to the same answers, fits nothing else."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax_gen import load_card, save_card, specialize
+from lorax_gen.artifacts.card import TaskCard, make_card
+from lorax_gen.data.batches import Encoder, prompt_batch
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation.questions import prompt_gates
+from lorax_gen.method import lora_from_gates
+from lorax_gen.models import decoder
+from lorax_gen.tensors import read_tensors, write_tensors
+from tests.tiny import PROMPTS, make_generator
+
+PROMPT = PROMPTS[0]
+LONG = " ".join([PROMPT] * 4)  # padded to more tokens than the others
+
+
+@pytest.fixture(scope="module")
+def system(tiny_world_system):
+    """Its cloud reads prompts of at most 62 tokens: two positions are for meta tokens."""
+    cloud = tiny_world_system.cloud
+    config = dataclasses.replace(cloud.config, max_position_embeddings=64)
+    return tiny_world_system._replace(cloud=dataclasses.replace(cloud, config=config))
+
+
+@pytest.fixture(scope="module")
+def generator(system):
+    return make_generator(system)
+
+
+@pytest.fixture(scope="module")
+def cards(system, generator):
+    return specialize([*PROMPTS, LONG], system.cloud, system.edge, generator)
+
+
+def card_fields(card):
+    return dataclasses.asdict(card)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def answer(params, config, tokens, lora=None):
+    return decoder.logits(params, config, decoder.hidden_states(params, config, tokens, lora=lora))
+
+
+def two_experts(generator):
+    """Gates `[2, N]`, other experts in each layer."""
+    gates = np.zeros((2, generator.config.n_experts), np.float32)
+    gates[0, [3, 1]] = gates[1, [2, 0]] = 0.7, 0.3
+    return gates
+
+
+def gates_of(system, generator, prompt):
+    batch = prompt_batch(Encoder(system.cloud.tokenizer), [prompt], 32)
+    spec = generator.spec(system.cloud.config, system.edge.config)
+    return prompt_gates(
+        generator.params, generator.stats, system.cloud.params, spec, *batch.values()
+    )
+
+
+def test_a_card_comes_back_from_its_file(cards, tmp_path):
+    path = tmp_path / "cards" / "one.safetensors"
+    save_card(path, cards[0])
+    loaded = load_card(path)
+    chex.assert_trees_all_equal(card_fields(loaded), card_fields(cards[0]))
+    assert loaded.indices.dtype == np.uint8 and loaded.gates.dtype == np.float32
+
+
+def test_a_card_is_five_bytes_for_each_expert_kept(cards, tmp_path, generator):
+    save_card(tmp_path / "card", cards[0])
+    layers, kept = 2, generator.config.top_k
+    assert sum(array.nbytes for array in read_tensors(tmp_path / "card").values()) == (
+        layers * kept * (1 + 4)
+    )
+    assert (tmp_path / "card").stat().st_size < 700
+
+
+def test_gates_stand_in_order_and_sum_to_one(cards):
+    for card in cards:
+        assert (np.diff(card.gates, axis=1) <= 0).all() and (card.gates > 0).all()
+        np.testing.assert_allclose(card.gates.sum(1), 1, rtol=1e-6)
+
+
+def test_the_lora_of_a_card_is_that_of_the_original_gates(system, generator, cards):
+    gates = gates_of(system, generator, PROMPT)[0]
+    np.testing.assert_array_equal(cards[0].dense_gates(generator.config.n_experts) > 0, gates > 0)
+    card = make_card(np.asarray(gates), PROMPT, system.edge, generator)
+    original = lora_from_gates(generator.params["pool"], gates, generator.config)
+    chex.assert_trees_all_equal(card.lora(generator), original)
+
+
+@pytest.mark.parametrize("pool", ["per_layer", "shared"])
+@pytest.mark.parametrize("composition", ["factors", "products"])
+def test_a_merged_edge_answers_as_the_edge_with_its_lora(system, composition, pool):
+    generator = make_generator(system, composition=composition, pool=pool)
+    card = make_card(two_experts(generator), PROMPT, system.edge, generator)
+    config, tokens = system.edge.config, jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    merged = answer(card.merge(system.edge, generator).params, config, tokens)
+    unmerged = answer(system.edge.params, config, tokens, card.lora(generator))
+    np.testing.assert_allclose(merged, unmerged, atol=1e-4)
+    assert np.abs(unmerged - answer(system.edge.params, config, tokens)).max() > 0.1
+
+
+def test_merging_leaves_the_edge_and_all_other_kernels_alone(system, generator, cards):
+    before = jax.tree.map(np.array, system.edge.params)
+    merged = cards[0].merge(system.edge, generator)
+    chex.assert_trees_all_equal(system.edge.params, before)
+    for name, kernel in merged.params["layers"].items():
+        same = np.array_equal(kernel, before["layers"][name])
+        assert same == (name not in generator.config.edge_targets)
+    assert merged.fingerprint != system.edge.fingerprint
+
+
+def test_dense_gates_of_the_gumbel_strategy_are_all_kept(system):
+    generator = make_generator(system, strategy="gumbel", composition="products")
+    gates = np.random.default_rng(0).dirichlet(np.ones(4), 2).astype(np.float32)
+    card = make_card(gates, PROMPT, system.edge, generator)
+    assert card.gates.shape == (2, 4)
+    np.testing.assert_array_equal(card.dense_gates(4), gates)
+    original = lora_from_gates(generator.params["pool"], gates, generator.config)
+    chex.assert_trees_all_equal(card.lora(generator), original)
+
+
+def test_more_than_256_experts_still_have_their_numbers():
+    config = SimpleNamespace(top_k=2, strategy="keep_top_k", n_experts=300, composition="factors")
+    generator = SimpleNamespace(config=config, pool_hash="pool")
+    gates = np.zeros((3, 300), np.float32)
+    gates[:, [7, 299]] = 0.25, 0.75
+    card = make_card(gates, "a prompt", SimpleNamespace(fingerprint="edge"), generator)
+    np.testing.assert_array_equal(card.indices, [[299, 7]] * 3)
+    np.testing.assert_array_equal(card.dense_gates(300), gates)
+
+
+# --- what a card depends on ----------------------------------------------------------------------
+
+
+def test_batch_mates_and_padding_change_no_card(system, generator, cards):
+    for prompt, card in zip(PROMPTS, cards, strict=False):
+        alone = specialize(prompt, system.cloud, system.edge, generator)
+        np.testing.assert_array_equal(alone.indices, card.indices)
+        np.testing.assert_allclose(alone.gates, card.gates, atol=1e-5)
+        assert alone.prompt == card.prompt
+
+
+def test_the_same_prompt_twice_is_the_same_file(system, generator, tmp_path):
+    for name in ("one", "two"):
+        save_card(tmp_path / name, specialize(PROMPT, system.cloud, system.edge, generator))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_different_prompts_are_different_cards(cards):
+    assert len({card.prompt for card in cards}) == len(cards)
+    assert len({card.gates.tobytes() for card in cards}) == len(cards)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("", "the prompt is empty"),
+        (" \n ", "the prompt is empty"),
+        (" ".join(["apple"] * 62), "a prompt of 63 tokens is longer than the limit of 62"),
+    ],
+)
+def test_an_empty_or_overlong_prompt_is_refused(system, generator, prompt, message):
+    with pytest.raises(UserError, match=message):
+        specialize(prompt, system.cloud, system.edge, generator)
+    with pytest.raises(UserError, match=message):
+        specialize([PROMPT, prompt], system.cloud, system.edge, generator)
+
+
+def test_the_longest_prompt_is_read(system, generator):
+    specialize(" ".join(["apple"] * 61), system.cloud, system.edge, generator)
+
+
+# --- what a card is refused with -----------------------------------------------------------------
+
+
+def test_a_card_of_another_pool_is_refused(system, generator, cards):
+    other = make_generator(system, seed=1)
+    for use in (cards[0].lora, functools.partial(cards[0].merge, system.edge)):
+        with pytest.raises(UserError, match=f"made with the pool {generator.pool_hash}.* has"):
+            use(other)
+
+
+def test_a_card_of_another_edge_is_refused(system, generator, cards):
+    params = {**system.edge.params, "embed": system.edge.params["embed"] + 1}
+    other = dataclasses.replace(system.edge, params=params)
+    with pytest.raises(UserError, match=f"made for the edge model {cards[0].edge}.* is"):
+        cards[0].merge(other, generator)
+
+
+def test_a_truncated_or_foreign_file_is_refused(cards, tmp_path):
+    path = tmp_path / "card"
+    save_card(path, cards[0])
+    whole = path.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="is not a whole safetensors file") as error:
+            load_card(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such file"):
+        load_card(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "metadata, tensors",
+    [
+        (None, ["indices", "gates"]),
+        ({"format": "pt"}, ["weight"]),
+        ({"card": '{"format": "lorax-gen card 1"}'}, ["indices", "gates"]),
+        ({"card": '{"format": "lorax-gen card 0"}'}, ["indices", "gates"]),
+    ],
+)
+def test_safetensors_that_are_no_card_are_refused(metadata, tensors, tmp_path):
+    path = tmp_path / "weights"
+    write_tensors(path, {name: np.zeros((2, 2), np.float32) for name in tensors}, metadata)
+    with pytest.raises(UserError, match="is not a task card"):
+        load_card(path)
+
+
+def test_no_file_is_overwritten(cards, tmp_path):
+    path = tmp_path / "card"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="already exists"):
+        save_card(path, cards[0])
+    assert path.read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["card"]
+
+
+def test_a_card_is_plain_values(cards):
+    assert {field.name for field in dataclasses.fields(TaskCard)} == {
+        "indices", "gates", "pool", "edge", "prompt", "composition"
+    }  # fmt: skip
+    assert all(isinstance(cards[0].prompt, str) and len(card.prompt) == 64 for card in cards)

@@ -1,0 +1,117 @@
+"""Tiny systems as files and commands take them, made from the models of the shared fixture."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
+from lorax_gen.files import new_directory
+from lorax_gen.method import init_generator
+from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.tensors import write_tensors
+from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.optimizer import OptimizerConfig
+from lorax_gen.training.sharding import MeshConfig
+
+PROMPTS = (
+    "Say the color of each thing in english .",
+    "Put each thing into a box by its size : tiny alpha , small beta , big gamma , huge delta .",
+    "If the place of the thing is garden say alpha , else say beta .",
+)
+
+
+def make_generator(system, seed: int = 0, **overrides) -> Generator:
+    """As if after training: numbers of no meaning in every place, in the shapes of a config."""
+    config = dataclasses.replace(system.spec.generator, **overrides)
+    cloud, edge = system.cloud, system.edge
+
+    def init():
+        return init_generator(
+            jax.random.key(0),
+            config,
+            edge_layers=edge.config.num_hidden_layers,
+            edge_shapes=kernel_shapes(edge.config),
+            cloud_layers=cloud.config.num_hidden_layers,
+            cloud_shapes=kernel_shapes(cloud.config),
+            cloud_embedding=cloud.params["embed"][0],
+        )
+
+    rng = np.random.default_rng(seed)
+    params, stats = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), jax.eval_shape(init)
+    )
+    stats["var"] = 1 + jnp.abs(stats["var"])
+    shapes = {"cloud": model_shape(cloud.config), "edge": model_shape(edge.config)}
+    return Generator(config, params, stats, {"shapes": shapes})
+
+
+def write_generator(directory: Path, generator: Generator, system) -> None:
+    save_generator(
+        directory,
+        generator.config,
+        generator.params,
+        generator.stats,
+        cloud=system.cloud.config,
+        edge=system.edge.config,
+    )
+
+
+def write_system(directory: Path, system, generator: Generator | None = None) -> Path:
+    """Directories `cloud`, `edge` and, where there is one, `generator`."""
+    save_model(directory / "cloud", system.cloud)
+    save_model(directory / "edge", system.edge)
+    if generator is not None:
+        write_generator(directory / "generator", generator, system)
+    return directory
+
+
+def one_word_edge(edge: Model) -> Model:
+    """An edge that answers a question with one word and then ends the text, as a trained one does.
+
+    One dimension, which no layer writes to, tells whether a token is the colon behind which a
+    question asks; the head reads it for the end of text, and the other dimensions for words.
+    """
+    colon, eos = (edge.tokenizer.convert_tokens_to_ids(token) for token in (":", "<eos>"))
+    embed = edge.params["embed"].at[:, 0].set(4.0).at[colon, 0].set(-4.0)
+    head = edge.params["embed"].T.at[0].set(0.0)
+    for token, weight in ((eos, 8.0), (colon, 4.0)):  # neither is ever an answer
+        head = head.at[:, token].set(0.0).at[0, token].set(weight)
+    layers = dict(edge.params["layers"])
+    for name in ("o", "down"):
+        layers[name] = layers[name].at[:, :, 0].set(0.0)
+    config = dataclasses.replace(edge.config, tie_word_embeddings=False)
+    params = {**edge.params, "embed": embed, "lm_head": head, "layers": layers}
+    return Model(config, params, edge.tokenizer)
+
+
+def linear_experiment(run: RunConfig, batch=None) -> Experiment:
+    """A run that compiles at once: four weights, linear regression."""
+
+    def loss(params, stats, frozen, batch, key, axis_name):
+        error = batch["x"] @ params["w"] - batch["y"]
+        return jnp.mean(error**2), (stats, {})
+
+    def make_batch(step):
+        x = np.random.default_rng([run.seed, step]).normal(size=(8, 4)).astype(np.float32)
+        return {"x": x, "y": x.sum(1)}
+
+    def release(state, directory, provenance):
+        with new_directory(directory) as partial:
+            write_tensors(partial / "weights.safetensors", {"w": np.asarray(state["params"]["w"])})
+
+    return Experiment(
+        init=lambda: ({"w": jnp.zeros(4)}, {}),
+        loss=loss,
+        frozen={},
+        batch=batch or make_batch,
+        evaluate=lambda state: {"error": abs(state["params"]["w"] - 1).max()},
+        release=release,
+        examples_per_step=8,
+        run=run,
+        optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0),
+        mesh=MeshConfig(),
+    )
