@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from lorax_gen.data.batches import Encoder
-from lorax_gen.data.world import World, make_tokenizer, make_world, vocabulary
+from lorax_gen.data.world import World, make_world, vocabulary
+from lorax_gen.tokenizers import word_level
 from lorax_gen.method import GeneratorConfig, init_generator
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
@@ -102,7 +103,7 @@ class TinySystem(NamedTuple):
 def tiny_world_system() -> TinySystem:
     """Cloud of width 48 and edge of width 32, two layers each, and a generator between them."""
     world = make_world(0)
-    tokenizer = make_tokenizer(world)
+    tokenizer = word_level(vocabulary(world))
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     common = heads | {"vocab_size": len(vocabulary(world)), "tie_word_embeddings": True}
     cloud, edge = (

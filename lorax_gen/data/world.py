@@ -267,35 +267,14 @@ def exercise(world: World, rng: np.random.Generator, questions: int) -> list[Pie
 
 
 def vocabulary(world: World) -> list[str]:
-    """Every word of the world, in a fixed order, special tokens first."""
+    """Every word of the world, in a fixed order."""
     values = [value for group in ATTRIBUTES.values() for value in group]
     templates = " ".join(template for group in TEMPLATES.values() for template in group)
     plain = [word.lower() for word in templates.split() if "{" not in word]
     spoken = [word for tongue, words in world.words.items() for word in (tongue, *words.values())]
     pairs = [f"{key}={box}" for key in (*values, "else") for box in BOXES]
     words = [*plain, ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES, *values, *spoken, *pairs]
-    return list(dict.fromkeys(["<pad>", "<unk>", "<bos>", "<eos>", *words]))
-
-
-def make_tokenizer(world: World):
-    """A word-level tokenizer of the world's words, as `transformers` loads it from a directory."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {word: i for i, word in enumerate(vocabulary(world))}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
+    return list(dict.fromkeys(words))
 
 
 def _pick(rng: np.random.Generator, items):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, Params
 from lorax_gen.tensors import open_safetensors, tree_hash
+from lorax_gen.tokenizers import load_tokenizer
 
 # Ours -> theirs; `{i}` is the layer. Two-dimensional kernels are transposed, `embed` is not.
 LLAMA_NAMES = {
@@ -199,14 +199,3 @@ def read_params(path: Path, config: DecoderConfig, table: Mapping[str, str], dty
             value = jnp.asarray(np.stack(rows) if stacked else rows[0], dtype)
             (params["layers"] if stacked else params)[ours.split("/")[-1]] = value
     return params
-
-
-def load_tokenizer(directory: Path):
-    """The directory's tokenizer, by `transformers`."""
-    if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"no tokenizer.json in {directory}; a model directory needs its tokenizer")
-    # Without torch, transformers advises at import that only its tokenizers work: all we use.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory)

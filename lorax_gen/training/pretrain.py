@@ -10,11 +10,12 @@ import jax
 import numpy as np
 
 from lorax_gen.data.batches import Encoder, document_batch, pretraining_batch
-from lorax_gen.data.world import FAMILIES, World, make_tokenizer, make_world, vocabulary
+from lorax_gen.data.world import FAMILIES, World, make_world, vocabulary
 from lorax_gen.evaluation.questions import answers_right, in_batches
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.tokenizers import word_level
 from lorax_gen.training.experiment import Experiment, RunConfig
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.sharding import MeshConfig
@@ -68,9 +69,9 @@ class PretrainConfig:
 def experiment(config: PretrainConfig) -> Experiment:
     """Assembles the run; see `training.loop.fit`."""
     world = make_world(config.world_seed)
-    tokenizer = make_tokenizer(world)
+    tokenizer = word_level(vocabulary(world))
     encoder = Encoder(tokenizer)
-    shape = config.decoder(len(vocabulary(world)))
+    shape = config.decoder(len(tokenizer))
 
     def batch(step: int) -> dict[str, Any]:
         return pretraining_batch(
