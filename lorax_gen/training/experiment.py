@@ -41,7 +41,7 @@ class Experiment:
       frozen: weights that are read and never trained.
       batch: the host batch of a step, numpy arrays.
       evaluate: metrics of a state, by name.
-      release: writes what the run is for into a directory that does not exist yet.
+      release: writes what the run is for into an empty directory, with its provenance.
       examples_per_step: rows that one step trains on.
     """
 

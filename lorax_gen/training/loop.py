@@ -5,7 +5,7 @@ A run directory holds
     config.yaml        the resolved config: the same command resumes, another one is refused
     metrics.jsonl      one JSON object per line: training metrics, and evaluations
     checkpoints/       orbax checkpoints
-    released/          the trained artifact, written when the run is complete
+    released/          the trained artifact and its metrics, written when the run is complete
 
 Metrics are read one step late, so that the host prepares a batch while the device works.
 """
@@ -13,6 +13,7 @@ Metrics are read one step late, so that the host prepares a batch while the devi
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -119,7 +120,9 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
                     )
                 checkpoints.save_async(done, state, force=last)
         provenance = {"config": without_places(config), "metrics": log.last}
-        experiment.release(state, released, provenance)
+        with files.new_directory(released) as partial:
+            experiment.release(state, partial, provenance)
+            shutil.copy(log.path, partial)
     return released
 
 
