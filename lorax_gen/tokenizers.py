@@ -9,10 +9,10 @@ from pathlib import Path
 # Without torch, transformers advises at import that only its tokenizers work: all we want.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lorax_gen.errors import UserError  # noqa: E402
+from lorax_gen.errors import UserError
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
 

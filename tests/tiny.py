@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
+from lorax_gen.data.world import HOURS, THINGS
 from lorax_gen.files import new_directory
 from lorax_gen.method import init_generator
 from lorax_gen.models.decoder import kernel_shapes
@@ -19,8 +20,8 @@ from lorax_gen.training.sharding import MeshConfig
 
 PROMPTS = (
     "Say the color of each thing in english .",
-    "Put each thing into a box by its size : tiny alpha , small beta , big gamma , huge delta .",
-    "If the place of the thing is garden say alpha , else say beta .",
+    "Put each thing into a box by its size : tiny=alpha , small=beta , big=gamma , huge=delta .",
+    "Look at the place of each thing : garden=alpha , else=beta .",
 )
 
 
@@ -72,14 +73,15 @@ def write_system(directory: Path, system, generator: Generator | None = None) ->
 def one_word_edge(edge: Model) -> Model:
     """An edge that answers a question with one word and then ends the text, as a trained one does.
 
-    One dimension, which no layer writes to, tells whether a token is the colon behind which a
-    question asks; the head reads it for the end of text, and the other dimensions for words.
+    One dimension, which no layer writes to, tells whether a token is of those that end questions;
+    the head reads it for the end of text, and the other dimensions for words.
     """
-    colon, eos = (edge.tokenizer.convert_tokens_to_ids(token) for token in (":", "<eos>"))
-    embed = edge.params["embed"].at[:, 0].set(4.0).at[colon, 0].set(-4.0)
+    eos = edge.tokenizer.eos_token_id
+    asked = jnp.asarray(edge.tokenizer.convert_tokens_to_ids([*THINGS, *HOURS]))
+    embed = edge.params["embed"].at[:, 0].set(4.0).at[asked, 0].set(-4.0)
     head = edge.params["embed"].T.at[0].set(0.0)
-    for token, weight in ((eos, 8.0), (colon, 4.0)):  # neither is ever an answer
-        head = head.at[:, token].set(0.0).at[0, token].set(weight)
+    for tokens, weight in ((eos, 8.0), (asked, 4.0)):  # none of them is ever an answer
+        head = head.at[:, tokens].set(0.0).at[0, tokens].set(weight)
     layers = dict(edge.params["layers"])
     for name in ("o", "down"):
         layers[name] = layers[name].at[:, :, 0].set(0.0)

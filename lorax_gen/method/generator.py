@@ -32,24 +32,43 @@ class GeneratorConfig:
     """
 
     n_experts: int = 8
+    """Experts per pool (n)."""
     top_k: int = 2
+    """Experts kept by KeepTOP-K (K)."""
     rank: int = 16
+    """Rank of an expert (r)."""
     alpha: float = 16.0
+    """The generated LoRA is scaled by alpha / rank."""
     strategy: Literal["keep_top_k", "gumbel"] = "keep_top_k"
+    """How logits become gates: eq. 6-7, or eq. 4-5 (an ablation)."""
     composition: Literal["factors", "products"] = "factors"
+    """Eq. 8 sums A and B each (rank r), or the products A B (rank K r)."""
     pool: Literal["per_layer", "shared"] = "per_layer"
+    """Experts of their own for each edge layer, or one pool for all."""
     router: Literal["per_layer", "shared"] = "per_layer"
+    """A router of its own for each edge layer, or one for all."""
     router_width: int = 512
+    """Hidden width of the router."""
     batch_norm: bool = True
+    """BatchNorm over the logits, last in eq. 3."""
     bn_momentum: float = 0.9
+    """How much of the running statistics a step keeps."""
     bn_eps: float = 1e-5
+    """Added to the variance."""
     meta_tokens: Literal["per_layer", "shared"] = "per_layer"
+    """A meta token of its own for each edge layer, or one vector for all."""
     balance_coefficient: float = 0.01
+    """Weight of the balance loss (c in eq. 9)."""
     cloud_rank: int = 16
+    """Rank of the cloud model's own LoRA."""
     cloud_alpha: float = 16.0
+    """That LoRA is scaled by cloud_alpha / cloud_rank."""
     cloud_dropout: float = 0.05
+    """Dropout on that LoRA's input, in training."""
     cloud_targets: tuple[str, ...] = ("q", "v")
+    """Kernels of the cloud model that it adapts."""
     edge_targets: tuple[str, ...] = ("gate", "up", "down")
+    """Kernels of the edge model that an expert adapts."""
 
     def __post_init__(self):
         for field in fields(self):

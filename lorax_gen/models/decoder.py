@@ -29,8 +29,8 @@ from lorax_gen.errors import UserError
 from lorax_gen.method.lora import apply_lora
 
 Array = jax.Array
-# Variance 1 / fan-in. LLaMA's fixed 0.02 is that at its width of some thousands; in models a hundred
-# wide it is far too small, and reading in context then took ten times as many steps to appear.
+# Variance 1 / fan-in. LLaMA's fixed 0.02 is about that at its width of some thousands; in models a
+# hundred wide it is far too small, and following prompts took several times the steps to appear.
 INIT = nn.initializers.lecun_normal()
 Params = dict[str, Any]
 

@@ -79,11 +79,11 @@ def test_only_the_lora_is_trained(trained, edge_directory):
     assert losses[-1] < losses[0]
 
 
-def test_batches_mix_tasks_and_follow_the_step(trained):
+def test_batches_mix_tasks_and_follow_the_step(config, trained):
     made, *_ = trained
     chex.assert_trees_all_equal(made.batch(3), made.batch(3))
     assert not np.array_equal(made.batch(3)["tokens"], made.batch(4)["tokens"])
-    assert made.batch(3)["tokens"].shape == (8, 6)
+    assert made.batch(3)["tokens"].shape == (8, config.data.question_length)
 
 
 @pytest.fixture(scope="module")
