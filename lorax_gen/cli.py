@@ -73,7 +73,7 @@ class Specialize:
 class Generate:
     """Answer questions: with a task card, with a prompt in context, or with neither.
 
-    Example: lorax-gen generate --card task.card.safetensors apple bell
+    Example: lorax-gen generate --card task.card.safetensors "apple :" "bell :"
     """
 
     questions: Words[tuple[str, ...]]
@@ -229,7 +229,7 @@ def generate(command: Generate) -> int:
         card = lorax_gen.load_card(command.card)
         model = card.merge(model, lorax_gen.load_generator(command.generator))
     if not command.questions:
-        raise UserError('no question given; for example: lorax-gen generate apple')
+        raise UserError('no question given; for example: lorax-gen generate "apple :"')
     texts = [f"{command.context} {question}".strip() for question in command.questions]
     answers = lorax_gen.generate_text(model, texts, max_new_tokens=command.max_new_tokens)
     for question, answer in zip(command.questions, answers, strict=True):

@@ -18,7 +18,7 @@ from lorax_gen.data.world import Piece, World, exercise, lesson
 from lorax_gen.errors import UserError
 
 Batch = dict[str, np.ndarray]
-LESSON_LENGTH = 6  # tongue, attribute, thing, answer, and the ends of the text
+LESSON_LENGTH = 7  # tongue, attribute, thing, colon, answer, and the ends of the text
 
 
 class Encoder:

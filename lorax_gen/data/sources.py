@@ -16,9 +16,9 @@ class WorldConfig:
     """Which world; the shipped models know world 0."""
     families: tuple[str, ...] = FAMILIES
     """Families of tasks to train and evaluate on."""
-    prompt_length: int = 48
+    prompt_length: int = 32
     """Longest system prompt, in tokens of the cloud model."""
-    question_length: int = 4
+    question_length: int = 5
     """Longest question with its answer, in tokens of the edge model."""
 
     def __post_init__(self):

@@ -11,7 +11,7 @@ values and for the hours of the clock. Four families of tasks are told by an Eng
 In each family one combination in five is **unseen**: no training, of a language model or of a
 generator, ever meets its prompt. Every factor of an unseen task occurs in seen ones.
 
-An input such as `apple` or `five` has a different right answer in every task: without the task,
+An input such as `apple :` or `five :` has a different right answer in every task: without the task,
 nobody can know it. `chance` says how well the best guesser without the task would do.
 """
 
@@ -173,8 +173,8 @@ def _sort_task(facts, attribute, boxes) -> Task:
         templates=TEMPLATES["sort"],
         slots={"attribute": attribute},
         pairs=tuple(f"{value}={name}" for value, name in box.items()),
-        questions=tuple((thing, box[facts[thing][attribute]]) for thing in facts),
-        drills=tuple((value, name) for value, name in box.items()),
+        questions=tuple((f"{thing} :", box[facts[thing][attribute]]) for thing in facts),
+        drills=tuple((f"{value} :", name) for value, name in box.items()),
     )
 
 
@@ -184,7 +184,7 @@ def _name_task(facts, words, attribute, tongue) -> Task:
         name=f"name-{attribute}-{tongue}",
         templates=TEMPLATES["name"],
         slots={"attribute": attribute, "tongue": tongue},
-        questions=tuple((t, words[tongue][facts[t][attribute]]) for t in facts),
+        questions=tuple((f"{t} :", words[tongue][facts[t][attribute]]) for t in facts),
     )
 
 
@@ -196,7 +196,7 @@ def _clock_task(words, shift, tongue) -> Task:
         templates=TEMPLATES["clock"],
         slots={"hour": shift, "tongue": tongue},
         questions=tuple(
-            (hour, words[tongue][HOURS[(i + turn) % 12]]) for i, hour in enumerate(HOURS)
+            (f"{hour} :", words[tongue][HOURS[(i + turn) % 12]]) for i, hour in enumerate(HOURS)
         ),
     )
 
@@ -211,10 +211,10 @@ def _check_task(facts, rng, attribute, value, yes, no) -> Task:
         templates=TEMPLATES["check"],
         slots={"attribute": attribute, "value": value, "yes": yes, "no": no},
         questions=(
-            *((thing, yes) for thing in having),
-            *((thing, no) for thing in others.tolist()),
+            *((f"{thing} :", yes) for thing in having),
+            *((f"{thing} :", no) for thing in others.tolist()),
         ),
-        drills=tuple((v, yes if v == value else no) for v in ATTRIBUTES[attribute]),
+        drills=tuple((f"{v} :", yes if v == value else no) for v in ATTRIBUTES[attribute]),
     )
 
 
@@ -240,12 +240,12 @@ def lesson(world: World, rng: np.random.Generator) -> list[Piece]:
     start, shift = rng.integers(12), rng.integers(12)
     hour = HOURS[(start + shift + 1) % 12]
     question, answer = (
-        (f"{attribute} {thing}", value),
-        (f"{tongue} {value}", world.words[tongue][value]),
-        (f"{tongue} {attribute} {thing}", world.words[tongue][value]),
-        (f"{tongue} {HOURS[start]}", world.words[tongue][HOURS[start]]),
-        (f"{tongue} {HOURS[shift]} {HOURS[start]}", world.words[tongue][hour]),
-        (f"{HOURS[shift]} {HOURS[start]}", hour),
+        (f"{attribute} {thing} :", value),
+        (f"{tongue} {value} :", world.words[tongue][value]),
+        (f"{tongue} {attribute} {thing} :", world.words[tongue][value]),
+        (f"{tongue} {HOURS[start]} :", world.words[tongue][HOURS[start]]),
+        (f"{tongue} {HOURS[shift]} {HOURS[start]} :", world.words[tongue][hour]),
+        (f"{HOURS[shift]} {HOURS[start]} :", hour),
     )[kind]
     return [(question, False), (answer, True)]
 
@@ -273,7 +273,7 @@ def vocabulary(world: World) -> list[str]:
     plain = [word.lower() for word in templates.split() if "{" not in word]
     spoken = [word for tongue, words in world.words.items() for word in (tongue, *words.values())]
     pairs = [f"{key}={box}" for key in (*values, "else") for box in BOXES]
-    words = [*plain, ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES, *values, *spoken, *pairs]
+    words = [*plain, ":", ",", *THINGS, *HOURS, *BOXES, *ATTRIBUTES, *values, *spoken, *pairs]
     return list(dict.fromkeys(words))
 
 

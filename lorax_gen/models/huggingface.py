@@ -86,7 +86,13 @@ def save_model(
     """Writes a model directory that `transformers` and `load_model` read; replaces nothing.
 
     Tensors keep the dtype that they have. `provenance`, where given, goes into `provenance.json`.
+
+    Raises UserError where something is at `directory`, or LLaMA has no place for what the config
+    asks for.
     """
+    for field in ("attention_bias", "rms_norm_offset", "embedding_scale"):
+        if getattr(model.config, field):
+            raise UserError(f"cannot write a model with {field}: a LLaMA directory has none")
     with files.new_directory(Path(directory)) as partial:
         config = {
             "architectures": ["LlamaForCausalLM"],
@@ -130,11 +136,12 @@ def read_config(raw: dict, path: Path) -> tuple[DecoderConfig, dict[str, str]]:
             f"{path} is of architecture {architecture}; supported are {', '.join(FAMILIES)}"
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
+    kind = rope.get("rope_type", rope.get("type", "default"))  # `type` until transformers 4.43
     if kind != "default":
         raise UserError(f"{path} has rope_type {kind!r}; supported is 'default'")
-    if raw.get("mlp_bias"):
-        raise UserError(f"{path} has mlp_bias; supported are feed-forward kernels without biases")
+    for bias in ("mlp_bias", "attention_bias"):
+        if raw.get(bias):
+            raise UserError(f"{path} has {bias}; supported are kernels without biases")
     fields = {name: raw[name] for name in CONFIG_FIELDS if raw.get(name) is not None}
     fields.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     if "rope_theta" in rope:
@@ -188,14 +195,16 @@ def read_params(path: Path, config: DecoderConfig, table: Mapping[str, str], dty
             shape = leaf_at(shapes, ours).shape
             stacked = ours.startswith("layers/")
             keys = [theirs.format(i=i) for i in range(config.num_hidden_layers if stacked else 1)]
+            wanted = shape[1:] if stacked else shape
+            wanted = wanted[::-1] if is_kernel(ours) else wanted
             rows = [file.get_tensor(key) for key in keys]
-            rows = [row.T if is_kernel(ours) else row for row in rows]
             for key, row in zip(keys, rows, strict=True):
-                if row.shape != (shape[1:] if stacked else shape):
+                if row.shape != wanted:
                     raise UserError(
-                        f"{path}: {key} has shape {row.shape[::-1]}, but its config.json "
-                        f"asks for {(shape[1:] if stacked else shape)[::-1]}"
+                        f"{path}: {key} has shape {row.shape}, but its config.json asks for "
+                        f"{wanted}"
                     )
+            rows = [row.T if is_kernel(ours) else row for row in rows]
             value = jnp.asarray(np.stack(rows) if stacked else rows[0], dtype)
             (params["layers"] if stacked else params)[ours.split("/")[-1]] = value
     return params

@@ -44,7 +44,7 @@ class PretrainConfig:
     """Exercises per batch."""
     questions: int = 6
     """Questions per exercise."""
-    document_length: int = 44
+    document_length: int = 48
     """Longest exercise, in tokens."""
     world_seed: int = 0
     """Which world."""

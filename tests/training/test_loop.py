@@ -1,0 +1,333 @@
+"""A run is what its config says, however often it is stopped: same weights, same metrics."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from lorax_gen import cli, load_generator
+from lorax_gen import config as configs
+from lorax_gen.errors import UserError
+from lorax_gen.tensors import flatten, read_tensors
+from lorax_gen.training import methods
+from lorax_gen.training.checkpoint import open_checkpoints
+from lorax_gen.training.experiment import RunConfig
+from lorax_gen.training.loop import Interrupted, MetricsLog, fit
+from lorax_gen.training.methods import METHODS, load_config
+from tests.tiny import linear_experiment, write_system
+
+CONFIG = """
+method: lora_gen
+cloud: {system}/cloud
+edge: {system}/edge
+prompts: 8
+queries_per_prompt: 2
+data: {{families: [clock]}}
+generator:
+  n_experts: 4
+  rank: 2
+  alpha: 2
+  router_width: 8
+  cloud_rank: 2
+  cloud_alpha: 2
+run: {{steps: 6, log_every: 1, evaluate_every: 3, checkpoint_every: 3}}
+optimizer: {{learning_rate: 0.01, warmup_steps: 2}}
+"""
+
+# The command, in a process that dies without warning when it asks for the batch of step 5; the
+# checkpoint of step 3 is on disk by then.
+KILLED = """
+import dataclasses, os, signal, sys, time
+from pathlib import Path
+import tests.conftest
+from lorax_gen import cli
+from lorax_gen.training.methods import METHODS
+
+name, run_dir = sys.argv[1:]
+method = METHODS["lora_gen"]
+
+def experiment(config):
+    made = method.experiment(config)
+    def batch(step):
+        if step == 5:
+            while not any(path.name == "3" for path in Path(run_dir, "checkpoints").iterdir()):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made.batch(step)
+    return dataclasses.replace(made, batch=batch)
+
+METHODS["lora_gen"] = method._replace(experiment=experiment)
+cli.main(["train", name, "--run-dir", run_dir])
+"""
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_rates(rows):
+    return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
+
+
+def final_state(run_dir):
+    with open_checkpoints(run_dir / "checkpoints", 1, 1) as checkpoints:
+        return jax.device_get(checkpoints.load())
+
+
+def snapshot(directory):
+    return {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_world_system, tmp_path_factory):
+    directory = write_system(tmp_path_factory.mktemp("system"), tiny_world_system)
+    path = directory / "tiny.yaml"
+    path.write_text(CONFIG.format(system=directory))
+    return path
+
+
+def run(config_file, run_dir, batch=lambda step: None):
+    """The run of a config file; `batch(step)` is called before each step."""
+    method, config = load_config(str(config_file))
+    made = METHODS[method].experiment(config)
+
+    def watched(step):
+        batch(step)
+        return made.batch(step)
+
+    resolved = {"method": method, **configs.to_dict(config)}
+    return fit(dataclasses.replace(made, batch=watched), run_dir, resolved)
+
+
+@pytest.fixture(scope="module")
+def unbroken(config_file, tmp_path_factory):
+    """The directory of a run that nothing stopped."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    assert run(config_file, run_dir) == run_dir / "released"
+    return run_dir
+
+
+def assert_same_run(run_dir, unbroken):
+    chex.assert_trees_all_equal(final_state(run_dir), final_state(unbroken))
+    name = "released/generator.safetensors"
+    assert (run_dir / name).read_bytes() == (unbroken / name).read_bytes()
+    assert without_rates(rows_of(run_dir)) == without_rates(rows_of(unbroken))
+    assert (run_dir / "config.yaml").read_text() == (unbroken / "config.yaml").read_text()
+
+
+# --- what a run writes ---------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_metrics(unbroken):
+    rows = rows_of(unbroken)
+    training = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "accuracy/seen" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in evaluations] == [3, 6]
+    assert len(rows) == len(training) + len(evaluations)
+    for row in training:
+        assert set(row) == {
+            "step", "loss", "loss_lm", "loss_cv", "accuracy/batch", "gate_entropy", "expert_load",
+            "learning_rate", "grad_norm", "examples_per_second",
+        }  # fmt: skip
+        np.testing.assert_allclose(row["loss"], row["loss_lm"] + row["loss_cv"], rtol=1e-5)
+        np.testing.assert_allclose(np.sum(row["expert_load"], axis=1), [1, 1], rtol=1e-5)
+        assert row["grad_norm"] > 0 and row["examples_per_second"] > 0
+        assert 0 < row["gate_entropy"] <= np.log(2)
+    rates = [row["learning_rate"] for row in training]
+    assert rates[:3] == [0, 0.005, 0.01] and rates[5] < rates[3] < 0.01
+    for row in evaluations:
+        assert set(row) == {
+            "step", "accuracy/seen", "accuracy/unseen",
+            "accuracy/seen/clock", "accuracy/unseen/clock",
+        }  # fmt: skip
+
+
+def test_the_released_generator_is_the_trained_one(unbroken):
+    generator, state = load_generator(unbroken / "released"), final_state(unbroken)
+    chex.assert_trees_all_equal(jax.device_get(generator.params), state["params"])
+    chex.assert_trees_all_equal(jax.device_get(generator.stats), state["stats"])
+    assert state["step"] == 6
+    last = {key: value for row in rows_of(unbroken) for key, value in row.items()}
+    assert generator.metadata["metrics"] == last
+    released = unbroken / "released"
+    assert (released / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_no_frozen_weight_is_kept(unbroken, tiny_world_system):
+    frozen = {value.shape for value in flatten(tiny_world_system.frozen).values()}
+    saved = flatten(final_state(unbroken)["params"])
+    released = read_tensors(unbroken / "released" / "generator.safetensors")
+    assert not frozen & {value.shape for value in (*saved.values(), *released.values())}
+    state = final_state(unbroken)
+    assert set(state) == {"step", "key", "params", "stats", "opt_state"}
+    assert {name.split(".")[1] for name in released if name.startswith("params.")} == set(
+        state["params"]
+    )
+    assert {name for name in released if not name.startswith("params.")} == {
+        "stats.mean", "stats.var"
+    }  # fmt: skip
+    size = sum(value.nbytes for value in saved.values())
+    assert sum(p.stat().st_size for p in (unbroken / "released").iterdir()) < 2 * size
+
+
+def test_what_is_released_names_no_machine(unbroken, config_file):
+    home = str(config_file.parent)
+    assert home in (unbroken / "config.yaml").read_text()
+    for path in (unbroken / "released").iterdir():
+        assert str(Path(home).parent).encode() not in path.read_bytes()
+        assert b'"/' not in path.read_bytes()
+    described = json.loads((unbroken / "released" / "config.json").read_text())
+    assert (described["config"]["cloud"], described["config"]["edge"]) == ("cloud", "edge")
+
+
+# --- stopped and resumed -------------------------------------------------------------------------
+
+
+def test_a_complete_run_is_not_run_again(config_file, unbroken):
+    before, asked = snapshot(unbroken), []
+    assert run(config_file, unbroken, asked.append) == unbroken / "released"
+    assert not asked and snapshot(unbroken) == before
+
+
+def test_an_interrupted_run_resumes_where_it_stopped(config_file, unbroken, tmp_path):
+    run_dir, asked = tmp_path / "run", []
+
+    def interrupt(step):
+        asked.append(step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped at step 4 of 6, state saved") as stop:
+        run(config_file, run_dir, interrupt)
+    assert stop.value.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) is handler
+    assert not (run_dir / "released").exists()
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3, 3, 4]
+    run(config_file, run_dir, asked.append)
+    assert asked == [0, 1, 2, 3, 4, 5]
+    assert_same_run(run_dir, unbroken)
+
+
+def test_a_killed_run_resumes_with_the_same_command(
+    config_file, unbroken, tmp_path, monkeypatch, capsys
+):
+    run_dir, asked = tmp_path / "run", []
+    root = Path(__file__).resolve().parents[2]
+    arguments = [str(config_file), str(run_dir)]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3, 3, 4]
+    method = METHODS["lora_gen"]
+
+    def experiment(config):
+        made = method.experiment(config)
+        return dataclasses.replace(made, batch=lambda step: asked.append(step) or made.batch(step))
+
+    monkeypatch.setitem(methods.METHODS, "lora_gen", method._replace(experiment=experiment))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", arguments[0], "--run-dir", arguments[1]])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"released: {run_dir}/released\n"
+    assert asked == [3, 4, 5]  # step 4 was taken and is taken again; its row is there once
+    assert_same_run(run_dir, unbroken)
+
+
+# --- directories that are not this run's ---------------------------------------------------------
+
+
+def test_the_directory_of_another_run_is_refused_and_untouched(config_file, unbroken, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(config_file.read_text().replace("prompts: 8", "prompts: 16"))
+    before = snapshot(unbroken)
+    with pytest.raises(UserError, match="already holds another run"):
+        run(other, unbroken)
+    assert snapshot(unbroken) == before
+
+
+def test_a_foreign_directory_is_refused_and_untouched(tmp_path):
+    experiment = linear_experiment(RunConfig(steps=2))
+    (tmp_path / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match="is not a run of ours"):
+            fit(experiment, path, {"steps": 2})
+    assert snapshot(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    fit(experiment, tmp_path / "empty", {"steps": 2})
+
+
+def test_a_checkpoint_of_another_structure_is_refused(tmp_path):
+    run = RunConfig(steps=2)
+    fit(linear_experiment(run), tmp_path / "run", {})
+    (tmp_path / "run" / "released").rename(tmp_path / "released")
+    other = dataclasses.replace(
+        linear_experiment(run), init=lambda: ({"v": np.zeros(3, np.float32)}, {})
+    )
+    with pytest.raises(UserError, match="checkpoint of step 2 in checkpoints does not fit") as err:
+        fit(other, tmp_path / "run", {})
+    assert "\n" not in str(err.value)
+
+
+# --- the loop's own business, on a run that compiles at once -------------------------------------
+
+
+def test_rows_stand_in_the_file_before_a_checkpoint_of_their_step(tmp_path):
+    """A process that dies behind a checkpoint has lost no row: resuming could not make it again."""
+    run = RunConfig(steps=5, log_every=1, evaluate_every=4, checkpoint_every=1)
+    steps = []
+
+    def batch(step):
+        path = tmp_path / "run" / "metrics.jsonl"
+        steps.append([row["step"] for row in rows_of(path.parent) if "loss" in row])
+        return made.batch(step)
+
+    made = linear_experiment(run)
+    fit(dataclasses.replace(made, batch=batch), tmp_path / "run", {})
+    assert steps == [list(range(1, step + 1)) for step in range(5)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_at_the_last_step_leaves_only_the_release(tmp_path, number):
+    run = RunConfig(steps=3, log_every=2, evaluate_every=2, checkpoint_every=2)
+    made = linear_experiment(run)
+
+    def batch(step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return made.batch(step)
+
+    with pytest.raises(Interrupted, match="step 3 of 3") as stop:
+        fit(dataclasses.replace(made, batch=batch), tmp_path / "run", {})
+    assert stop.value.signal == number
+    fit(made, tmp_path / "run", {})
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [2, 2, 3, 3]
+    assert (tmp_path / "run" / "released" / "weights.safetensors").exists()
+
+
+def test_old_checkpoints_are_dropped(tmp_path):
+    run = RunConfig(steps=7, evaluate_every=9, checkpoint_every=2, keep=2)
+    fit(linear_experiment(run), tmp_path / "run", {})
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {"6", "7"} <= kept and not {"2", "4"} & kept
+
+
+def test_a_log_drops_rows_behind_the_checkpoint_and_a_line_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 2, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "lo')
+    with MetricsLog(path, 2) as log:
+        assert log.last == {"step": 2, "loss": 0.5}
+        log.write(3, {"loss": np.float32(1 / 3), "load": np.ones((1, 2), np.float32)})
+    assert rows_of(tmp_path) == [*rows[:3], {"step": 3, "loss": 0.333333, "load": [[1.0, 1.0]]}]
