@@ -136,7 +136,7 @@ def read_config(raw: dict, path: Path) -> tuple[DecoderConfig, dict[str, str]]:
             f"{path} is of architecture {architecture}; supported are {', '.join(FAMILIES)}"
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))  # `type` until transformers 4.43
+    kind = rope.get("rope_type", rope.get("type", "default"))  # older ones: `type`
     if kind != "default":
         raise UserError(f"{path} has rope_type {kind!r}; supported is 'default'")
     for bias in ("mlp_bias", "attention_bias"):
