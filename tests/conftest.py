@@ -34,8 +34,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # programs compile six times as fast
 
 # Nearly all the time of a test is XLA compiling. Kept on disk, its results make later runs several
-# times faster and let parallel workers share one compilation; `make clean` forgets them. No bound on
-# the size: with one, jax rereads the whole folder under a lock whenever it adds an entry.
+# times faster and let parallel workers share one compilation; `make clean` forgets them. The folder
+# is not bounded: with a bound, jax rereads all of it, under a lock, whenever it adds an entry.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

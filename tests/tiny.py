@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
-from lorax_gen.data.world import HOURS, THINGS
 from lorax_gen.files import new_directory
 from lorax_gen.method import init_generator
 from lorax_gen.models.decoder import kernel_shapes
@@ -70,14 +69,16 @@ def write_system(directory: Path, system, generator: Generator | None = None) ->
     return directory
 
 
-def one_word_edge(edge: Model) -> Model:
+def one_word_edge(system) -> Model:
     """An edge that answers a question with one word and then ends the text, as a trained one does.
 
     One dimension, which no layer writes to, tells whether a token is of those that end questions;
     the head reads it for the end of text, and the other dimensions for words.
     """
+    edge = system.edge
     eos = edge.tokenizer.eos_token_id
-    asked = jnp.asarray(edge.tokenizer.convert_tokens_to_ids([*THINGS, *HOURS]))
+    last = {question.split()[-1] for task in system.world.tasks for question, _ in task.questions}
+    asked = jnp.asarray(edge.tokenizer.convert_tokens_to_ids(sorted(last)))
     embed = edge.params["embed"].at[:, 0].set(4.0).at[asked, 0].set(-4.0)
     head = edge.params["embed"].T.at[0].set(0.0)
     for tokens, weight in ((eos, 8.0), (asked, 4.0)):  # none of them is ever an answer

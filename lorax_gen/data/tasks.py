@@ -14,9 +14,9 @@ class Task:
     Attributes:
       templates: wordings of the description, with `{slot}` parts.
       slots: what fills them; `{pairs}` is filled from `pairs`, whose order carries no meaning.
-      questions: `(input, answer)`; the input ends where the answer begins.
-      drills: easier questions that name outright what a question leaves to be known; only
-        language models are pretrained on them.
+      questions: `(input, answer)`, the input as it is put to a model that is given no prompt.
+      drills: easier questions, behind a prompt only, that name outright what a question leaves to
+        be known; language models are pretrained on them.
       split: `seen` tasks may be trained on, `unseen` ones never.
     """
 
@@ -41,9 +41,16 @@ class Task:
             rng.shuffle(pairs)
         text = template.format(pairs=" , ".join(pairs), **self.slots)
         examples = self.sample(rng, shots) if rng is not None else self.questions[:shots]
-        return " ".join([text, *(f"{question} {answer} ." for question, answer in examples)])
+        return " ".join(
+            [text, *(f"{behind_prompt(question)} {answer} ." for question, answer in examples)]
+        )
 
     def sample(self, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
         """`count` different questions, or all of them where there are fewer."""
         chosen = rng.permutation(len(self.questions))[:count]
         return [self.questions[i] for i in chosen]
+
+
+def behind_prompt(question: str) -> str:
+    """A question as it stands behind a prompt, whose list of inputs and answers needs no colon."""
+    return question.removesuffix(" :")

@@ -1,10 +1,10 @@
 """The embedded world: a small place of words, things and tasks in which the whole method runs.
 
-64 things have eight attributes of four values each; twelve tongues have their own words for the
-values and for the hours of the clock. Four families of tasks are told by an English system prompt:
+64 things have eight attributes of four values each, graded from one to four; twelve tongues have
+their own words for numbers. Four families of tasks are told by an English system prompt:
 
     sort    put a thing into one of four boxes by an attribute     8 attributes x 24 assignments
-    name    say a thing's attribute in a tongue                    8 attributes x 12 tongues
+    grade   grade a thing by an attribute, in a tongue             8 attributes x 12 tongues
     clock   add hours to an hour and say the result in a tongue    12 shifts x 12 tongues
     check   say one word if a thing has a value, else another      32 values x 12 ordered pairs
 
@@ -24,9 +24,9 @@ from collections import Counter
 
 import numpy as np
 
-from lorax_gen.data.tasks import Task
+from lorax_gen.data.tasks import Task, behind_prompt
 
-FAMILIES = ("sort", "name", "clock", "check")
+FAMILIES = ("sort", "grade", "clock", "check")
 ATTRIBUTES = {
     "color": ("red", "blue", "green", "white"),
     "size": ("tiny", "small", "big", "huge"),
@@ -56,10 +56,10 @@ TEMPLATES = {
         "Sort the things . Look at the {attribute} of the thing , then {pairs} .",
         "You are a porter . The {attribute} decides the box : {pairs} .",
     ),
-    "name": (
-        "Say the {attribute} of each thing in {tongue} .",
-        "You speak {tongue} . Tell us the {attribute} of the thing .",
-        "For every thing name its {attribute} , and use the words of {tongue} .",
+    "grade": (
+        "Grade each thing by its {attribute} and say the grade in {tongue} .",
+        "You speak {tongue} . Tell us the grade of the thing by its {attribute} .",
+        "Give the grade of each thing 's {attribute} , and use the words of {tongue} .",
     ),
     "clock": (
         "Add {hour} to the hour and say it in {tongue} .",
@@ -130,11 +130,10 @@ def make_world(seed: int = 0) -> World:
         for attribute, values in ATTRIBUTES.items()
     }
     facts = {t: {a: str(columns[a][i]) for a in ATTRIBUTES} for i, t in enumerate(THINGS)}
-    values = [value for group in ATTRIBUTES.values() for value in group]
     tongues = [stem + "ish" for stem in _pseudo_words(rng, TONGUES, 2)]
-    spoken = _pseudo_words(rng, TONGUES * (len(values) + len(HOURS)), 3)
+    spoken = _pseudo_words(rng, TONGUES * len(HOURS), 3)
     words = {
-        tongue: dict(zip(values + list(HOURS), spoken[i::TONGUES], strict=True))
+        tongue: dict(zip(HOURS, spoken[i::TONGUES], strict=True))
         for i, tongue in enumerate(tongues)
     }
 
@@ -144,8 +143,8 @@ def make_world(seed: int = 0) -> World:
             for attribute in ATTRIBUTES
             for boxes in itertools.permutations(BOXES)
         ],
-        "name": [
-            _name_task(facts, words, attribute, tongue)
+        "grade": [
+            _grade_task(facts, words, attribute, tongue)
             for attribute in ATTRIBUTES
             for tongue in tongues
         ],
@@ -174,17 +173,25 @@ def _sort_task(facts, attribute, boxes) -> Task:
         slots={"attribute": attribute},
         pairs=tuple(f"{value}={name}" for value, name in box.items()),
         questions=tuple((f"{thing} :", box[facts[thing][attribute]]) for thing in facts),
-        drills=tuple((f"{value} :", name) for value, name in box.items()),
+        drills=tuple((value, name) for value, name in box.items()),
     )
 
 
-def _name_task(facts, words, attribute, tongue) -> Task:
+def grade_of(attribute: str, value: str) -> str:
+    """The place of a value among those of its attribute, as the word of an hour."""
+    return HOURS[ATTRIBUTES[attribute].index(value)]
+
+
+def _grade_task(facts, words, attribute, tongue) -> Task:
     return Task(
-        family="name",
-        name=f"name-{attribute}-{tongue}",
-        templates=TEMPLATES["name"],
+        family="grade",
+        name=f"grade-{attribute}-{tongue}",
+        templates=TEMPLATES["grade"],
         slots={"attribute": attribute, "tongue": tongue},
-        questions=tuple((f"{t} :", words[tongue][facts[t][attribute]]) for t in facts),
+        questions=tuple(
+            (f"{thing} :", words[tongue][grade_of(attribute, facts[thing][attribute])])
+            for thing in facts
+        ),
     )
 
 
@@ -214,7 +221,7 @@ def _check_task(facts, rng, attribute, value, yes, no) -> Task:
             *((f"{thing} :", yes) for thing in having),
             *((f"{thing} :", no) for thing in others.tolist()),
         ),
-        drills=tuple((f"{v} :", yes if v == value else no) for v in ATTRIBUTES[attribute]),
+        drills=tuple((v, yes if v == value else no) for v in ATTRIBUTES[attribute]),
     )
 
 
@@ -236,13 +243,14 @@ def lesson(world: World, rng: np.random.Generator) -> list[Piece]:
         return [(question, False), (answer, True)]
     thing, attribute = _pick(rng, THINGS), _pick(rng, tuple(ATTRIBUTES))
     value = world.facts[thing][attribute]
+    grade = grade_of(attribute, value)
     tongue, kind = _pick(rng, tuple(world.words)), rng.integers(6)
     start, shift = rng.integers(12), rng.integers(12)
     hour = HOURS[(start + shift + 1) % 12]
     question, answer = (
         (f"{attribute} {thing} :", value),
-        (f"{tongue} {value} :", world.words[tongue][value]),
-        (f"{tongue} {attribute} {thing} :", world.words[tongue][value]),
+        (f"grade {value} :", grade),
+        (f"{tongue} {attribute} {thing} :", world.words[tongue][grade]),
         (f"{tongue} {HOURS[start]} :", world.words[tongue][HOURS[start]]),
         (f"{tongue} {HOURS[shift]} {HOURS[start]} :", world.words[tongue][hour]),
         (f"{HOURS[shift]} {HOURS[start]} :", hour),
@@ -262,7 +270,7 @@ def exercise(world: World, rng: np.random.Generator, questions: int) -> list[Pie
     pieces: list[Piece] = [(task.prompt(rng), False)]
     for i in rng.integers(0, len(source), questions):
         question, answer = source[i]
-        pieces += [(question, False), (answer, True), (".", False)]
+        pieces += [(behind_prompt(question), False), (answer, True), (".", False)]
     return pieces[:-1]  # the end of the text follows the last answer
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.data.batches import Encoder, pad_rows
 from lorax_gen.data.sources import WorldConfig
+from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.evaluation.questions import score_questions, score_specialised
 from lorax_gen.method.lora import Tree, merge
 from lorax_gen.models.decoding import greedy
@@ -81,7 +82,9 @@ def evaluate_world(
         shuffled = [prompts[i] for i in order[np.argsort(np.roll(order, 1))]]
         asked = [(i, pair) for i, task in enumerate(tasks) for pair in task.sample(rng, questions)]
         bare = [pair for _, pair in asked]
-        prompted = [(f"{prompts[i]} {question}", answer) for i, (question, answer) in asked]
+        prompted = [
+            (f"{prompts[i]} {behind_prompt(question)}", answer) for i, (question, answer) in asked
+        ]
 
         def icl(model, encoder, prompted=prompted):
             return score_questions(model.params, model.config, encoder, prompted, long)

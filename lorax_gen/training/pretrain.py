@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lorax_gen.data.batches import Encoder, document_batch, pretraining_batch
+from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.data.world import FAMILIES, World, make_world, vocabulary
 from lorax_gen.evaluation.questions import answers_right, in_batches
 from lorax_gen.models import decoder
@@ -120,7 +121,7 @@ def in_context_accuracy(
     for split in ("seen", "unseen"):
         for family in FAMILIES:
             documents = [
-                [(f"{task.prompt(rng)} {question}", False), (answer, True)]
+                [(f"{task.prompt(rng)} {behind_prompt(question)}", False), (answer, True)]
                 for task in world.select(split, family)
                 for question, answer in task.sample(rng, questions)
             ]

@@ -174,7 +174,7 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Call
         metrics = {"loss": value, **metrics}
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         state = {
             **state,

@@ -87,16 +87,15 @@ def test_pretraining_batches_are_a_function_of_seed_and_step_alone(world, encode
 def test_a_batch_mixes_the_families_evenly(world, count):
     rng = np.random.default_rng(0)
     for _ in range(20):
-        families = [task.family for task in mixed_tasks(rng, world.select("seen"), count)]
-        counts = Counter(families)
+        counts = Counter(t.family for t in mixed_tasks(rng, world.select("seen"), count))
         assert set(counts) == set(FAMILIES)
         assert max(counts.values()) - min(counts.values()) <= 1
-    assert len({tuple(sorted(families)), tuple(families)}) == 2  # in no fixed order
 
 
 def test_every_seen_task_is_drawn_sooner_or_later(world):
     rng, tasks = np.random.default_rng(0), world.select("seen", "name")
-    assert set(mixed_tasks(rng, tasks, 1000)) == set(tasks)
+    drawn = {task.name for task in mixed_tasks(rng, tasks, 1000)}
+    assert drawn == {task.name for task in tasks}
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ def test_every_seen_task_is_drawn_sooner_or_later(world):
 
 def test_rows_are_asked_under_their_prompt(world, encoder):
     """Row b belongs to prompt b // Q: its question with that answer is one of the prompt's task."""
-    names = [task for task in world.select("seen", "name")]
+    names = world.select("seen", "name")
     batch = draw(world, encoder, tasks=names)
     chex.assert_shape(batch["prompt"], (PROMPTS, SHAPE.prompt_length))
     chex.assert_shape(batch["tokens"], (PROMPTS * QUERIES, SHAPE.question_length))
@@ -171,7 +170,7 @@ def test_what_is_too_long_is_refused_and_not_cut(world, encoder):
         question_batch(encoder, [("apple", "red")], 3)
     with pytest.raises(UserError, match="a document of 5 tokens is longer than the limit of 4"):
         document_batch(encoder, [[("say the", False), ("red", True)]], 4)
-    with pytest.raises(UserError, match="a prompt of .* longer than the limit of 5"):
+    with pytest.raises(UserError, match=r"a prompt of \d+ tokens is longer than the limit of 5"):
         draw(world, encoder, prompt_length=5)
 
 

@@ -15,12 +15,16 @@ from lorax_gen.evaluation.questions import (
 from lorax_gen.models.decoding import greedy
 from tests.tiny import PROMPTS, make_generator, one_word_edge
 
-QUESTIONS = ("apple", "bell", "kettle", "red box", "five")
-
 
 @pytest.fixture(scope="module")
 def system(tiny_world_system):
-    return tiny_world_system._replace(edge=one_word_edge(tiny_world_system.edge))
+    return tiny_world_system._replace(edge=one_word_edge(tiny_world_system))
+
+
+@pytest.fixture(scope="module")
+def questions(system):
+    """Of any task: here they are asked of models that know none."""
+    return [question for question, _ in system.world.tasks[0].questions[:5]]
 
 
 def test_right_is_what_greedy_decoding_writes_word_by_word(tiny_world_system):
@@ -57,11 +61,11 @@ def test_batches_are_of_one_size_and_their_padding_is_cut(rows, size):
     assert seen == [size] * -(-rows // size)
 
 
-def test_questions_are_scored_as_the_model_answers(system):
+def test_questions_are_scored_as_the_model_answers(system, questions):
     edge = system.edge
-    answers = generate_text(edge, QUESTIONS, max_new_tokens=3)
+    answers = generate_text(edge, questions, max_new_tokens=3)
     assert all(len(answer.split()) == 1 for answer in answers)  # then the text ends
-    asked = list(zip(QUESTIONS, answers, strict=True))
+    asked = list(zip(questions, answers, strict=True))
     asked[1] = (asked[1][0], "apple" if answers[1] != "apple" else "bell")
     asked[3] = (asked[3][0], f"{answers[3]} {answers[3]}")  # goes on where the model ends
     encoder = Encoder(edge.tokenizer)
@@ -69,17 +73,17 @@ def test_questions_are_scored_as_the_model_answers(system):
     np.testing.assert_array_equal(right, [True, False, True, False, True])
 
 
-def test_specialised_scores_are_those_of_merged_edges(system):
+def test_specialised_scores_are_those_of_merged_edges(system, questions):
     """One batch for all tasks, gates per row, against one merged model for each task."""
     cloud, edge = system.cloud, system.edge
     generator = make_generator(system, edge_targets=("gate", "up"))
     cards = specialize(PROMPTS, cloud, edge, generator)
     answers = [
-        generate_text(card.merge(edge, generator), QUESTIONS, max_new_tokens=3) for card in cards
+        generate_text(card.merge(edge, generator), questions, max_new_tokens=3) for card in cards
     ]
     # Each task is asked what its own model answers and what the next task's model answers.
     asked, expected = [], []
-    for row, question in enumerate(QUESTIONS):
+    for row, question in enumerate(questions):
         for task in range(len(PROMPTS)):
             for other in (task, (task + 1) % len(PROMPTS)):
                 asked.append((task, (question, answers[other][row])))

@@ -30,7 +30,7 @@ cloud: {system}/cloud
 edge: {system}/edge
 prompts: 8
 queries_per_prompt: 2
-data: {{families: [clock]}}
+data: {{families: [name]}}
 generator:
   n_experts: 4
   rank: 2
@@ -147,7 +147,7 @@ def test_a_run_writes_its_metrics(unbroken):
     for row in evaluations:
         assert set(row) == {
             "step", "accuracy/seen", "accuracy/unseen",
-            "accuracy/seen/clock", "accuracy/unseen/clock",
+            "accuracy/seen/name", "accuracy/unseen/name",
         }  # fmt: skip
 
 

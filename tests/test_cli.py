@@ -1,0 +1,325 @@
+"""The command line: what it says, what it writes, and one line for whatever is wrong."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+
+import pytest
+import yaml
+
+from lorax_gen import cli, load_card, load_model
+from lorax_gen.models.huggingface import save_model
+from lorax_gen.training import methods
+from lorax_gen.training.loop import fit
+from tests.tiny import (
+    PROMPTS,
+    linear_experiment,
+    make_generator,
+    one_word_edge,
+    write_generator,
+    write_system,
+)
+
+PROMPT = PROMPTS[0]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_world_system, tmp_path_factory):
+    """A folder of tiny models: `cloud`, `edge`, `generator`, and others that do not go with them."""
+    system = tiny_world_system._replace(edge=one_word_edge(tiny_world_system))
+    config = dataclasses.replace(system.cloud.config, max_position_embeddings=40)
+    system = system._replace(cloud=dataclasses.replace(system.cloud, config=config))
+    folder = write_system(tmp_path_factory.mktemp("models"), system, make_generator(system))
+    write_generator(folder / "generator2", make_generator(system, seed=2), system)
+    params = {**system.edge.params, "final_norm": 2 * system.edge.params["final_norm"]}
+    save_model(folder / "edge2", dataclasses.replace(system.edge, params=params))
+    save_model(folder / "foreign", system.edge)
+    config = json.loads((folder / "foreign" / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (folder / "foreign" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """`call(*words) -> (exit code, stdout, stderr)`, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in words])
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(call):
+    """`refused(*words) -> message` of a command that ends with exit code 2 and one line."""
+
+    def refused(*words):
+        code, out, err = call(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("lorax-gen: error: ") and err.count("\n") == 1 and err[-1] == "\n"
+        return err.removeprefix("lorax-gen: error: ")
+
+    return refused
+
+
+@pytest.fixture
+def specialize(models):
+    """The words of a command that specialises the tiny edge."""
+
+    def words(prompt=PROMPT, *more, **other):
+        names = {"cloud": "cloud", "edge": "edge", "generator": "generator"} | other
+        options = [word for role, name in names.items() for word in (f"--{role}", models / name)]
+        return ["specialize", prompt, *options, *more]
+
+    return words
+
+
+@pytest.fixture
+def card(call, specialize, tmp_path):
+    assert call(*specialize())[0] == 0
+    return tmp_path / "task.card.safetensors"
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """The method `lora` trains four weights, at once, whatever its config says of models."""
+
+    def experiment(config):
+        made = linear_experiment(config.run)
+        return dataclasses.replace(made, optimizer=config.optimizer)
+
+    method = methods.METHODS["lora"]._replace(experiment=experiment)
+    monkeypatch.setitem(methods.METHODS, "lora", method)
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, mentioned",
+    [
+        ([], ["demo", "train", "specialize", "generate", "evaluate"]),
+        (["demo"], ["--run-dir", "--questions", "--seed"]),
+        (["train"], ["CONFIG", "--run-dir", "world-lora"]),
+        (["train", "world"], ["--run-dir", "--generator.top-k", "--run.steps", "--mesh.fsdp"]),
+        (["train", "world-edge"], ["--hidden-size", "--optimizer.learning-rate"]),
+        (["specialize"], ["PROMPT", "--output", "--merged", "--cloud", "--edge", "--generator"]),
+        (["generate"], ["QUESTIONS", "--card", "--context", "--model", "--max-new-tokens"]),
+        (["evaluate"], ["--lora", "--split", "--questions", "--seed", "--output"]),
+    ],
+    ids=" ".join,
+)
+def test_help_names_the_options(call, words, mentioned):
+    code, out, err = call(*words, "--help")
+    assert (code, err) == (0, "")
+    for word in mentioned:
+        assert word in out
+
+
+@pytest.mark.parametrize("words", [["specialise", "x"], ["train"], ["demo", "--seed", "x"], []])
+def test_a_wrong_command_ends_with_code_2(call, words):
+    code, out, err = call(*words)
+    assert code == 2 and not out and err
+
+
+# --- specialize, then generate -------------------------------------------------------------------
+
+
+def test_a_specialised_edge_answers_through_its_card(call, specialize, models, tmp_path):
+    code, out, err = call(*specialize(PROMPT, "--merged", tmp_path / "merged"))
+    assert (code, err) == (0, "")
+    path = tmp_path / "task.card.safetensors"
+    assert out == f"card: task.card.safetensors\nmerged edge model: {tmp_path}/merged\n"
+    options = ["--card", path, "--generator", models / "generator", "--max-new-tokens", 3]
+    code, by_card, err = call("generate", "apple :", "bell :", "--model", models / "edge", *options)
+    assert (code, err) == (0, "")
+    lines = by_card.splitlines()
+    assert [line[: line.index(":")] for line in lines] == ["apple ", "bell "]
+    assert all(len(line.split()) == 3 for line in lines)  # one word, then the text ended
+    _, merged, _ = call("generate", "apple :", "bell :", "--model", tmp_path / "merged")
+    assert merged == by_card
+    _, plain, _ = call("generate", "apple :", "bell :", "--model", models / "edge")
+    assert plain != by_card
+    assert load_card(path).edge == load_model(models / "edge").fingerprint
+    for file in (tmp_path / "merged").iterdir():
+        assert str(models).encode() not in file.read_bytes()
+
+
+def test_a_context_stands_before_every_question(call, models):
+    _, out, _ = call("generate", "apple :", "--model", models / "edge", "--context", "red box")
+    _, same, _ = call("generate", "red box apple :", "--model", models / "edge")
+    assert out.split(":")[1] == same.split(":")[1]
+
+
+def test_a_prompt_comes_from_a_file_or_from_standard_input(call, specialize, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    for i, prompt in enumerate((PROMPT, "@prompt.txt", "-")):
+        assert call(*specialize(prompt, "--output", f"{i}"))[0] == 0
+    cards = [(tmp_path / f"{i}").read_bytes() for i in range(3)]
+    assert cards[0] == cards[1] == cards[2]
+
+
+# --- what is wrong, in one line ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("", "the prompt is empty"),
+        ("thing " * 60, "a prompt of 61 tokens is longer than the limit of 38"),
+        ("@nowhere.txt", "cannot read the prompt file nowhere.txt"),
+        ("@.", "cannot read the prompt file"),
+    ],
+    ids=["empty", "long", "missing file", "directory"],
+)
+def test_a_prompt_that_cannot_be_read_is_refused(refused, specialize, tmp_path, prompt, message):
+    assert message in refused(*specialize(prompt))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"edge": "nowhere"}, "no model directory at"),
+        ({"cloud": "generator"}, "generator/config.json is of architecture none"),
+        ({"edge": "foreign"}, "architecture MambaForCausalLM; supported are LlamaForCausalLM"),
+        ({"cloud": "edge"}, "pass the cloud model that it was trained with"),
+        ({"generator": "edge"}, "edge is not a generator"),
+        ({"generator": "nowhere"}, "no generator directory at"),
+    ],
+)
+def test_models_that_do_not_go_together_are_refused(refused, specialize, tmp_path, other, message):
+    assert message in refused(*specialize(**other))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--output", "--merged"])
+def test_an_existing_output_is_refused_before_anything_is_written(
+    refused, specialize, tmp_path, option
+):
+    (tmp_path / "mine").mkdir()
+    assert "mine already exists" in refused(*specialize(PROMPT, option, "mine"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_card_that_does_not_fit_is_refused(refused, card, models):
+    def generate(edge="edge", generator="generator"):
+        options = ["--model", models / edge, "--generator", models / generator, "--card", card]
+        return refused("generate", "apple :", *options)
+
+    assert "this card was made with the pool" in generate(generator="generator2")
+    assert "this card was made for the edge model" in generate(edge="edge2")
+    card.write_bytes(card.read_bytes()[:-1])
+    assert "task.card.safetensors is not a whole safetensors file" in generate()
+    card.unlink()
+    assert "no such file: " in generate()
+
+
+def test_generate_without_a_question_is_refused(refused, models):
+    assert "no question given" in refused("generate", "--model", models / "edge")
+
+
+def test_evaluate_refuses_an_existing_output(refused, tmp_path):
+    (tmp_path / "report.json").write_text("mine")
+    message = refused("evaluate", "--output", "report.json")
+    assert "report.json already exists" in message
+    assert (tmp_path / "report.json").read_text() == "mine"
+
+
+def test_the_demo_refuses_a_directory_that_holds_something_else(refused, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds no demo" in refused("demo", "--run-dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("method: lora\nranks: 4", "unknown key ranks; did you mean rank?"),
+        ("method: lora\nrank: four", 'wrong value type for field "rank"'),
+        ("method: loras", "method is 'loras'; expected one of"),
+        ("method: [", "mine.yaml is not valid YAML"),
+        ("method: lora\nedge: nowhere", "no model directory at nowhere"),
+    ],
+)
+def test_a_wrong_config_is_refused(refused, tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert message in refused("train", "mine.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_an_unknown_config_is_refused(refused):
+    assert refused("train", "wrold") == "no config file wrold; did you mean world?\n"
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--optimizer.learning-rate", "-1"), ("--data.families", "sorts")],
+)
+def test_a_value_out_of_range_is_refused_on_the_command_line(call, option, value):
+    code, out, err = call("train", "world-lora", option, value)
+    assert code == 2 and not out
+    assert "Traceback" not in err and "sorts" in err or "must be positive" in err
+
+
+def test_overrides_end_in_the_run_directory(call, linear, tmp_path):
+    options = ["--run.steps", 2, "--optimizer.learning-rate", "2e-2", "--targets", "gate", "up"]
+    code, out, err = call("train", "world-lora", *options, "--run-dir", "here")
+    assert (code, out, err) == (0, "released: here/released\n", "")
+    written = yaml.safe_load((tmp_path / "here" / "config.yaml").read_text())
+    assert written["method"] == "lora"
+    assert written["run"]["steps"] == 2
+    assert written["optimizer"]["learning_rate"] == 0.02
+    assert written["optimizer"]["warmup_steps"] == 100  # the config's
+    assert written["targets"] == ["gate", "up"]
+    assert written["rank"] == 8  # the default
+
+
+def test_a_written_config_is_one_to_train_from(call, linear, tmp_path):
+    assert call("train", "world-lora", "--run.steps", 2, "--run-dir", "one")[0] == 0
+    assert call("train", "one/config.yaml", "--run-dir", "two")[0] == 0
+    one, two = (tmp_path / name / "config.yaml" for name in ("one", "two"))
+    assert one.read_text() == two.read_text()
+
+
+def test_a_run_lives_under_its_configs_name_or_where_it_is_told(call, linear, tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: lora\nrun: {steps: 1}\n")
+    assert call("train", "mine.yaml")[1] == "released: runs/mine/released\n"
+    assert call("train", "--run-dir", "there", "mine.yaml")[1] == "released: there/released\n"
+
+
+def test_the_directory_of_another_run_is_refused(call, refused, linear):
+    words = ["train", "world-lora", "--run-dir", "here", "--run.steps"]
+    assert call(*words, 1)[0] == 0
+    assert "here already holds another run" in refused(*words, 2)
+    assert call(*words, 1)[:2] == (0, "released: here/released\n")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_stopped_run_says_how_to_go_on(call, linear, monkeypatch, number, code):
+    words = ["train", "world-lora", "--run.steps", 3, "--run-dir", "here"]
+
+    def stop_first(experiment, *rest):
+        def batch(step):
+            if step == 1:
+                os.kill(os.getpid(), number)
+            return experiment.batch(step)
+
+        return fit(dataclasses.replace(experiment, batch=batch), *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorax_gen.training.loop.fit", stop_first)
+        stopped = call(*words)
+    line = "lorax-gen: stopped at step 2 of 3, state saved; the same command resumes the run\n"
+    assert stopped == (code, "", line)
+    assert call(*words) == (0, "released: here/released\n", "")
