@@ -7,7 +7,7 @@ measures; `artifacts` is what leaves the program. The names below are the short 
 
     cloud, edge = load_model("world/cloud"), load_model("world/edge")
     generator = load_generator("world/generator")
-    card = specialize("Sort the things ...", cloud, edge, generator)
+    card = specialize("Look at the color ...", cloud, edge, generator)
     specialised = card.merge(edge, generator)
 """
 

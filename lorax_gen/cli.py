@@ -13,8 +13,6 @@ import tyro
 
 from lorax_gen.errors import UserError
 
-Words = tyro.conf.Positional
-
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
@@ -41,7 +39,7 @@ class Train:
     `lorax-gen train CONFIG --help`. An interrupted run resumes with the same command.
     """
 
-    config: Words[str]
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A YAML file, or the name of a shipped config."""
     run_dir: Path | None = None
     """Where the run lives; default runs/<name of the config>."""
@@ -52,10 +50,10 @@ class Specialize:
     """Read a task's prompt once and write a task card: a few hundred bytes that, merged into the
     edge model, stand for the prompt.
 
-    Example: lorax-gen specialize "Say alpha if the color of the thing is red , else say beta ."
+    Example: lorax-gen specialize "Look at the color of each thing : red=alpha , else=beta ."
     """
 
-    prompt: Words[str]
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """The system prompt; `-` reads it from standard input, `@FILE` from a file."""
     output: Path = Path("task.card.safetensors")
     """The card, a new file."""
@@ -76,7 +74,9 @@ class Generate:
     Example: lorax-gen generate --card task.card.safetensors "apple :" "bell :"
     """
 
-    questions: Words[tuple[str, ...]]
+    questions: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION ...")
+    ]
     """Texts to continue."""
     card: Path | None = None
     """A task card, merged into the edge model first."""

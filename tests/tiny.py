@@ -18,7 +18,7 @@ from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.sharding import MeshConfig
 
 PROMPTS = (
-    "Say the color of each thing in english .",
+    "Grade each thing by its color and say the grade in tikaish .",
     "Put each thing into a box by its size : tiny=alpha , small=beta , big=gamma , huge=delta .",
     "Look at the place of each thing : garden=alpha , else=beta .",
 )

@@ -148,4 +148,11 @@ def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Call
             )
         return x.reshape(len(devices), -1, *x.shape[1:])
 
-    return lambda state, frozen, batch: pmapped(state, frozen, jax.tree.map(split, batch))
+    # pmap lays a mesh of its own and refuses to run inside another one, such as the loop's.
+    own = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+    def step(state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+        with jax.set_mesh(own):
+            return pmapped(state, frozen, jax.tree.map(split, batch))
+
+    return step

@@ -10,6 +10,7 @@ import pytest
 
 from lorax_gen.baselines.lora import LoraConfig, experiment, load_lora, lora_loss
 from lorax_gen.data.sources import WorldConfig
+from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
 from lorax_gen.method import merge, scaled
 from lorax_gen.models import decoder
@@ -35,7 +36,7 @@ def config(edge_directory):
         alpha=6.0,
         targets=TARGETS,
         batch_size=8,
-        data=WorldConfig(families=("name",)),
+        data=WorldConfig(families=FAMILIES[:1]),
         optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0),
     )
 

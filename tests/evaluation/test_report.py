@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from lorax_gen.data.sources import WorldConfig
+from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import report as reports
 from lorax_gen.evaluation.report import METHODS, System, evaluate_world
 from lorax_gen.method import take_example
 from tests.tiny import make_generator
 
-DATA = WorldConfig(families=("name", "check"))
+DATA = WorldConfig(families=FAMILIES[1:3])
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_a_seed_fixes_the_questions_and_the_split_the_tasks(system, calls):
 
 def test_without_a_baseline_there_is_no_row_for_it(system, calls):
     report = evaluate(dataclasses.replace(system, lora=None))
-    for row in (report["mean"], report["accuracy"]["name"], report["context_tokens"]):
+    for row in (report["mean"], report["accuracy"][FAMILIES[1]], report["context_tokens"]):
         assert set(row) == set(METHODS) - {"edge_lora"}
 
 
@@ -135,9 +136,9 @@ def test_models_that_the_generator_does_not_know_are_refused(system):
 
 def test_a_whole_report_of_untrained_models(system):
     """Nothing stubbed: a model that has learned nothing is right about nothing."""
-    data = WorldConfig(families=("clock",))
+    data = WorldConfig(families=FAMILIES[2:3])
     report = evaluate_world(system, data, questions=1, latency_runs=2)
-    assert set(report["accuracy"]["clock"]) == set(METHODS)
+    assert set(report["accuracy"][FAMILIES[2]]) == set(METHODS)
     assert max(report["mean"].values()) < 0.1
     assert min(report["latency_ms"].values()) > 0
     served = reports.served(system, "edge_lora")

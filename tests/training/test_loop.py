@@ -15,6 +15,7 @@ import pytest
 
 from lorax_gen import cli, load_generator
 from lorax_gen import config as configs
+from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
 from lorax_gen.tensors import flatten, read_tensors
 from lorax_gen.training import methods
@@ -24,13 +25,14 @@ from lorax_gen.training.loop import Interrupted, MetricsLog, fit
 from lorax_gen.training.methods import METHODS, load_config
 from tests.tiny import linear_experiment, write_system
 
+FAMILY = FAMILIES[1]
 CONFIG = """
 method: lora_gen
 cloud: {system}/cloud
 edge: {system}/edge
 prompts: 8
 queries_per_prompt: 2
-data: {{families: [name]}}
+data: {{families: [{family}]}}
 generator:
   n_experts: 4
   rank: 2
@@ -90,7 +92,7 @@ def snapshot(directory):
 def config_file(tiny_world_system, tmp_path_factory):
     directory = write_system(tmp_path_factory.mktemp("system"), tiny_world_system)
     path = directory / "tiny.yaml"
-    path.write_text(CONFIG.format(system=directory))
+    path.write_text(CONFIG.format(system=directory, family=FAMILY))
     return path
 
 
@@ -147,7 +149,7 @@ def test_a_run_writes_its_metrics(unbroken):
     for row in evaluations:
         assert set(row) == {
             "step", "accuracy/seen", "accuracy/unseen",
-            "accuracy/seen/name", "accuracy/unseen/name",
+            f"accuracy/seen/{FAMILY}", f"accuracy/unseen/{FAMILY}",
         }  # fmt: skip
 
 
