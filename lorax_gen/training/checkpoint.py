@@ -15,10 +15,12 @@ from orbax.checkpoint import v1 as ocp
 from lorax_gen.errors import UserError
 from lorax_gen.training.state import State
 
+Checkpoints = ocp.training.Checkpointer
 
-def open_checkpoints(directory: Path, every: int, keep: int) -> ocp.training.Checkpointer:
+
+def open_checkpoints(directory: Path, every: int, keep: int) -> Checkpoints:
     """A checkpointer that saves each `every` steps and keeps the latest `keep`."""
-    return ocp.training.Checkpointer(
+    return Checkpoints(
         directory.absolute(),
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -26,7 +28,7 @@ def open_checkpoints(directory: Path, every: int, keep: int) -> ocp.training.Che
     )
 
 
-def restore(checkpoints: ocp.training.Checkpointer, state: State) -> State | None:
+def restore(checkpoints: Checkpoints, state: State) -> State | None:
     """The latest checkpoint in the structure, dtypes and shardings of `state`, or None.
 
     Raises UserError where the checkpoint holds another structure.

@@ -17,13 +17,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lorax_gen import config as configs
@@ -64,7 +65,6 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
     run = experiment.run
     mesh = sharding.make_mesh(experiment.mesh)
     transformation = optimizer.make_optimizer(experiment.optimizer, run.steps)
-    schedule = optimizer.make_schedule(experiment.optimizer, run.steps)
 
     def fresh() -> State:
         params, stats = experiment.init()
@@ -72,58 +72,73 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
 
     with jax.set_mesh(mesh):
         state = sharding.init_sharded(fresh, mesh)
-        frozen = jax.device_put(experiment.frozen, sharding.tree_shardings(experiment.frozen, mesh))
         train_step = sharding.parallelize(
             make_train_step(experiment.loss, transformation), state, mesh, experiment.mesh.mode
         )
         checkpoints = checkpoint.open_checkpoints(
             run_dir / "checkpoints", run.checkpoint_every, run.keep
         )
-        restored = checkpoint.restore(checkpoints, state)
-        state = state if restored is None else restored
-        start = int(state["step"])
-        log = MetricsLog(run_dir / "metrics.jsonl", start)
-        bar = tqdm(
-            total=run.steps, initial=start, desc=run_dir.name, unit="step",
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
-        with checkpoints, log, bar, stop_signals() as stopped:
-            clock, since, pending = time.perf_counter(), start, None
-            for step in range(start, run.steps):
-                state, metrics = train_step(state, frozen, experiment.batch(step))
-                bar.update()
-                done = step + 1
-                if pending is not None:
-                    row = log.write(*pending)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}")
-                    pending = None
-                last, stopping = done == run.steps, bool(stopped)
-                if done % run.log_every == 0 or last:
-                    now = time.perf_counter()
-                    rate = (done - since) * experiment.examples_per_step / (now - clock)
-                    clock, since = now, done
-                    extra = {"learning_rate": schedule(step), "examples_per_second": rate}
-                    pending = (done, {**metrics, **extra})
-                evaluating = last or done % run.evaluate_every == 0
-                saving = last or stopping or done % run.checkpoint_every == 0
-                if pending is not None and (evaluating or saving):
-                    # A checkpoint must not be there before the rows that lead to it.
-                    log.write(*pending)
-                    pending = None
-                if evaluating:
-                    log.write(done, experiment.evaluate(state))
-                    clock, since = time.perf_counter(), done
-                if stopping:
-                    checkpoints.save(done, state, force=True, overwrite=True)
-                    raise Interrupted(
-                        f"stopped at step {done} of {run.steps}, state saved", stopped[0]
-                    )
-                checkpoints.save_async(done, state, force=last)
-        provenance = {"config": without_places(config), "metrics": log.last}
+        state = checkpoint.restore(checkpoints, state) or state
+        log = MetricsLog(run_dir / "metrics.jsonl", int(state["step"]))
+        with checkpoints, log:
+            state = train(experiment, state, train_step, mesh, checkpoints, log, run_dir.name)
         with files.new_directory(released) as partial:
+            provenance = {"config": without_places(config), "metrics": log.last}
             experiment.release(state, partial, provenance)
             shutil.copy(log.path, partial)
     return released
+
+
+def train(
+    experiment: Experiment,
+    state: State,
+    train_step: Callable,
+    mesh: Mesh,
+    checkpoints: checkpoint.Checkpoints,
+    log: MetricsLog,
+    name: str,
+) -> State:
+    """Steps from where `state` is to the end: logs, evaluates, saves."""
+    run, start = experiment.run, int(state["step"])
+    frozen = jax.device_put(experiment.frozen, sharding.tree_shardings(experiment.frozen, mesh))
+    schedule = optimizer.make_schedule(experiment.optimizer, run.steps)
+    bar = tqdm(
+        total=run.steps, initial=start, desc=name, unit="step", disable=not sys.stderr.isatty()
+    )
+    pending: tuple[int, dict[str, Any]] | None = None
+
+    def write_pending() -> None:
+        nonlocal pending
+        if pending is not None:
+            bar.set_postfix(loss=f"{log.write(*pending)['loss']:.3f}")
+            pending = None
+
+    with bar, stop_signals() as stopped:
+        clock, since = time.perf_counter(), start
+        for step in range(start, run.steps):
+            state, metrics = train_step(state, frozen, experiment.batch(step))
+            bar.update()
+            write_pending()  # those of the step before: the device is busy meanwhile
+            done, stopping = step + 1, bool(stopped)
+            last = done == run.steps
+            evaluating = last or done % run.evaluate_every == 0
+            if done % run.log_every == 0 or last:
+                now = time.perf_counter()
+                rate = (done - since) * experiment.examples_per_step / (now - clock)
+                clock, since = now, done
+                extra = {"learning_rate": schedule(step), "examples_per_second": rate}
+                pending = (done, {**metrics, **extra})
+            if evaluating or stopping or done % run.checkpoint_every == 0:
+                write_pending()  # a checkpoint must not be there before the rows that lead to it
+            if evaluating:
+                log.write(done, experiment.evaluate(state))
+                clock, since = time.perf_counter(), done
+            if stopping:
+                checkpoints.save(done, state, force=True, overwrite=True)
+                message = f"stopped at step {done} of {run.steps}, state saved"
+                raise Interrupted(message, stopped[0])
+            checkpoints.save_async(done, state, force=last)
+    return state
 
 
 def claim_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
