@@ -53,6 +53,7 @@ def write_tensors(
     with files.new_file(path) as temporary:
         contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(contiguous, temporary, metadata=metadata)
+        temporary.chmod(0o644)  # safetensors let nobody else read
 
 
 def open_safetensors(path: Path):

@@ -20,13 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from lorax_gen import assets, files
 from lorax_gen.errors import UserError
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, Params
-from lorax_gen.tensors import open_safetensors, tree_hash
+from lorax_gen.tensors import open_safetensors, tree_hash, write_tensors
 from lorax_gen.tokenizers import load_tokenizer
 
 # Ours -> theirs; `{i}` is the layer. Two-dimensional kernels are transposed, `embed` is not.
@@ -112,8 +111,8 @@ def save_model(
             rows = enumerate(value) if ours.startswith("layers/") else [(0, value)]
             for i, row in rows:
                 row = row.T if is_kernel(ours) else row
-                tensors[theirs.format(i=i)] = np.ascontiguousarray(row)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+                tensors[theirs.format(i=i)] = row
+        write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
         model.tokenizer.save_pretrained(partial)
         if provenance is not None:
             files.write_json(partial / "provenance.json", provenance)
