@@ -53,12 +53,17 @@ def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
 
     Args:
       x: `[B, T, D]`.
-      pair: `a` `[D, R]` and `b` `[R, F]`, or `[B, D, R]` and `[B, R, F]` per example.
+      pair: `a` `[D, R]` and `b` `[R, F]` for the whole batch, or `[P, D, R]` and `[P, R, F]` with
+        B = P Q: one for each Q rows that follow each other, so for every row where P = B.
 
     Returns:
       `[B, T, F]`.
     """
-    return (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype)
+    a, b = pair["a"].astype(x.dtype), pair["b"].astype(x.dtype)
+    if a.ndim == 2:
+        return (x @ a) @ b
+    grouped = x.reshape(a.shape[0], -1, x.shape[-1])  # rows of a group side by side, no copies of A
+    return ((grouped @ a) @ b).reshape(*x.shape[:-1], b.shape[-1])
 
 
 def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:

@@ -137,10 +137,8 @@ def generator_loss(spec: GeneratorSpec, remat: str = "none") -> Loss:
         made = generator.generate(
             params, stats, states, config, train=True, key=gumbel_key, axis_name=axis_name
         )
-        queries = batch["tokens"].shape[0] // batch["prompt"].shape[0]
-        lora = jax.tree.map(lambda x: jnp.repeat(x, queries, axis=1), made.lora)
         lm, accuracy = answer_loss(
-            frozen["edge"], spec.edge, batch, lora=lora, axis_name=axis_name, remat=remat
+            frozen["edge"], spec.edge, batch, lora=made.lora, axis_name=axis_name, remat=remat
         )
         cv = balance.balance_loss(made.gates, config.balance_coefficient, axis_name)
         metrics = {
