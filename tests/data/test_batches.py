@@ -16,7 +16,7 @@ from lorax_gen.data.batches import (
     question_batch,
 )
 from lorax_gen.data.sources import WorldConfig
-from lorax_gen.data.tasks import Task
+from lorax_gen.data.tasks import Task, behind_prompt
 from lorax_gen.data.world import FAMILIES, make_world, vocabulary
 from lorax_gen.errors import UserError
 from lorax_gen.tokenizers import word_level
@@ -93,7 +93,7 @@ def test_a_batch_mixes_the_families_evenly(world, count):
 
 
 def test_every_seen_task_is_drawn_sooner_or_later(world):
-    rng, tasks = np.random.default_rng(0), world.select("seen", "name")
+    rng, tasks = np.random.default_rng(0), world.select("seen", "grade")
     drawn = {task.name for task in mixed_tasks(rng, tasks, 1000)}
     assert drawn == {task.name for task in tasks}
 
@@ -103,7 +103,7 @@ def test_every_seen_task_is_drawn_sooner_or_later(world):
 
 def test_rows_are_asked_under_their_prompt(world, encoder):
     """Row b belongs to prompt b // Q: its question with that answer is one of the prompt's task."""
-    names = world.select("seen", "name")
+    names = world.select("seen", "grade")
     batch = draw(world, encoder, tasks=names)
     chex.assert_shape(batch["prompt"], (PROMPTS, SHAPE.prompt_length))
     chex.assert_shape(batch["tokens"], (PROMPTS * QUERIES, SHAPE.question_length))
@@ -153,7 +153,7 @@ def test_documents_train_on_the_pieces_that_say_so(encoder):
 def test_shots_are_solved_questions_of_the_task(world, encoder):
     (task,) = [t for t in world.tasks if t.name == "sort-color-alpha-beta-gamma-delta"]
     plain, shots = task.prompt(), task.prompt(shots=2)
-    assert shots == " ".join([plain, *(f"{q} {a} ." for q, a in task.questions[:2])])
+    assert shots == " ".join([plain, *(f"{behind_prompt(q)} {a} ." for q, a in task.questions[:2])])
     batch = draw(world, encoder, tasks=[task], prompts=64, max_shots=3, prompt_length=96)
     lengths = Counter(batch["prompt_lengths"].tolist())
     assert len(lengths) > 3  # three wordings alone have at most three

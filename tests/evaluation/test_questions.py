@@ -99,7 +99,7 @@ def test_specialised_scores_are_those_of_merged_edges(system, questions):
         PROMPTS,
         asked,
         prompt_length=32,
-        length=6,
+        length=7,
         batch_size=8,
     )
     np.testing.assert_array_equal(right, expected)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lorax_gen.data.sources import WorldConfig
+from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import report as reports
@@ -87,7 +88,7 @@ def test_every_method_is_asked_the_same_and_sees_what_it_should(system, calls):
         assert edge["questions"] == edge_lora["questions"] == bare
         assert lora_gen["questions"] == shuffled["questions"]
         prompts = [lora_gen["prompts"][task] for task, _ in lora_gen["questions"]]
-        prompted = [(f"{p} {q}", a) for p, (q, a) in zip(prompts, bare, strict=True)]
+        prompted = [(f"{p} {behind_prompt(q)}", a) for p, (q, a) in zip(prompts, bare, strict=True)]
         assert edge_icl["questions"] == cloud_icl["questions"] == prompted
         assert edge_lora["lora"] is system.lora and edge["lora"] is None
         assert edge["config"] == edge_icl["config"] == edge_lora["config"] == system.edge.config
