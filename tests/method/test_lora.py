@@ -120,3 +120,18 @@ def test_merge_refuses_what_does_not_fit(kernels):
         merge(kernels, {"up": {"a": tree["up"]["a"], "b": tree["up"]["b"][:, :1]}})
     with pytest.raises(UserError, match="take_example"):
         merge(kernels, random_tree(L, B))
+
+
+def test_a_tree_per_group_serves_the_rows_of_its_group():
+    """Three trees, six rows: as if each tree were repeated for its two rows."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(6, 4, 8)), jnp.float32)
+    pair = {
+        "a": jnp.asarray(rng.normal(size=(3, 8, 2)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(3, 2, 5)), jnp.float32),
+    }
+    repeated = {name: jnp.repeat(factor, 2, axis=0) for name, factor in pair.items()}
+    np.testing.assert_allclose(apply_lora(x, pair), apply_lora(x, repeated), rtol=1e-6)
+    np.testing.assert_allclose(
+        apply_lora(x, pair)[5], x[5] @ pair["a"][2] @ pair["b"][2], rtol=1e-4
+    )
