@@ -13,6 +13,7 @@ from lorax_gen.method import init_generator
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import Model, save_model
 from lorax_gen.tensors import write_tensors
+from lorax_gen.tokenizers import SPECIAL
 from lorax_gen.training.experiment import Experiment, RunConfig
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.sharding import MeshConfig
@@ -81,7 +82,8 @@ def one_word_edge(system) -> Model:
     asked = jnp.asarray(edge.tokenizer.convert_tokens_to_ids(sorted(last)))
     embed = edge.params["embed"].at[:, 0].set(4.0).at[asked, 0].set(-4.0)
     head = edge.params["embed"].T.at[0].set(0.0)
-    for tokens, weight in ((eos, 8.0), (asked, 4.0)):  # none of them is ever an answer
+    never = jnp.asarray([*asked.tolist(), *(i for i in range(len(SPECIAL)) if i != eos)])
+    for tokens, weight in ((eos, 8.0), (never, 4.0)):  # none of them is ever an answer
         head = head.at[:, tokens].set(0.0).at[0, tokens].set(weight)
     layers = dict(edge.params["layers"])
     for name in ("o", "down"):

@@ -87,7 +87,9 @@ def test_specialised_scores_are_those_of_merged_edges(system, questions):
         for task in range(len(PROMPTS)):
             for other in (task, (task + 1) % len(PROMPTS)):
                 asked.append((task, (question, answers[other][row])))
-                expected.append(answers[task][row] == answers[other][row])
+                same = answers[task][row] == answers[other][row]
+                ended = len(answers[task][row].split()) < 3  # or the model would have gone on
+                expected.append(same and ended)
     assert 0 < np.sum(expected) < len(expected)
     assert sum(expected[1::2]) < len(expected) // 4  # prompts make models that answer differently
     right = score_specialised(
