@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -47,7 +48,7 @@ def run_demo(run_dir: Path, questions: int, seed: int) -> dict[str, Any]:
 
     console.print(
         "\n[bold]LoRA-Gen in a small world.[/bold] A cloud model reads a task's prompt once and "
-        "generates LoRA weights\nfor an edge model; merged, they replace the prompt. None of the "
+        "generates LoRA weights for an edge model; merged, they replace the prompt. None of the "
         "tasks below was ever trained on.\n"
     )
     show_examples(console, system, data, seed)
@@ -78,8 +79,8 @@ def show_examples(console: Console, system: System, data: WorldConfig, seed: int
         after = generate_text(merged, texts, max_new_tokens=4)
         console.print(f"[bold]{family}[/bold]  [italic]{prompt}[/italic]")
         for (question, answer), old, new in zip(asked, before, after, strict=True):
-            mark = "[green]right[/green]" if new == answer else f"[red]wrong: {answer}[/red]"
-            console.print(f"    {question:<12} before: {old:<10} after: {new:<10} {mark}")
+            mark = "[green]right[/green]" if new == answer else f"[red]wrong, {answer}[/red]"
+            console.print(f"    {question:<11} before {old:<9} after {new:<9} {mark}")
         console.print()
 
 
@@ -100,9 +101,12 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     """Methods by families, with what each question costs."""
     console = console or Console(highlight=False)
     families = list(report["accuracy"])
-    table = Table(title=f"accuracy on {report['split']} tasks", title_justify="left")
-    table.add_column("method")
-    for name in [*families, "mean", "context tokens", "ms / question"]:
+    title = f"accuracy on {report['split']} tasks, with tokens of context and time per question"
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
+    )
+    table.add_column("method", no_wrap=True)
+    for name in [*families, "mean", "tokens", "ms"]:
         table.add_column(name, justify="right")
     for method, label in METHODS.items():
         if method not in report["mean"]:

@@ -28,7 +28,7 @@ from lorax_gen.models.huggingface import Model
 METHODS = {
     "edge": "edge, no prompt",
     "edge_icl": "edge, prompt in context",
-    "edge_lora": "edge, one LoRA on all seen tasks",
+    "edge_lora": "edge + one LoRA on all tasks",
     "cloud_icl": "cloud, prompt in context",
     "lora_gen": "edge + LoRA-Gen, no prompt",
     "lora_gen_shuffled": "LoRA-Gen, prompts shuffled",

@@ -77,7 +77,7 @@ def test_a_missing_method_is_left_out_and_the_others_keep_their_colours(report):
     bars, labels = colours(report)
     for row in (*report["accuracy"].values(), report["mean"], report["context_tokens"]):
         del row["edge_lora"]
-    assert "edge, one LoRA on all seen tasks (2)" in labels
+    assert "edge + one LoRA on all tasks (2)" in labels
     assert colours(report) == (bars[:2] + bars[3:], labels[:2] + labels[3:])
 
 
