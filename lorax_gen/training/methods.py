@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lorax_gen import config as configs
 from lorax_gen.baselines import lora
 from lorax_gen.errors import UserError
-from lorax_gen.training import generator, pretrain
+from lorax_gen.training import lora_gen, pretrain
 from lorax_gen.training.experiment import Experiment
 
 SHIPPED = Path(configs.__file__).parent / "configs"
@@ -25,7 +25,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "lora_gen": Method(generator.LoraGenConfig, generator.experiment),
+    "lora_gen": Method(lora_gen.LoraGenConfig, lora_gen.experiment),
     "lora": Method(lora.LoraConfig, lora.experiment),
     "pretrain": Method(pretrain.PretrainConfig, pretrain.experiment),
 }
