@@ -152,7 +152,8 @@ def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Call
     own = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
 
     def step(state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-        with jax.set_mesh(own):  # moves nothing but where the state comes from the other mesh
+        with jax.set_mesh(own):
+            # Free where they lie so already; arrays of another mesh would compile a second program.
             state, frozen = jax.device_put((state, frozen), NamedSharding(own, P()))
             return pmapped(state, frozen, jax.tree.map(split, batch))
 
