@@ -103,15 +103,15 @@ def test_every_seen_task_is_drawn_sooner_or_later(world):
 
 def test_rows_are_asked_under_their_prompt(world, encoder):
     """Row b belongs to prompt b // Q: its question with that answer is one of the prompt's task."""
-    names = world.select("seen", "grade")
-    batch = draw(world, encoder, tasks=names)
+    grades = world.select("seen", "grade")
+    batch = draw(world, encoder, tasks=grades)
     chex.assert_shape(batch["prompt"], (PROMPTS, SHAPE.prompt_length))
     chex.assert_shape(batch["tokens"], (PROMPTS * QUERIES, SHAPE.question_length))
     prompts = [text_of(encoder, row).split() for row in batch["prompt"]]
     assert len({tuple(prompt) for prompt in prompts}) > 1
     for b, row in enumerate(batch["tokens"]):
         prompt = prompts[b // QUERIES]
-        (task,) = [t for t in names if set(t.slots.values()) <= set(prompt)]
+        (task,) = [t for t in grades if set(t.slots.values()) <= set(prompt)]
         assert text_of(encoder, row) in {f"{q} {a}" for q, a in task.questions}
 
 

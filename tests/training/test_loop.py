@@ -180,7 +180,8 @@ def test_what_is_released_names_no_machine(unbroken, config_file):
     assert home in (unbroken / "config.yaml").read_text()
     for path in (unbroken / "released").iterdir():
         assert str(Path(home).parent).encode() not in path.read_bytes()
-        assert b'"/' not in path.read_bytes()
+        if path.suffix != ".safetensors":  # among the bytes of numbers anything may stand
+            assert '"/' not in path.read_text()
     described = json.loads((unbroken / "released" / "config.json").read_text())
     assert (described["config"]["cloud"], described["config"]["edge"]) == ("cloud", "edge")
 
