@@ -130,6 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"lorax-gen: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a place where nothing may be written
+        print(f"lorax-gen: error: {error}; choose another place", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
