@@ -13,14 +13,17 @@ from typing import Any
 from lorax_gen.errors import UserError
 
 
-def read_json(path: Path) -> Any:
-    """A parsed JSON file; UserError where it is missing or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where it is missing, broken or no object."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object, which it should")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -128,5 +128,12 @@ FORMAT = "lorax-gen lora 1"
 
 
 def load_lora(directory: str | Path) -> Tree:
-    """A released LoRA tree, its scale folded in; merge it with `method.lora.merge`."""
-    return unflatten(read_tensors(assets.resolve(directory) / "lora.safetensors"))
+    """A released LoRA tree, its scale folded in; merge it with `method.lora.merge`.
+
+    Raises UserError where a file is missing, truncated or of another kind.
+    """
+    directory = assets.resolve(directory)
+    found = files.read_json(directory / "config.json").get("format")
+    if found != FORMAT:
+        raise UserError(f"{directory} holds no LoRA (format {found!r}, expected {FORMAT!r})")
+    return unflatten(read_tensors(directory / "lora.safetensors"))
