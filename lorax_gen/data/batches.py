@@ -69,12 +69,17 @@ def prompt_batch(encoder: Encoder, prompts: Sequence[str], length: int) -> Batch
     }
 
 
-def question_batch(encoder: Encoder, questions: Sequence[tuple[str, str]], length: int) -> Batch:
-    """`{'tokens': [B, T], 'answer': [B, T]}`: `answer` marks the answer and the end of text."""
+def question_batch(
+    encoder: Encoder, questions: Sequence[tuple[str, str]], length: int, whole: bool = False
+) -> Batch:
+    """`{'tokens': [B, T], 'answer': [B, T]}`: `answer` marks the answer and the end of text.
+
+    With `whole` it marks every token of a row: the loss over the whole edge sequence.
+    """
     rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
     answer = np.zeros((len(rows), length), bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        answer[i, start : len(row)] = True
+        answer[i, 0 if whole else start : len(row)] = True
     return {"tokens": pad_rows(rows, length, encoder.pad_id, "a question"), "answer": answer}
 
 
@@ -98,6 +103,7 @@ def generator_batch(
     prompt_length: int,
     question_length: int,
     max_shots: int = 0,
+    whole: bool = False,
 ) -> Batch:
     """Training batch of the generator: P prompts for the cloud, P * Q bare questions for the edge.
 
@@ -112,7 +118,7 @@ def generator_batch(
     ]
     return {
         **prompt_batch(cloud, texts, prompt_length),
-        **question_batch(edge, questions, question_length),
+        **question_batch(edge, questions, question_length, whole),
     }
 
 

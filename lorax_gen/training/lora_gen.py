@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -39,6 +39,8 @@ class LoraGenConfig:
     """Questions asked under each prompt; the cloud reads a prompt once for all of them."""
     max_shots: int = 0
     """Solved examples in a prompt: from none up to this many."""
+    loss: Literal["answer", "sequence"] = "answer"
+    """L_LM on the answer's tokens, or on the whole sequence that the edge model sees."""
     data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
@@ -78,6 +80,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
             prompt_length=data.prompt_length,
             question_length=data.question_length,
             max_shots=config.max_shots,
+            whole=config.loss == "sequence",
         )
 
     def evaluate(state: State) -> dict[str, float]:
