@@ -44,8 +44,8 @@ class Generator:
             wanted, found = self.metadata["shapes"][role], model_shape(model)
             if wanted != found:
                 raise UserError(
-                    f"this generator was trained for {article(role)} {role} model of {wanted}, but "
-                    f"the given one has {found}; pass the {role} model that it was trained with"
+                    f"the generator was trained with the {role} model of {wanted}, but the given "
+                    f"one has {found}; pass the {role} model that it was trained with"
                 )
         return GeneratorSpec(self.config, cloud, edge)
 
@@ -53,10 +53,6 @@ class Generator:
     def pool_hash(self) -> str:
         """Identifies the pool of experts."""
         return tree_hash(self.params["pool"])
-
-
-def article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
 
 
 def model_shape(config: DecoderConfig) -> dict[str, Any]:
