@@ -14,7 +14,7 @@ measures; `artifacts` is what leaves the program. The names below are the short 
 from lorax_gen.artifacts.card import TaskCard, load_card, save_card
 from lorax_gen.artifacts.generator import Generator, load_generator, save_generator
 from lorax_gen.errors import UserError
-from lorax_gen.models.decoding import generate_text
+from lorax_gen.generation import generate_text
 from lorax_gen.models.huggingface import Model, load_model, save_model
 from lorax_gen.specialize import specialize
 

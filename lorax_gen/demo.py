@@ -21,7 +21,7 @@ from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import pictures
 from lorax_gen.evaluation.report import METHODS, System, evaluate_world
-from lorax_gen.models.decoding import generate_text
+from lorax_gen.generation import generate_text
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.specialize import specialize
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.data.batches import Encoder, prompt_batch
+from lorax_gen.data.batches import Encoder, bucket, prompt_batch
 from lorax_gen.evaluation.questions import prompt_gates
 from lorax_gen.models.huggingface import Model
 
@@ -48,8 +48,3 @@ def specialize(
         for row, text in zip(np.asarray(gates), prompts, strict=True)
     ]
     return cards[0] if isinstance(prompt, str) else cards
-
-
-def bucket(length: int, smallest: int = 32) -> int:
-    """The next power of two: few shapes, few compilations."""
-    return max(smallest, 1 << (length - 1).bit_length())

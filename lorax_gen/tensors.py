@@ -37,12 +37,16 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def tree_hash(tree: dict[str, Any]) -> str:
-    """First 16 hex digits of the SHA-256 over names, shapes, dtypes and bytes of a tree."""
+def tree_hash(tree: dict[str, Any], dtype: Any = None) -> str:
+    """First 16 hex digits of the SHA-256 over names, shapes, dtypes and bytes of a tree.
+
+    With `dtype`, of its values rounded to that: a tree hashes as its fp32 or its bf16 copy does.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(flatten(tree).items()):
+        value = value.astype(dtype or value.dtype, copy=False)
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
     return digest.hexdigest()[:16]
 
 

@@ -15,13 +15,54 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lorax_gen.errors import UserError
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises UserError where there is none."""
-    if not (directory / "tokenizer.json").is_file():
+    """The tokenizer of a model directory. Raises UserError where there is none, or a broken one."""
+    if not any((directory / name).is_file() for name in FILES):
         raise UserError(f"no tokenizer.json in {directory}; a model directory needs its tokenizer")
-    return AutoTokenizer.from_pretrained(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # whatever a foreign file makes transformers stumble over
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, bos: bool | None = None) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+      bos: None leaves it to the tokenizer what to put around a text; True puts exactly one BOS in
+        front and nothing else; False puts nothing.
+
+    Raises UserError where a BOS is asked of a tokenizer that has none.
+    """
+    if bos is None:
+        return tokenizer(text)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not bos:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise UserError("this tokenizer has no BOS token to put in front of a text")
+    return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "") -> list[int]:
+    """Token ids of a user's turn in the tokenizer's chat template, where the answer would begin.
+
+    Raises UserError where the tokenizer has no chat template, or its template refuses the turns
+    (Gemma's has no system turn).
+    """
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template; leave out --chat")
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": user})
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises whatever it likes
+        raise UserError(f"the chat template refuses these turns: {error}") from None
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them
 
 
 def word_level(words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_gen import assets, files
 from lorax_gen import config as configs
+from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.hub import find_directory
 from lorax_gen.method.generator import GeneratorConfig
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.tensors import flatten, read_tensors, tree_hash, unflatten, write_tensors
@@ -93,9 +94,7 @@ def load_generator(directory: str | Path) -> Generator:
 
     Raises UserError where a file is missing, truncated or of another kind.
     """
-    directory = assets.resolve(directory)
-    if not directory.is_dir():
-        raise UserError(f"no generator directory at {directory}; train one with `lorax-gen train`")
+    directory = find_directory(directory, "generator")
     metadata = files.read_json(directory / "config.json")
     if metadata.get("format") != FORMAT:
         raise UserError(

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_gen import assets, files
+from lorax_gen import files
 from lorax_gen.data.batches import Encoder, mixed_tasks, question_batch
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.questions import score_questions
+from lorax_gen.hub import find_directory
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import load_model
@@ -132,7 +133,7 @@ def load_lora(directory: str | Path) -> Tree:
 
     Raises UserError where a file is missing, truncated or of another kind.
     """
-    directory = assets.resolve(directory)
+    directory = find_directory(directory, "LoRA")
     found = files.read_json(directory / "config.json").get("format")
     if found != FORMAT:
         raise UserError(f"{directory} holds no LoRA (format {found!r}, expected {FORMAT!r})")

@@ -43,6 +43,13 @@ class Encoder:
         return [*together, self.tokenizer.eos_token_id], len(self.ids(question))
 
 
+def bucket(size: int, smallest: int = 32) -> int:
+    """The next of few sizes: powers of two up to 128, then multiples of 128. Few compilations."""
+    return (
+        max(smallest, 1 << (int(size) - 1).bit_length()) if size <= 128 else -(-size // 128) * 128
+    )
+
+
 def pad_rows(rows: Sequence[Sequence[int]], length: int, pad_id: int, what: str) -> np.ndarray:
     """`[len(rows), length]` int32. Raises UserError where a row is longer: nothing is cut."""
     out = np.full((len(rows), length), pad_id, np.int32)

@@ -22,7 +22,7 @@ from lorax_gen.data.sources import WorldConfig
 from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.evaluation.questions import score_questions, score_specialised
 from lorax_gen.method.lora import Tree, merge
-from lorax_gen.models.decoding import greedy
+from lorax_gen.models.decoding import generate
 from lorax_gen.models.huggingface import Model
 
 METHODS = {
@@ -164,13 +164,13 @@ def latency_ms(model: Model, texts: Sequence[str], runs: int, rng: np.random.Gen
         lengths = jnp.asarray([len(ids)], jnp.int32)
 
         def answer(tokens=tokens, lengths=lengths):
-            return greedy(
-                model.params,
+            return generate(
+                model.decoding_params,
                 model.config,
                 tokens,
                 lengths,
                 max_new_tokens=1,
-                eos_id=model.tokenizer.eos_token_id,
+                stop_ids=model.stop_ids,
             )
 
         if padded not in warm:

@@ -1,12 +1,13 @@
-"""The decoder: one Flax module for every model family, written as pure functions over parameters.
+"""The decoder: one Flax module for LLaMA, Gemma, Gemma 2 and Qwen2, as pure functions over params.
 
 Parameters are a plain dict, layers stacked on a leading axis and scanned:
 
     {'embed': [V, D], 'layers': {'attn_norm': [L, D], 'q': [L, D, H*E], ...}, 'final_norm': [D]}
 
 with `'lm_head': [D, V]` where the head is not tied to the embeddings. Kernels are `[in, out]`.
-Any kernel takes an optional LoRA pair (see `lorax_gen.method.lora`): one for the whole batch,
-`[L, D, R]`, or one per example, `[L, B, D, R]`.
+A family is a set of switches in `DecoderConfig`; no code asks for one by name. Any kernel takes an
+optional LoRA pair (see `lorax_gen.method.lora`): one for the whole batch, `[L, D, R]`, or one per
+example, `[L, B, D, R]`.
 
 Rows are right-padded and attention is plainly causal, so nothing real ever sees padding and no
 mask is needed.
@@ -23,10 +24,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from lorax_gen.errors import UserError
 from lorax_gen.method.lora import apply_lora
+from lorax_gen.models.attention import attend, softcapped, visible
 
 Array = jax.Array
 # Variance 1 / fan-in. LLaMA's fixed 0.02 is about that at its width of some thousands; in models a
@@ -46,11 +49,20 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder, in the field names of Hugging Face's `config.json`.
+class RopeScaling:
+    """Rotary frequencies stretched to longer texts, `rope_type: llama3` (LLaMA 3.1 and later)."""
 
-    `rms_norm_offset` (Gemma) multiplies by 1 + weight; `embedding_scale` (Gemma) multiplies the
-    input embeddings by sqrt(D); `attention_bias` (Qwen2) adds biases to q, k and v.
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder, in the field names of Hugging Face's `config.json` where it has them.
+
+    The switches below `hidden_act` are what families differ in; their defaults are LLaMA's.
     """
 
     vocab_size: int
@@ -62,15 +74,31 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    """Biases on q, k and v (Qwen2)."""
     rms_norm_offset: bool = False
+    """Norms multiply by 1 + weight (Gemma)."""
     embedding_scale: bool = False
+    """Input embeddings are multiplied by sqrt(D) (Gemma)."""
+    post_norms: bool = False
+    """Norms behind attention and feed-forward as well as before (Gemma 2)."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by its root; None: head_dim (Gemma 2)."""
+    attn_logit_softcapping: float | None = None
+    """Scores stay within this, by tanh (Gemma 2)."""
+    final_logit_softcapping: float | None = None
+    """Logits stay within this, by tanh (Gemma 2)."""
+    sliding_window: int | None = None
+    """Positions that a `sliding_attention` layer sees, its own among them (Gemma 2, Qwen2)."""
+    layer_types: tuple[str, ...] = ()
+    """`sliding_attention` or `full_attention` for each layer; empty: all full."""
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; grouped attention needs one"
@@ -81,6 +109,20 @@ class DecoderConfig:
             raise UserError(
                 f"unknown hidden_act {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}"
             )
+        unknown = set(self.layer_types) - {"sliding_attention", "full_attention"}
+        if unknown or len(self.layer_types) not in (0, self.num_hidden_layers):
+            raise UserError(
+                f"layer_types has {len(self.layer_types)} entries {sorted(set(self.layer_types))}; "
+                f"expected sliding_attention or full_attention for {self.num_hidden_layers} layers"
+            )
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise UserError("layer_types has sliding_attention, but there is no sliding_window")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer the positions that a query sees; None: all before it."""
+        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
+        return tuple(self.sliding_window if t == "sliding_attention" else None for t in types)
 
 
 def kernel_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -94,10 +136,23 @@ def kernel_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """`[E/2]` fp32: angles per position of rotary embeddings."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequencies = np.float32(config.rope_theta) ** -exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    # Turns over the original context: many are kept, few are slowed by `factor`, blended between.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return (frequencies * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
+
+
 def rope_tables(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
     """Cosines and sines `[..., T, 1, E/2]` (fp32) of rotary embeddings at integer positions."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) * config.rope_theta**-exponents
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
 
 
@@ -131,7 +186,7 @@ class Block(nn.Module):
     def project(self, name: str, x: Array, lora: Mapping, key: Array | None) -> Array:
         shape = kernel_shapes(self.config)[name]
         y = x @ self.param(name, INIT, shape).astype(x.dtype)
-        if self.config.attention_bias and name in ("q", "k", "v"):
+        if self.config.qkv_bias and name in ("q", "k", "v"):
             y += self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)
         if name in lora:
             if key is not None:
@@ -140,11 +195,12 @@ class Block(nn.Module):
         return y
 
     @nn.compact
-    def __call__(self, x, lora, key, rope, cache=None, positions=None):
+    def __call__(self, x, lora, key, rope, window=None, cache=None, positions=None):
         """`x: [B, T, D]` -> (`[B, T, D]`, cache).
 
-        With a cache `{'k','v': [B, S, K, E]}`, the new keys and values are written at `positions`
-        `[B, T]` and a query sees every slot up to its own position.
+        `window` limits the positions that a query sees. With a cache `{'k','v': [B, S, K, E]}`, new
+        keys and values are written into it: at `positions: [B, T]`, where a query sees every slot
+        up to its own, or, where there are none, into the first T slots of an empty one.
         """
         config, lora = self.config, lora or {}
         batch, time, _ = x.shape
@@ -154,22 +210,37 @@ class Block(nn.Module):
         q = rotate(heads(self.project("q", h, lora, key)), rope)
         k = rotate(heads(self.project("k", h, lora, key)), rope)
         v = heads(self.project("v", h, lora, key))
-        if cache is None:
-            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        else:
-            rows = jnp.arange(batch)[:, None]
-            cache = {
-                "k": cache["k"].at[rows, positions].set(k),
-                "v": cache["v"].at[rows, positions].set(v),
-            }
-            visible = jnp.arange(cache["k"].shape[1]) <= positions[:, None, :, None]
-            attended = jax.nn.dot_product_attention(q, cache["k"], cache["v"], mask=visible)
-        x = x + self.project("o", attended.reshape(batch, time, -1), lora, key)
+        if cache is not None:
+            cache = {name: write(cache[name], new, positions) for name, new in (("k", k), ("v", v))}
+        mask = None
+        if positions is not None:
+            k, v = cache["k"], cache["v"]
+            mask = visible(positions, k.shape[1], window)
+        elif window is not None:
+            mask = visible(jnp.arange(time)[None], time, window)
+        attended = attend(
+            q,
+            k,
+            v,
+            scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
+            softcap=config.attn_logit_softcapping,
+            mask=mask,
+        )
+        attended = self.project("o", attended.reshape(batch, time, -1), lora, key)
+        x = x + (self.norm("attn_post_norm", attended) if config.post_norms else attended)
 
         h = self.norm("mlp_norm", x)
         gate = ACTIVATIONS[config.hidden_act](self.project("gate", h, lora, key))
-        up = self.project("up", h, lora, key)
-        return x + self.project("down", gate * up, lora, key), cache
+        h = self.project("down", gate * self.project("up", h, lora, key), lora, key)
+        return x + (self.norm("mlp_post_norm", h) if config.post_norms else h), cache
+
+
+def write(cache: Array, new: Array, positions: Array | None) -> Array:
+    """A cache `[B, S, K, E]` with `new: [B, T, K, E]` at positions `[B, T]`, or in front."""
+    new = new.astype(cache.dtype)
+    if positions is None:
+        return cache.at[:, : new.shape[1]].set(new)
+    return cache.at[jnp.arange(new.shape[0])[:, None], positions].set(new)
 
 
 class Decoder(nn.Module):
@@ -195,13 +266,17 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, 0),
             length=config.num_hidden_layers,
         )(config, self.dropout, name="layers")
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, config.num_hidden_layers)
-        x, _ = layers(x, lora or None, keys, rope_tables(config, jnp.arange(x.shape[1])))
+        windows = None
+        if any(config.windows):  # scanned, so layers without one get one that holds everything
+            windows = jnp.array([window or x.shape[1] for window in config.windows], jnp.int32)
+        rope = rope_tables(config, jnp.arange(x.shape[1]))
+        x, _ = layers(x, lora or None, keys, rope, windows)
 
         initial = nn.initializers.zeros if config.rms_norm_offset else nn.initializers.ones
         return rms_norm(x, self.param("final_norm", initial, (d,)), config)
@@ -226,6 +301,11 @@ def scale_embeddings(x: Array, config: DecoderConfig) -> Array:
 def init_params(key: Array, config: DecoderConfig) -> Params:
     """Fresh fp32 parameters. Under `jax.eval_shape`, their shapes without the memory."""
     return Decoder(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def unstack(tree: Mapping | None, layers: int) -> list:
+    """A tree stacked over layers `[L, ...]` as a list of L trees (a LoRA or `params['layers']`)."""
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers)]
 
 
 def embed(params: Params, config: DecoderConfig, tokens: Array) -> Array:
@@ -257,5 +337,8 @@ def hidden_states(
 
 def logits(params: Params, config: DecoderConfig, hidden: Array) -> Array:
     """Next-token logits `[..., V]` in fp32 of hidden states `[..., D]`."""
-    head = params["embed"].T if config.tie_word_embeddings else params["lm_head"]
-    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    tied = config.tie_word_embeddings
+    head = params["embed" if tied else "lm_head"].astype(hidden.dtype)
+    equation = "...d,vd->...v" if tied else "...d,dv->...v"
+    scores = jnp.einsum(equation, hidden, head, preferred_element_type=jnp.float32)
+    return softcapped(scores, config.final_logit_softcapping)

@@ -1,7 +1,9 @@
-"""Greedy decoding with a key/value cache.
+"""Decoding with a key/value cache: prefill, then token by token, greedily or by sampling.
 
-Layers are unrolled here, from one dict per layer: scanning over stacked weights would copy every
-layer's slice for every token. `unstack` makes the per-layer form once.
+Pure functions of arrays, to be jitted whole (`generate`) or in the two steps that streaming takes
+(`prefill`, `advance`). Layers are unrolled here, from one dict per layer: scanning over stacked
+weights would copy every layer's slice for every token. `params['layers']` may be that list
+(`Model.decoding_params`) or the stacked tree, of which each call then makes the list.
 
 Dimensions: B batch, T prompt length, N new tokens, S cache slots, L layers, V vocabulary.
 """
@@ -10,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorax_gen.models.decoder import (
     Array,
@@ -24,13 +26,30 @@ from lorax_gen.models.decoder import (
     logits,
     rms_norm,
     rope_tables,
+    unstack,
 )
-from lorax_gen.models.huggingface import Model
 
 
-def unstack(tree: Mapping | None, layers: int) -> list:
-    """A tree stacked over layers `[L, ...]` as a list of L trees (a LoRA or `params['layers']`)."""
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers)]
+class Sampling(NamedTuple):
+    """How a token is drawn; None in its place is greedy decoding.
+
+    The values are arguments of the compiled program; whether `top_k` and `top_p` are None or not
+    is part of it.
+    """
+
+    temperature: Any = 1.0  # above 0; logits are divided by it
+    top_k: Any = None  # only the k likeliest tokens
+    top_p: Any = None  # of these, the fewest that hold this probability
+
+
+class DecodingState(NamedTuple):
+    """What decoding carries from token to token."""
+
+    token: Array  # [B] int32, written last and not yet read
+    position: Array  # [B] int32, of that token
+    finished: Array  # [B] bool; a finished row repeats its last token
+    step: Array  # [] int32, tokens written so far
+    cache: list[dict[str, Array]]  # of each layer
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype) -> list[dict[str, Array]]:
@@ -43,84 +62,160 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype) -> list[dic
 
 
 def forward_with_cache(
-    params: Params, layers: list, config: DecoderConfig, tokens, positions, cache, lora: list
+    params: Params,
+    config: DecoderConfig,
+    tokens: Array,
+    cache: list,
+    lora: Mapping | None,
+    positions: Array | None = None,
 ) -> tuple[Array, list]:
-    """Hidden states `[B, T, D]` of tokens at `positions` `[B, T]`, and the extended cache."""
+    """Hidden states `[B, T, D]` of tokens `[B, T]`, and the cache with them in it.
+
+    They stand at `positions: [B, T]`, or, where there are none, at the beginning of an empty cache.
+    """
+    layers, count = params["layers"], config.num_hidden_layers
+    layers = layers if isinstance(layers, list) else unstack(layers, count)
     x = embed(params, config, tokens)
-    rope = rope_tables(config, positions)
-    new_cache = []
-    for layer, pair, slots in zip(layers, lora, cache, strict=True):
-        x, slots = Block(config).apply({"params": layer}, x, pair, None, rope, slots, positions)
+    rope = rope_tables(config, jnp.arange(tokens.shape[1]) if positions is None else positions)
+    new_cache, block = [], Block(config)
+    for layer, pair, window, slots in zip(
+        layers, unstack(lora, count), config.windows, cache, strict=True
+    ):
+        x, slots = block.apply({"params": layer}, x, pair, None, rope, window, slots, positions)
         new_cache.append(slots)
     return rms_norm(x, params["final_norm"], config), new_cache
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos_id"))
-def greedy(
+def restrict(scores: Array, top_k: Array | None = None, top_p: Array | None = None) -> Array:
+    """Logits `[..., V]` with -inf for all but the likeliest tokens.
+
+    Kept are the `top_k` likeliest and of these, with their probabilities made to sum to 1, the
+    fewest whose sum reaches `top_p`; at least one. Ties with the last one kept stay too.
+    """
+    if top_k is None and top_p is None:
+        return scores
+    ordered = jnp.sort(scores, axis=-1, descending=True)
+    if top_k is not None:
+        ordered = jnp.where(jnp.arange(scores.shape[-1]) < top_k, ordered, -jnp.inf)
+    if top_p is not None:
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        ordered = jnp.where((before < top_p) | (before == 0.0), ordered, -jnp.inf)
+    last = jnp.min(ordered, axis=-1, keepdims=True, where=ordered > -jnp.inf, initial=jnp.inf)
+    return jnp.where(scores >= last, scores, -jnp.inf)
+
+
+def choose(scores: Array, sampling: Sampling | None, key: Array | None, step: Array) -> Array:
+    """The next tokens `[B]` int32 of logits `[B, V]`; what a row draws depends on no other row."""
+    if sampling is None:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    scores = restrict(scores / sampling.temperature, sampling.top_k, sampling.top_p)
+    key = jax.random.fold_in(key, step)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(scores.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+
+def prefill(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Array,
+    lengths: Array,
+    *,
+    slots: int,
+    stop_ids: Sequence[int] = (),
+    sampling: Sampling | None = None,
+    key: Array | None = None,
+    lora: Mapping | None = None,
+) -> DecodingState:
+    """Reads prompts and chooses the first new token of each; see `generate`.
+
+    Args:
+      slots: S, prompt and new tokens together.
+    """
+    batch, _ = tokens.shape
+    cache = init_cache(config, batch, slots, params["embed"].dtype)
+    # Padding fills cache slots too, but a row's own new tokens overwrite them before any query
+    # can see that far.
+    hidden, cache = forward_with_cache(params, config, tokens, cache, lora)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    token = choose(logits(params, config, last), sampling, key, jnp.int32(0))
+    return DecodingState(token, lengths, is_stop(token, stop_ids), jnp.int32(1), cache)
+
+
+def advance(
+    params: Params,
+    config: DecoderConfig,
+    state: DecodingState,
+    *,
+    steps: int,
+    stop_ids: Sequence[int] = (),
+    sampling: Sampling | None = None,
+    key: Array | None = None,
+    lora: Mapping | None = None,
+) -> tuple[DecodingState, Array]:
+    """Up to `steps` more tokens `[B, steps]`; stops early when all rows are finished.
+
+    Rows that are finished repeat their last token; what is left when all are is filled with it.
+    """
+
+    def unfinished(carry):
+        i, state, _ = carry
+        return (i < steps) & ~jnp.all(state.finished)
+
+    def step(carry):
+        i, state, out = carry
+        hidden, cache = forward_with_cache(
+            params, config, state.token[:, None], state.cache, lora, state.position[:, None]
+        )
+        token = choose(logits(params, config, hidden[:, 0]), sampling, key, state.step)
+        token = jnp.where(state.finished, state.token, token)
+        state = DecodingState(
+            token=token,
+            position=state.position + 1,
+            finished=state.finished | is_stop(token, stop_ids),
+            step=state.step + 1,
+            cache=cache,
+        )
+        return i + 1, state, out.at[:, i].set(token)
+
+    out = jnp.zeros((state.token.shape[0], steps), jnp.int32)
+    i, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))
+    return state, jnp.where(jnp.arange(steps) < i, out, state.token[:, None])
+
+
+def is_stop(token: Array, stop_ids: Sequence[int]) -> Array:
+    """Whether each of `token: [B]` ends its row."""
+    return jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
+
+
+@partial(jax.jit, static_argnames=("config", "max_new_tokens", "stop_ids"))
+def generate(
     params: Params,
     config: DecoderConfig,
     tokens: Array,
     lengths: Array,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    stop_ids: tuple[int, ...] = (),
+    sampling: Sampling | None = None,
+    key: Array | None = None,
     lora: Mapping | None = None,
 ) -> Array:
-    """The most likely continuation, token by token.
+    """Continues prompts token by token, in one program.
 
     Args:
       tokens: `[B, T]` int32, right-padded; `lengths: [B]` int32, each at least 1.
       max_new_tokens: N; the cache holds T + N slots.
+      stop_ids: tokens that end a row.
+      sampling: None is greedy; otherwise `key` is the root of what is drawn.
       lora: a LoRA tree for the whole batch or per example, or None.
 
     Returns:
-      `[B, N]` int32; what follows a row's first `eos_id` is `eos_id` as well. Stops as soon as
-      every row has ended.
+      `[B, N]` int32; a row's stop token is repeated behind it. Stops as soon as all have ended.
     """
-    batch, time = tokens.shape
-    layers = unstack(params["layers"], config.num_hidden_layers)
-    lora = unstack(lora, config.num_hidden_layers)
-    cache = init_cache(config, batch, time + max_new_tokens, params["embed"].dtype)
-    # Padding writes cache slots too, but a row's own new tokens overwrite them before any query
-    # can see that far.
-    positions = jnp.broadcast_to(jnp.arange(time), tokens.shape)
-    hidden, cache = forward_with_cache(params, layers, config, tokens, positions, cache, lora)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    first = jnp.argmax(logits(params, config, last)[:, 0], axis=-1).astype(jnp.int32)
-
-    def unfinished(carry):
-        step, token, *_ = carry
-        return (step < max_new_tokens) & jnp.any(token != eos_id)
-
-    def advance(carry):
-        step, token, out, cache = carry
-        hidden, cache = forward_with_cache(
-            params, layers, config, token[:, None], (lengths + step - 1)[:, None], cache, lora
-        )
-        following = jnp.argmax(logits(params, config, hidden)[:, 0], axis=-1).astype(jnp.int32)
-        following = jnp.where(token == eos_id, eos_id, following)
-        return step + 1, following, out.at[:, step].set(following), cache
-
-    out = jnp.full((batch, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(first)
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), first, out, cache))[2]
-
-
-def generate_text(
-    model: Model, texts: Sequence[str], *, max_new_tokens: int = 16, lora: Mapping | None = None
-) -> list[str]:
-    """Greedy continuations of texts, all in one batch, without special tokens."""
-    rows = [model.tokenizer(text)["input_ids"] for text in texts]
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), lengths.max()), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    made = greedy(
-        model.params,
-        model.config,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        max_new_tokens=max_new_tokens,
-        eos_id=model.tokenizer.eos_token_id,
-        lora=lora,
-    )
-    return model.tokenizer.batch_decode(np.asarray(made), skip_special_tokens=True)
+    options = {"stop_ids": stop_ids, "sampling": sampling, "key": key, "lora": lora}
+    slots = tokens.shape[1] + max_new_tokens
+    state = prefill(params, config, tokens, lengths, slots=slots, **options)
+    first = state.token[:, None]
+    _, rest = advance(params, config, state, steps=max_new_tokens - 1, **options)
+    return jnp.concatenate([first, rest], axis=1)

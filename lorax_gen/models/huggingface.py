@@ -1,63 +1,83 @@
-"""Model directories as Hugging Face writes them: the only file that knows foreign names.
+"""Model directories as Hugging Face writes them, in and out.
 
-    config.json           the fields of `DecoderConfig`
-    model.safetensors     one tensor per layer and kernel, `[out, in]`
-    tokenizer.json        and tokenizer_config.json, read by `transformers`
+    config.json                   the shape, in the names of `families`
+    model.safetensors             one tensor per layer and kernel, or several files and an index
+    tokenizer.json and others     read and written by `transformers`
+    generation_config.json        the tokens that end a text
 
-A family is a name table: ours -> theirs, and whether a kernel is transposed. Layers are stacked
-on the way in and unstacked on the way out.
+Layers are stacked on the way in and unstacked on the way out, one leaf at a time: the host never
+holds more than a leaf beside what lies on the devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
-from lorax_gen import assets, files
+from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.hub import find_directory
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, Params
+from lorax_gen.models.families import (
+    abstract_params,
+    family_of,
+    is_transposed,
+    leaf_at,
+    read_config,
+    tensor_names,
+    tensor_shapes,
+    write_config,
+)
 from lorax_gen.tensors import open_safetensors, tree_hash, write_tensors
 from lorax_gen.tokenizers import load_tokenizer
 
-# Ours -> theirs; `{i}` is the layer. Two-dimensional kernels are transposed, `embed` is not.
-LLAMA_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-    "layers/attn_norm": "model.layers.{i}.input_layernorm.weight",
-    "layers/q": "model.layers.{i}.self_attn.q_proj.weight",
-    "layers/k": "model.layers.{i}.self_attn.k_proj.weight",
-    "layers/v": "model.layers.{i}.self_attn.v_proj.weight",
-    "layers/o": "model.layers.{i}.self_attn.o_proj.weight",
-    "layers/mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
-    "layers/gate": "model.layers.{i}.mlp.gate_proj.weight",
-    "layers/up": "model.layers.{i}.mlp.up_proj.weight",
-    "layers/down": "model.layers.{i}.mlp.down_proj.weight",
-}
-FAMILIES = {"LlamaForCausalLM": LLAMA_NAMES}
+INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A language model: its shape, its parameters and its tokenizer."""
+    """A language model: its shape, its parameters and its tokenizer.
+
+    Attributes:
+      stop_ids: tokens that end a text; the tokenizer's end of text where none are given.
+      name: what it was loaded as: a hub name, or the last part of a directory's.
+    """
 
     config: DecoderConfig
     params: Params
     tokenizer: Any
+    stop_ids: tuple[int, ...] = ()
+    name: str = ""
+
+    def __post_init__(self):
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        if not self.stop_ids and eos is not None:
+            object.__setattr__(self, "stop_ids", (eos,))
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the parameters, whatever directory they lie in."""
-        return tree_hash(self.params)
+        """Identifies the parameters, whatever directory they lie in, and in fp32 as in bf16."""
+        return tree_hash(self.params, jnp.bfloat16)
+
+    @functools.cached_property
+    def decoding_params(self) -> Params:
+        """The parameters with `layers` as a list, as decoding wants them: a copy, made once."""
+        layers = decoder.unstack(self.params["layers"], self.config.num_hidden_layers)
+        return {**self.params, "layers": layers}
+
+    @property
+    def scoring_bos(self) -> bool:
+        """Whether a prompt whose continuations are scored begins with BOS (the Gemmas)."""
+        return family_of(self.config).scoring_bos
 
     def __call__(self, tokens: jax.Array, lora: Mapping | None = None) -> jax.Array:
         """Next-token logits `[B, T, V]` (fp32) of token ids `[B, T]`."""
@@ -65,145 +85,212 @@ class Model:
         return decoder.logits(self.params, self.config, hidden)
 
 
-def load_model(directory: str | Path, dtype: Any = jnp.float32) -> Model:
-    """Loads a model directory.
+def load_model(
+    name_or_dir: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Callable[[Params], Any] | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Loads a model from a directory, a shipped one (`world/cloud`) or the hub (`org/name`).
+
+    Args:
+      dtype: of the parameters; None keeps the checkpoint's.
+      shardings: a tree of shardings for the abstract parameters, such as
+        `partial(training.sharding.tree_shardings, mesh=mesh)`; None: the default device.
+      revision: branch, tag or commit on the hub.
 
     Raises UserError where the directory, a file or a tensor is missing, foreign or misshapen.
     """
-    directory = assets.resolve(directory)
-    if not directory.is_dir():
-        raise UserError(f"no model directory at {directory}; give one that holds config.json")
-    raw = files.read_json(directory / "config.json")
-    config, names = read_config(raw, directory / "config.json")
-    params = read_params(directory / "model.safetensors", config, names, dtype)
-    return Model(config, params, load_tokenizer(directory))
+    directory = find_directory(name_or_dir, revision=revision)
+    config = read_config(directory / "config.json")
+    params = read_params(directory, config, dtype, shardings=shardings)
+    name = str(name_or_dir) if directory != Path(name_or_dir) else directory.resolve().name
+    return Model(config, params, load_tokenizer(directory), read_stop_ids(directory), name)
 
 
 def save_model(
-    directory: str | Path, model: Model, provenance: dict[str, Any] | None = None
+    directory: str | Path,
+    model: Model,
+    provenance: dict[str, Any] | None = None,
+    *,
+    dtype: Any = None,
+    max_shard_size: str = "5GB",
+    extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a model directory that `transformers` and `load_model` read; replaces nothing.
 
-    Tensors keep the dtype that they have. `provenance`, where given, goes into `provenance.json`.
+    Args:
+      provenance: where given, goes into `provenance.json`.
+      dtype: of the tensors; None keeps the dtype that they have.
+      max_shard_size: of a file of tensors, such as `500MB`; more than one get an index.
+      extra: writes whatever else belongs into the directory, before it gets its name.
 
-    Raises UserError where something is at `directory`, or LLaMA has no place for what the config
-    asks for.
+    Raises UserError where something is at `directory`, or no family has a place for what the
+    config asks for.
     """
-    for field in ("attention_bias", "rms_norm_offset", "embedding_scale"):
-        if getattr(model.config, field):
-            raise UserError(f"cannot write a model with {field}: a LLaMA directory has none")
     with files.new_directory(Path(directory)) as partial:
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "attention_dropout": 0.0,
-            "mlp_bias": False,
+        eos = list(model.stop_ids) if len(model.stop_ids) > 1 else next(iter(model.stop_ids), None)
+        ids = {
             "bos_token_id": model.tokenizer.bos_token_id,
-            "eos_token_id": model.tokenizer.eos_token_id,
+            "eos_token_id": eos,
             "pad_token_id": model.tokenizer.pad_token_id,
-            "dtype": str(model.params["embed"].dtype),
-            **{name: getattr(model.config, name) for name in CONFIG_FIELDS},
         }
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {}
-        for ours, theirs in names_of(model.config, LLAMA_NAMES).items():
-            value = np.asarray(leaf_at(model.params, ours))
-            rows = enumerate(value) if ours.startswith("layers/") else [(0, value)]
-            for i, row in rows:
-                row = row.T if is_kernel(ours) else row
-                tensors[theirs.format(i=i)] = row
-        write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
+        kind = jnp.dtype(dtype or model.params["embed"].dtype)
+        config = {**write_config(model.config), **ids, "dtype": kind.name, "torch_dtype": kind.name}
+        files.write_json(partial / "config.json", config)
+        files.write_json(partial / "generation_config.json", ids)
+        write_params(partial, model.params, model.config, dtype, max_shard_size)
         model.tokenizer.save_pretrained(partial)
         if provenance is not None:
             files.write_json(partial / "provenance.json", provenance)
+        if extra is not None:
+            extra(partial)
 
 
-# --- config.json ---------------------------------------------------------------------------------
-
-CONFIG_FIELDS = [
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "rms_norm_eps",
-    "tie_word_embeddings", "hidden_act", "attention_bias",
-]  # fmt: skip
-
-
-def read_config(raw: dict, path: Path) -> tuple[DecoderConfig, dict[str, str]]:
-    """`DecoderConfig` and name table of a parsed `config.json`."""
-    architecture = (raw.get("architectures") or ["none"])[0]
-    if architecture not in FAMILIES:
-        raise UserError(
-            f"{path} is of architecture {architecture}; supported are {', '.join(FAMILIES)}"
-        )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))  # older ones: `type`
-    if kind != "default":
-        raise UserError(f"{path} has rope_type {kind!r}; supported is 'default'")
-    for bias in ("mlp_bias", "attention_bias"):
-        if raw.get(bias):
-            raise UserError(f"{path} has {bias}; supported are kernels without biases")
-    fields = {name: raw[name] for name in CONFIG_FIELDS if raw.get(name) is not None}
-    fields.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-    if "rope_theta" in rope:
-        fields["rope_theta"] = rope["rope_theta"]
-    try:
-        if "head_dim" not in fields:
-            fields["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
-        return DecoderConfig(**fields), FAMILIES[architecture]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is incomplete: {error}; expected the fields of LLaMA") from error
+def read_stop_ids(directory: Path) -> tuple[int, ...]:
+    """The tokens that end a text; generation_config.json knows better than config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            ids = files.read_json(directory / name).get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
 
 
-# --- tensors -------------------------------------------------------------------------------------
+# --- tensors in ----------------------------------------------------------------------------------
 
 
-def names_of(config: DecoderConfig, table: Mapping[str, str]) -> dict[str, str]:
-    """The name table without the head where it is tied to the embeddings."""
-    return {k: v for k, v in table.items() if k != "lm_head" or not config.tie_word_embeddings}
+class Checkpoint:
+    """The tensors of a directory, by name, in whichever of its files they lie. Read when asked."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        single, index = directory / "model.safetensors", directory / INDEX
+        if index.is_file() and not single.is_file():
+            weight_map = files.read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no weight_map; get it again")
+            handles = {name: open_safetensors(directory / name) for name in weight_map.values()}
+            self.source = str(index)
+        else:
+            handles, self.source = {single.name: open_safetensors(single)}, str(single)
+        self.file_of = {key: file for file in handles.values() for key in file.keys()}  # noqa: SIM118
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.file_of[key].get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> np.dtype:
+        return self.read(key, (slice(0, 0),)).dtype
+
+    def read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self.file_of[key].get_slice(key)[index]
 
 
-def is_kernel(ours: str) -> bool:
-    """Whether a tensor is a matrix that they store transposed."""
-    return ours != "embed" and not ours.endswith("norm")
+def read_params(
+    directory: Path,
+    config: DecoderConfig,
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Callable[[Params], Any] | None = None,
+) -> Params:
+    """Parameters from a directory's safetensors; see `load_model`.
 
-
-def leaf_at(tree: Mapping, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
-
-
-def read_params(path: Path, config: DecoderConfig, table: Mapping[str, str], dtype: Any) -> Params:
-    """Parameters from a safetensors file; every tensor is checked against the config's shapes."""
-    shapes = jax.eval_shape(lambda: decoder.init_params(jax.random.key(0), config))
-    names = names_of(config, table)
-    expected = {
-        theirs.format(i=i): ours
-        for ours, theirs in names.items()
-        for i in range(config.num_hidden_layers if ours.startswith("layers/") else 1)
-    }
-    with open_safetensors(path) as file:
-        present = set(file.keys())
-        for key in expected:
-            if key not in present:
-                raise UserError(f"{path} lacks the tensor {key}, which its config.json asks for")
-        foreign = sorted(present - set(expected) - {"lm_head.weight"})
-        if foreign:
-            raise UserError(f"{path} holds an unknown tensor {foreign[0]}; is it another family?")
-        params: Params = {"layers": {}}
-        for ours, theirs in names.items():
-            shape = leaf_at(shapes, ours).shape
-            stacked = ours.startswith("layers/")
-            keys = [theirs.format(i=i) for i in range(config.num_hidden_layers if stacked else 1)]
-            wanted = shape[1:] if stacked else shape
-            wanted = wanted[::-1] if is_kernel(ours) else wanted
-            rows = [file.get_tensor(key) for key in keys]
-            for key, row in zip(keys, rows, strict=True):
-                if row.shape != wanted:
-                    raise UserError(
-                        f"{path}: {key} has shape {row.shape}, but its config.json asks for "
-                        f"{wanted}"
-                    )
-            rows = [row.T if is_kernel(ours) else row for row in rows]
-            value = jnp.asarray(np.stack(rows) if stacked else rows[0], dtype)
-            (params["layers"] if stacked else params)[ours.split("/")[-1]] = value
+    Names and shapes of all tensors are checked before the first is read.
+    """
+    checkpoint = Checkpoint(Path(directory))
+    check_tensors(checkpoint, config)
+    shapes = abstract_params(config)
+    places = shardings(shapes) if shardings else None
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params: Params = {"layers": {}}
+    for ours, keys in tensor_names(config).items():
+        place = leaf_at(places, ours) if places else default
+        leaf = read_leaf(checkpoint, ours, keys, leaf_at(shapes, ours).shape, dtype, place)
+        (params["layers"] if ours.startswith("layers/") else params)[ours.split("/")[-1]] = leaf
     return params
+
+
+def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """UserError that names the first tensor that is missing, unknown or misshapen."""
+    expected, source = tensor_shapes(config), checkpoint.source
+    for key, shape in expected.items():
+        if key not in checkpoint.file_of:
+            raise UserError(f"{source} lacks the tensor {key}, which its config.json asks for")
+        if checkpoint.shape(key) != shape:
+            raise UserError(
+                f"{source}: {key} has shape {checkpoint.shape(key)}, but its config.json asks for "
+                f"{shape}"
+            )
+    # Harmless: a head stored although it is tied, and buffers that old versions saved.
+    foreign = sorted(
+        key
+        for key in set(checkpoint.file_of) - set(expected) - {"lm_head.weight"}
+        if not key.endswith("rotary_emb.inv_freq")
+    )
+    if foreign:
+        raise UserError(f"{source} holds an unknown tensor {foreign[0]}; is it another family?")
+
+
+def read_leaf(
+    checkpoint: Checkpoint,
+    ours: str,
+    keys: list[str],
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """One leaf, its layers stacked; each device's part is read by itself, straight into place."""
+    stacked, transposed = ours.startswith("layers/"), is_transposed(ours)
+    dtype = np.dtype(dtype) if dtype is not None else checkpoint.dtype(keys[0])
+    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in parts:
+            chosen, own = (keys[index[0]], index[1:]) if stacked else (keys, index)
+            size = [len(range(n)[i]) for n, i in zip(shape, index, strict=True)]
+            out = np.empty(size, dtype)
+            for i, key in enumerate(chosen):
+                value = checkpoint.read(key, own[::-1] if transposed else own)
+                out[i if stacked else ...] = value.T if transposed else value
+            parts[str(index)] = out
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+# --- tensors out ---------------------------------------------------------------------------------
+
+
+def write_params(
+    directory: Path, params: Params, config: DecoderConfig, dtype: Any, max_shard_size: str
+) -> None:
+    """The files of tensors, one held at a time, and their index where there are several."""
+    places = {
+        key: (ours, leaf_at(params, ours), i)
+        for ours, keys in tensor_names(config).items()
+        for i, key in enumerate(keys)
+    }
+
+    def size(place: tuple[str, jax.Array, int]) -> int:
+        ours, leaf, _ = place
+        count = leaf.size // (leaf.shape[0] if ours.startswith("layers/") else 1)
+        return count * np.dtype(dtype or leaf.dtype).itemsize
+
+    def tensor(key: str) -> np.ndarray:
+        ours, leaf, i = places[key]
+        value = np.asarray(leaf[i] if ours.startswith("layers/") else leaf)
+        value = value.astype(dtype or value.dtype, copy=False)
+        return value.T if is_transposed(ours) else value
+
+    plan = split_state_dict_into_shards_factory(
+        places,
+        get_storage_size=size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        write_tensors(directory / name, {key: tensor(key) for key in keys}, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        files.write_json(directory / INDEX, index)

@@ -1,0 +1,130 @@
+"""LoRA trees as GGUF adapters, the files that llama.cpp takes with `--lora`.
+
+    general.type            'adapter'
+    general.architecture    the model's: 'llama', 'gemma', 'gemma2' or 'qwen2'
+    general.name            any
+    adapter.type            'lora'
+    adapter.lora.alpha      fp32
+    lorax_gen.*             where the LoRA comes from, strings
+
+    blk.{layer}.{kernel}.weight.lora_a    [R, D] fp32
+    blk.{layer}.{kernel}.weight.lora_b    [F, R] fp32
+
+with a kernel out of the values of `KERNELS`. To the output of that kernel, llama.cpp adds
+alpha / R * b (a x), with the R of the pair but one alpha for the whole file. The scale of a tree is
+folded into its b already, so alpha is R; where ranks differ, alpha is the largest of them and the b
+of a lower rank R is written times R / alpha.
+
+Dimensions: D input width, F output width, L layers, R rank, E head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+
+from lorax_gen import files
+from lorax_gen.errors import UserError
+from lorax_gen.method.lora import Tree
+from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.models.families import family_of
+
+KERNELS = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
+    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
+
+# llama.cpp names these families as Hugging Face does. The value says whether its rotary embedding
+# pairs neighbours, as Meta's LLaMA did, and not halves: then the rows of q and k are in that order.
+NEIGHBOURS = {"llama": True, "gemma": False, "gemma2": False, "qwen2": False}
+
+
+def save_gguf_lora(
+    path: str | Path,
+    tree: Tree,
+    config: DecoderConfig,
+    *,
+    name: str = "",
+    provenance: dict[str, str] | None = None,
+) -> None:
+    """Writes a GGUF adapter, whole or not at all.
+
+    Args:
+      tree: `{name: {'a': [L, D, R], 'b': [L, R, F]}}`, its scale folded in; of any dtype, written
+        as fp32.
+      config: of the model that the tree was made for; it tells the architecture.
+      name: what llama.cpp shows for the adapter.
+      provenance: key -> text, kept as `lorax_gen.{key}`.
+
+    Raises:
+      UserError: `gguf` is not installed, something is at `path`, llama.cpp has no such family, or
+        the tree does not fit the model.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need one more package: pip install 'lorax-gen[gguf]'") from None
+    architecture = family_of(config).model_type
+    if architecture not in NEIGHBOURS:
+        raise UserError(
+            f"no GGUF adapter for the family {architecture!r}; known are {', '.join(NEIGHBOURS)}"
+        )
+    pairs = host_pairs(tree, config)
+    alpha = max(a.shape[-1] for a, _ in pairs.values())
+    with (
+        files.new_file(Path(path)) as temporary,
+        contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer,
+    ):
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for key, text in (provenance or {}).items():
+            writer.add_string(f"lorax_gen.{key}", str(text))
+        for ours, (a, b) in pairs.items():
+            b = b * np.float32(a.shape[-1] / alpha)
+            if NEIGHBOURS[architecture] and ours in ("q", "k"):
+                b = pair_neighbours(b, config.head_dim)
+            for layer in range(config.num_hidden_layers):
+                kernel = f"blk.{layer}.{KERNELS[ours]}.weight"
+                writer.add_tensor(f"{kernel}.lora_a", np.ascontiguousarray(a[layer].T))
+                writer.add_tensor(f"{kernel}.lora_b", np.ascontiguousarray(b[layer].T))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def host_pairs(tree: Tree, config: DecoderConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`{name: (a, b)}` in fp32 on the host; UserError where the tree does not fit the model."""
+    shapes, layers, pairs = kernel_shapes(config), config.num_hidden_layers, {}
+    if not tree:
+        raise UserError("the LoRA is empty; there is nothing to write")
+    for name, pair in tree.items():
+        if name not in shapes:
+            raise UserError(
+                f"LoRA for {name!r} has no kernel in the model; the kernels are {sorted(shapes)}: "
+                "use a LoRA made for this model"
+            )
+        a, b = (np.asarray(pair[key], np.float32) for key in ("a", "b"))
+        if a.ndim == 4:
+            raise UserError(
+                f"LoRA for {name!r} is per example, a {a.shape}, but a file takes one LoRA: pick "
+                "an example with take_example(tree, index)"
+            )
+        d_in, d_out = shapes[name]
+        rank = a.shape[-1] if a.ndim else 0
+        if not rank or a.shape != (layers, d_in, rank) or b.shape != (layers, rank, d_out):
+            raise UserError(
+                f"LoRA for {name!r} has factors {a.shape} and {b.shape}, which do not fit "
+                f"{layers} kernels {shapes[name]}: use a LoRA made for this model"
+            )
+        pairs[name] = a, b
+    return pairs
+
+
+def pair_neighbours(b: np.ndarray, head_dim: int) -> np.ndarray:
+    """`b: [L, R, F]` with features i and i + E/2 of every head side by side, at 2 i and 2 i + 1."""
+    halves = b.reshape(*b.shape[:2], -1, 2, head_dim // 2)
+    return halves.swapaxes(-1, -2).reshape(b.shape)

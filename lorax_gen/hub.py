@@ -1,0 +1,60 @@
+"""Names to directories: a local directory, a shipped one such as `world/cloud`, or a hub name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lorax_gen import assets
+from lorax_gen.errors import UserError
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Tensors, configs and tokenizers; no other framework's weights and no pickles.
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def find_directory(name: str | Path, what: str = "model", revision: str | None = None) -> Path:
+    """The directory of `what` that a name stands for, downloaded and cached if it is on the hub.
+
+    A local directory comes first, then a shipped one, then the hub (`$HF_HOME`, `$HF_TOKEN` and
+    `$HF_HUB_OFFLINE` are those of huggingface_hub).
+
+    Raises UserError where there is none, or the hub refuses or cannot be reached.
+    """
+    local = assets.resolve(name)
+    if local.is_dir():
+        return local
+    if Path(name).exists():
+        raise UserError(f"{name} is a file; expected a {what} directory")
+    if not HUB_NAME.fullmatch(str(name)):
+        raise UserError(f"no {what} directory at {name}; give one, or a hub name such as org/name")
+    try:
+        return Path(
+            snapshot_download(str(name), revision=revision, allow_patterns=PATTERNS, max_workers=4)
+        )
+    except RevisionNotFoundError:
+        raise UserError(f"{name} on the hub has no revision {revision!r}") from None
+    except GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its licence on huggingface.co, then `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"no {what} {name}: neither a directory nor on the hub, or private (`hf auth login`)"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"no {what} directory at {name}, and the hub cannot be reached nor is it in the cache; "
+            "connect, or give a local directory"
+        ) from None
+    except Exception as error:  # the connection's own errors, of whichever library makes it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot get {name} from the hub: {reason}") from None

@@ -1,0 +1,56 @@
+"""Causal attention with grouped heads, for every family: soft-caps, windows, caches.
+
+Dimensions: B batch, T queries, S keys, H heads, K key/value heads, G = H / K, E head size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Attention `[B, T, H, E]` of queries `[B, T, H, E]` to keys and values `[B, S, K, E]`.
+
+    Args:
+      scale: of the scores q k.
+      softcap: c, where scores pass through c tanh(score / c) before the softmax (Gemma 2).
+      mask: bool, to be broadcast to `[B, 1, T, S]`; True is seen. None: causal, S = T.
+    """
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask, is_causal=mask is None)
+    if mask is None:
+        mask = visible(jnp.arange(q.shape[1])[None], k.shape[1])
+    batch, time, heads, size = q.shape
+    q = q.reshape(batch, time, k.shape[2], -1, size)
+    scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = softcapped(scores * scale, softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bske->btkge", weights.astype(v.dtype), v).reshape(
+        batch, time, heads, size
+    )
+
+
+def softcapped(x: Array, cap: float | None) -> Array:
+    """c tanh(x / c), which keeps x within +-c; x itself where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def visible(positions: Array, slots: int, window: Array | int | None = None) -> Array:
+    """`[B, 1, T, S]` bool: the slots that queries at `positions: [B, T]` see.
+
+    All up to their own, or the last `window` of these, their own among them.
+    """
+    queries, keys = positions[:, None, :, None], jnp.arange(slots)
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)

@@ -1,0 +1,294 @@
+"""Foreign names: what Hugging Face calls things, one record for each family, in both directions.
+
+A `Family` holds a name table (ours -> theirs, `{i}` is the layer) and says how its `config.json`
+reads as a `DecoderConfig`. Whatever a config asks for that a family has no place for is an error
+that names it. Supporting one more family is one more record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lorax_gen import files
+from lorax_gen.errors import UserError
+from lorax_gen.models import decoder
+from lorax_gen.models.decoder import DecoderConfig, RopeScaling
+
+LLAMA_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    "layers/attn_norm": "model.layers.{i}.input_layernorm.weight",
+    "layers/q": "model.layers.{i}.self_attn.q_proj.weight",
+    "layers/k": "model.layers.{i}.self_attn.k_proj.weight",
+    "layers/v": "model.layers.{i}.self_attn.v_proj.weight",
+    "layers/o": "model.layers.{i}.self_attn.o_proj.weight",
+    "layers/mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers/gate": "model.layers.{i}.mlp.gate_proj.weight",
+    "layers/up": "model.layers.{i}.mlp.up_proj.weight",
+    "layers/down": "model.layers.{i}.mlp.down_proj.weight",
+}
+QWEN2_NAMES = LLAMA_NAMES | {
+    "layers/q_bias": "model.layers.{i}.self_attn.q_proj.bias",
+    "layers/k_bias": "model.layers.{i}.self_attn.k_proj.bias",
+    "layers/v_bias": "model.layers.{i}.self_attn.v_proj.bias",
+}
+GEMMA2_NAMES = LLAMA_NAMES | {
+    "layers/attn_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers/mlp_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
+    "layers/mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
+}
+
+REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+# Fields that every family has. What a config.json leaves out or sets to null is, here and below,
+# what transformers takes in that case.
+COMMON = {
+    "num_key_value_heads": None,  # as many as attention heads
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+SWITCHES = ("qkv_bias", "rms_norm_offset", "embedding_scale", "post_norms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of Hugging Face's.
+
+    Attributes:
+      names: our path of a tensor -> their name.
+      switches: those of `SWITCHES` that are on in every model of the family.
+      fields: fields of its config.json that `DecoderConfig` has too, and their defaults.
+      constants: written into config.json for its readers, not read by us.
+      scoring_bos: whether a prompt whose continuations are scored begins with BOS.
+    """
+
+    architecture: str
+    model_type: str
+    names: Mapping[str, str]
+    switches: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: COMMON)
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scoring_bos: bool = False
+
+
+NO_BIAS = {"attention_bias": False, "attention_dropout": 0.0}
+GEMMA = COMMON | {
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+FAMILIES = (
+    Family(
+        "LlamaForCausalLM",
+        "llama",
+        LLAMA_NAMES,
+        constants=NO_BIAS | {"mlp_bias": False},
+    ),
+    Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        QWEN2_NAMES,
+        switches=("qkv_bias",),
+        fields=COMMON
+        | {"max_position_embeddings": 32768, "sliding_window": 4096, "layer_types": ()},
+        constants={"attention_dropout": 0.0},
+    ),
+    Family(
+        "GemmaForCausalLM",
+        "gemma",
+        LLAMA_NAMES,
+        switches=("rms_norm_offset", "embedding_scale"),
+        fields=GEMMA,
+        constants=NO_BIAS,
+        scoring_bos=True,
+    ),
+    Family(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        GEMMA2_NAMES,
+        switches=("rms_norm_offset", "embedding_scale", "post_norms"),
+        fields=GEMMA
+        | {
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+            "layer_types": (),
+        },
+        constants=NO_BIAS,
+        scoring_bos=True,
+    ),
+)
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family that has a place for all that a config asks for; UserError where none has."""
+    defaults = {f.name: f.default for f in dataclasses.fields(DecoderConfig)}
+    used = {name for name, default in defaults.items() if getattr(config, name) != default}
+    switches = used & set(SWITCHES)
+    for family in FAMILIES:
+        known = {*REQUIRED, *family.fields, *SWITCHES, "rope_scaling"}
+        if set(family.switches) == switches and used <= known:
+            return family
+    raise UserError(
+        f"no Hugging Face family has {', '.join(sorted(used - {*REQUIRED, *COMMON}))} together; "
+        f"known are {', '.join(family.architecture for family in FAMILIES)}"
+    )
+
+
+# --- config.json ---------------------------------------------------------------------------------
+
+# What a config.json may ask for that the decoder does not do, and the values that ask for nothing.
+UNSUPPORTED = {
+    "mlp_bias": (None, False),
+    "attention_bias": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1, 1.0),
+}
+
+
+def read_config(path: Path) -> DecoderConfig:
+    """The config of a `config.json`, as old and new versions of transformers write it.
+
+    Raises UserError that names an unknown architecture or `rope_type`, and whatever the file lacks
+    or asks for beyond the decoder.
+    """
+    raw = files.read_json(path)
+    architecture = (raw.get("architectures") or ["none"])[0]
+    family = next((family for family in FAMILIES if family.architecture == architecture), None)
+    if family is None:
+        raise UserError(
+            f"{path} is of architecture {architecture}; supported are "
+            f"{', '.join(family.architecture for family in FAMILIES)}"
+        )
+    missing = [name for name in REQUIRED if raw.get(name) is None]
+    if missing:
+        raise UserError(f"{path} is incomplete: it lacks {', '.join(missing)}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    for name, harmless in UNSUPPORTED.items():
+        for place in (raw, rope):
+            if place.get(name) not in harmless:
+                raise UserError(f"{path} has {name}={place[name]!r}, which is not supported")
+
+    fields = {name: raw[name] for name in REQUIRED}
+    for name, default in family.fields.items():
+        null_says_none = name.endswith("softcapping") and name in raw
+        fields[name] = default if raw.get(name) is None and not null_says_none else raw[name]
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or raw["num_attention_heads"]
+    fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
+    fields["rope_scaling"] = read_rope_scaling(rope, path)
+    # Gemma: the newer name counts, and `gelu` has always meant its tanh form.
+    fields["hidden_act"] = raw.get("hidden_activation") or fields["hidden_act"]
+    if family.fields["hidden_act"] == "gelu_pytorch_tanh" and fields["hidden_act"] == "gelu":
+        fields["hidden_act"] = "gelu_pytorch_tanh"
+    if "layer_types" in fields:
+        types = read_layer_types(raw, family)
+        sliding = "sliding_attention" in types
+        fields["layer_types"] = types if sliding else ()
+        fields["sliding_window"] = fields["sliding_window"] if sliding else None
+    try:
+        fields["head_dim"] = fields["head_dim"] or raw["hidden_size"] // raw["num_attention_heads"]
+        return DecoderConfig(**fields, **dict.fromkeys(family.switches, True))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path} has a field of the wrong kind: {error}") from None
+
+
+def read_rope_scaling(rope: Mapping[str, Any], path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))  # older ones: `type`
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(f"{path} has rope_type {kind!r}; supported are 'default' and 'llama3'")
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    missing = [name for name in names if name not in rope]
+    if missing:
+        raise UserError(f"{path} has rope_type 'llama3' without {', '.join(missing)}")
+    return RopeScaling(**{name: rope[name] for name in names})
+
+
+def read_layer_types(raw: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """Which layers have a window: listed, or by the rule of the family where the list is newer."""
+    layers = range(raw["num_hidden_layers"])
+    if family.model_type == "qwen2":
+        if not raw.get("use_sliding_window"):
+            return ()
+        sliding = [i >= raw.get("max_window_layers", 28) for i in layers]
+    else:
+        sliding = [i % 2 == 0 for i in layers]
+    rule = ["sliding_attention" if yes else "full_attention" for yes in sliding]
+    return tuple(raw.get("layer_types") or rule)
+
+
+def write_config(config: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` of a config, in the names that transformers 4 and 5 both read."""
+    family = family_of(config)
+    raw = {"architectures": [family.architecture], "model_type": family.model_type}
+    raw |= {name: getattr(config, name) for name in (*REQUIRED, *family.fields)}
+    raw |= family.constants
+    if config.rope_scaling is not None:
+        raw["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+    if config.hidden_act == "gelu_pytorch_tanh":
+        raw["hidden_activation"] = config.hidden_act
+    if "layer_types" in raw:
+        windows = config.windows
+        raw["layer_types"] = list(config.layer_types) or ["full_attention"] * len(windows)
+        if family.model_type == "qwen2":
+            raw["use_sliding_window"] = any(windows)
+            raw["max_window_layers"] = windows.index(config.sliding_window)
+    if "query_pre_attn_scalar" in raw and raw["query_pre_attn_scalar"] is None:
+        raw["query_pre_attn_scalar"] = config.head_dim
+    return raw
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def is_transposed(ours: str) -> bool:
+    """Whether they store a tensor the other way round: kernels, theirs being `[out, in]`."""
+    return not ours.endswith(("embed", "norm", "bias"))
+
+
+def leaf_at(tree: Mapping, path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def abstract_params(config: DecoderConfig) -> decoder.Params:
+    """The parameter tree as shapes and dtypes; nothing is allocated."""
+    return jax.eval_shape(lambda: decoder.init_params(jax.random.key(0), config))
+
+
+def tensor_names(config: DecoderConfig) -> dict[str, list[str]]:
+    """Our path of each leaf -> their names of its tensors: one, or one for each layer."""
+    names = dict(family_of(config).names)
+    if config.tie_word_embeddings:
+        del names["lm_head"]
+    layers = range(config.num_hidden_layers)
+    return {
+        ours: [theirs.format(i=i) for i in layers] if ours.startswith("layers/") else [theirs]
+        for ours, theirs in names.items()
+    }
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a checkpoint of this config."""
+    params, shapes = abstract_params(config), {}
+    for ours, names in tensor_names(config).items():
+        shape = leaf_at(params, ours).shape
+        shape = shape[1:] if ours.startswith("layers/") else shape
+        shapes |= dict.fromkeys(names, shape[::-1] if is_transposed(ours) else shape)
+    return shapes

@@ -1,0 +1,129 @@
+"""The shapes of published checkpoints, for planning, benchmarks and abstract evaluation.
+
+A preset needs no download: with `jax.eval_shape` it gives every shape of a model without its
+memory. Each is what `read_config` makes of the checkpoint's own `config.json`.
+"""
+
+from __future__ import annotations
+
+from lorax_gen.models.decoder import DecoderConfig, RopeScaling
+
+
+def llama3_8b() -> DecoderConfig:
+    """`meta-llama/Meta-Llama-3-8B`: 8,030,261,248 parameters."""
+    return DecoderConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+    )
+
+
+def llama3_2_1b() -> DecoderConfig:
+    """`meta-llama/Llama-3.2-1B`: 1,235,814,400 parameters."""
+    return DecoderConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+
+
+def tinyllama_1b() -> DecoderConfig:
+    """`TinyLlama/TinyLlama-1.1B-Chat-v1.0` and its base models: 1,100,048,384 parameters."""
+    return DecoderConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-5,
+    )
+
+
+def gemma_2b() -> DecoderConfig:
+    """`google/gemma-2b`: 2,506,172,416 parameters."""
+    return DecoderConfig(
+        vocab_size=256000,
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+        max_position_embeddings=8192,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        # Its config.json says "gelu", but it was trained with the tanh approximation.
+        hidden_act="gelu_pytorch_tanh",
+        rms_norm_offset=True,
+        embedding_scale=True,
+    )
+
+
+def gemma2_2b() -> DecoderConfig:
+    """`google/gemma-2-2b`: 2,614,341,888 parameters."""
+    return DecoderConfig(
+        vocab_size=256000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        max_position_embeddings=8192,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        hidden_act="gelu_pytorch_tanh",
+        rms_norm_offset=True,
+        embedding_scale=True,
+        post_norms=True,
+        query_pre_attn_scalar=256.0,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        sliding_window=4096,
+        layer_types=("sliding_attention", "full_attention") * 13,
+    )
+
+
+def qwen2_1_5b() -> DecoderConfig:
+    """`Qwen/Qwen2-1.5B`: 1,543,714,304 parameters."""
+    return DecoderConfig(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        qkv_bias=True,
+    )
