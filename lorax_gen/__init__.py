@@ -12,9 +12,12 @@ measures; `artifacts` is what leaves the program. The names below are the short 
 """
 
 from lorax_gen.artifacts.card import TaskCard, load_card, save_card
+from lorax_gen.artifacts.export import export
 from lorax_gen.artifacts.generator import Generator, load_generator, save_generator
+from lorax_gen.artifacts.peft import load_adapter, save_adapter
+from lorax_gen.artifacts.verify import verify
 from lorax_gen.errors import UserError
-from lorax_gen.generation import generate_text
+from lorax_gen.generation import generate_text, stream_text
 from lorax_gen.models.huggingface import Model, load_model, save_model
 from lorax_gen.specialize import specialize
 
@@ -25,12 +28,17 @@ __all__ = [
     "Model",
     "TaskCard",
     "UserError",
+    "export",
     "generate_text",
+    "load_adapter",
     "load_card",
     "load_generator",
     "load_model",
+    "save_adapter",
     "save_card",
     "save_generator",
     "save_model",
     "specialize",
+    "stream_text",
+    "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import signal
 import sys
@@ -69,9 +70,12 @@ class Specialize:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Answer questions: with a task card, with a prompt in context, or with neither.
+    """Continue texts: with a task card, with a prompt in context, or with neither. A single text
+    is shown as it is written.
 
-    Example: lorax-gen generate --card task.card.safetensors "apple :" "bell :"
+    Examples:
+      lorax-gen generate --card task.card.safetensors "apple :" "bell :"
+      lorax-gen generate --model org/name --chat --temperature 0.7 --top-p 0.9 "Why is it so?"
     """
 
     questions: Annotated[
@@ -79,15 +83,75 @@ class Generate:
     ]
     """Texts to continue."""
     card: Path | None = None
-    """A task card, merged into the edge model first."""
+    """A task card or a PEFT adapter directory, merged into the model first."""
     context: str = ""
-    """A prompt put before every question, in the model's context."""
+    """A prompt put before every question, in the model's context; with --chat the system's turn."""
+    chat: bool = False
+    """Put each question into the tokenizer's chat template."""
     model: str = "world/edge"
-    """The model directory that answers."""
+    """The model that answers: a directory or a hub name."""
     generator: str = "world/generator"
-    """Generator directory that the card was made with."""
+    """Generator that the card was made with."""
     max_new_tokens: int = 16
     """Longest answer."""
+    temperature: float = 0.0
+    """0 is greedy; higher is more varied."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens that hold this probability."""
+    seed: int = 0
+    """Seed of what is drawn."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer; it ends at the model's end of text in any case."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters; bfloat16 on GPUs and TPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a task card, or a PEFT adapter, as what other programs load.
+
+    merged: a model directory for transformers, vLLM and others, no LoRA left. peft: an adapter
+    directory for peft, vLLM and others. gguf-lora: an adapter file for llama.cpp's --lora.
+
+    Example: lorax-gen export task.card.safetensors --format peft --output adapter
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
+    """A task card, or a PEFT adapter directory."""
+    format: Literal["merged", "peft", "gguf-lora"]
+    """What to write."""
+    output: Path
+    """Where: a new directory, or for gguf-lora a new file."""
+    edge: str = "world/edge"
+    """Edge model that the artifact was made for."""
+    generator: str = "world/generator"
+    """Generator that the card was made with."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of a merged model's tensors; merged in float32, rounded once."""
+    max_shard_size: str = "5GB"
+    """Largest file of a merged model's tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Check that an artifact says the same in all its forms: gates, LoRA, merged, read again.
+
+    Prints the largest difference of logits from the unmerged LoRA and the share of positions with
+    the same likeliest token. Exit code 1 when a difference is beyond what the dtype explains.
+
+    Example: lorax-gen verify task.card.safetensors
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
+    """A task card, a PEFT adapter directory, or a merged directory that export wrote."""
+    edge: str = "world/edge"
+    """Edge model that the artifact was made for."""
+    generator: str = "world/generator"
+    """Generator that the card was made with."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the edge model's parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +181,8 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Specialize, tyro.conf.subcommand("specialize")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
 
@@ -202,9 +268,7 @@ def specialize(command: Specialize) -> int:
     lorax_gen.save_card(command.output, card)
     print(f"card: {command.output}")
     if command.merged is not None:
-        merged = card.merge(edge, generator)
-        provenance = {"card": dataclasses.asdict(card) | {"indices": None, "gates": None}}
-        lorax_gen.save_model(command.merged, merged, provenance)
+        lorax_gen.export(command.output, command.merged, "merged", edge, lambda: generator)
         print(f"merged edge model: {command.merged}")
     return 0
 
@@ -226,18 +290,83 @@ def read_prompt(text: str) -> str:
 
 def generate(command: Generate) -> int:
     import lorax_gen
+    from lorax_gen.artifacts.export import lora_of
 
-    model = lorax_gen.load_model(command.model)
-    if command.card is not None:
-        card = lorax_gen.load_card(command.card)
-        model = card.merge(model, lorax_gen.load_generator(command.generator))
     if not command.questions:
         raise UserError('no question given; for example: lorax-gen generate "apple :"')
-    texts = [f"{command.context} {question}".strip() for question in command.questions]
-    answers = lorax_gen.generate_text(model, texts, max_new_tokens=command.max_new_tokens)
+    model = lorax_gen.load_model(command.model, command.dtype)
+    if command.card is not None:
+        tree, *_ = lora_of(command.card, model, lambda: lorax_gen.load_generator(command.generator))
+        model = model.merged(tree)
+    texts = list(command.questions)
+    if not command.chat:
+        texts = [f"{command.context} {question}".strip() for question in texts]
+    stream = lorax_gen.stream_text(
+        model,
+        texts,
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature,
+        top_k=command.top_k,
+        top_p=command.top_p,
+        seed=command.seed,
+        stop=command.stop,
+        chat=command.chat,
+        system=command.context if command.chat else "",
+    )
+    if len(texts) == 1:
+        print(command.questions[0], end=" ", flush=True)
+        shown = ""
+        for [answer] in stream:
+            print(answer[len(shown) :], end="", flush=True)
+            shown = answer
+        print()
+        return 0
+    answers = []
+    for answers in stream:  # noqa: B007
+        pass
     for question, answer in zip(command.questions, answers, strict=True):
         print(f"{question} {answer}")
     return 0
+
+
+def export(command: Export) -> int:
+    import lorax_gen
+
+    edge = lorax_gen.load_model(command.edge)
+    lorax_gen.export(
+        command.artifact,
+        command.output,
+        command.format,
+        edge,
+        lambda: lorax_gen.load_generator(command.generator),
+        dtype=command.dtype,
+        max_shard_size=command.max_shard_size,
+    )
+    print(f"{command.format}: {command.output}")
+    return 0
+
+
+def verify(command: Verify) -> int:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    import lorax_gen
+
+    edge = lorax_gen.load_model(command.edge, command.dtype)
+    generator = functools.cache(lambda: lorax_gen.load_generator(command.generator))
+    comparisons = lorax_gen.verify(command.artifact, edge, generator)
+    table = Table(title="beside the unmerged LoRA", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("form", "logits differ by", "allowed", "same argmax", ""):
+        table.add_column(name, justify="left" if name == "form" else "right")
+    for row in comparisons:
+        allowed = "" if row.tolerance is None else f"{row.tolerance:.1e}"
+        verdict = "" if row.tolerance is None else ("ok" if row.holds else "[red]differs[/red]")
+        table.add_row(
+            row.form, f"{row.difference:.1e}", allowed, f"{100 * row.agreement:.2f} %", verdict
+        )
+    Console(highlight=False).print(table)
+    return 0 if all(row.holds for row in comparisons) else 1
 
 
 def evaluate(command: Evaluate) -> int:
@@ -271,5 +400,7 @@ RUN = {
     ),
     Specialize: specialize,
     Generate: generate,
+    Export: export,
+    Verify: verify,
     Evaluate: evaluate,
 }

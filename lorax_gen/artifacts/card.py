@@ -22,7 +22,7 @@ import numpy as np
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.errors import UserError
 from lorax_gen.method.generator import lora_from_gates
-from lorax_gen.method.lora import Tree, merge
+from lorax_gen.method.lora import Tree
 from lorax_gen.models.huggingface import Model
 from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
 
@@ -65,21 +65,21 @@ class TaskCard:
         gates = jnp.asarray(self.dense_gates(generator.config.n_experts))
         return lora_from_gates(generator.params["pool"], gates, generator.config)
 
-    def merge(self, edge: Model, generator: Generator) -> Model:
-        """The edge model with the card's LoRA merged into its kernels (eq. 1).
-
-        Raises UserError where the card was made for another edge model or pool.
-        """
+    def check_edge(self, edge: Model) -> None:
+        """UserError where the card was made for another edge model."""
         if self.edge != edge.fingerprint:
             raise UserError(
                 f"this card was made for the edge model {self.edge}, the given one is "
                 f"{edge.fingerprint}; use that model or specialise again"
             )
-        layers = edge.params["layers"]
-        merged = layers | merge(
-            {name: layers[name] for name in generator.config.edge_targets}, self.lora(generator)
-        )
-        return dataclasses.replace(edge, params={**edge.params, "layers": merged})
+
+    def merge(self, edge: Model, generator: Generator) -> Model:
+        """The edge model with the card's LoRA merged into its kernels (eq. 1).
+
+        Raises UserError where the card was made for another edge model or pool.
+        """
+        self.check_edge(edge)
+        return edge.merged(self.lora(generator))
 
 
 def make_card(gates: np.ndarray, prompt: str, edge: Model, generator: Generator) -> TaskCard:

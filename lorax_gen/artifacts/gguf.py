@@ -27,7 +27,7 @@ import numpy as np
 
 from lorax_gen import files
 from lorax_gen.errors import UserError
-from lorax_gen.method.lora import Tree
+from lorax_gen.method.lora import Tree, check_fits
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.families import family_of
 
@@ -71,8 +71,8 @@ def save_gguf_lora(
         raise UserError(
             f"no GGUF adapter for the family {architecture!r}; known are {', '.join(NEIGHBOURS)}"
         )
-    pairs = host_pairs(tree, config)
-    alpha = max(a.shape[-1] for a, _ in pairs.values())
+    check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
+    alpha = max((pair["a"].shape[-1] for pair in tree.values()), default=1)
     with (
         files.new_file(Path(path)) as temporary,
         contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer,
@@ -83,7 +83,8 @@ def save_gguf_lora(
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         for key, text in (provenance or {}).items():
             writer.add_string(f"lorax_gen.{key}", str(text))
-        for ours, (a, b) in pairs.items():
+        for ours, pair in tree.items():
+            a, b = (np.asarray(pair[factor], np.float32) for factor in ("a", "b"))
             b = b * np.float32(a.shape[-1] / alpha)
             if NEIGHBOURS[architecture] and ours in ("q", "k"):
                 b = pair_neighbours(b, config.head_dim)
@@ -94,34 +95,6 @@ def save_gguf_lora(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-
-
-def host_pairs(tree: Tree, config: DecoderConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{name: (a, b)}` in fp32 on the host; UserError where the tree does not fit the model."""
-    shapes, layers, pairs = kernel_shapes(config), config.num_hidden_layers, {}
-    if not tree:
-        raise UserError("the LoRA is empty; there is nothing to write")
-    for name, pair in tree.items():
-        if name not in shapes:
-            raise UserError(
-                f"LoRA for {name!r} has no kernel in the model; the kernels are {sorted(shapes)}: "
-                "use a LoRA made for this model"
-            )
-        a, b = (np.asarray(pair[key], np.float32) for key in ("a", "b"))
-        if a.ndim == 4:
-            raise UserError(
-                f"LoRA for {name!r} is per example, a {a.shape}, but a file takes one LoRA: pick "
-                "an example with take_example(tree, index)"
-            )
-        d_in, d_out = shapes[name]
-        rank = a.shape[-1] if a.ndim else 0
-        if not rank or a.shape != (layers, d_in, rank) or b.shape != (layers, rank, d_out):
-            raise UserError(
-                f"LoRA for {name!r} has factors {a.shape} and {b.shape}, which do not fit "
-                f"{layers} kernels {shapes[name]}: use a LoRA made for this model"
-            )
-        pairs[name] = a, b
-    return pairs
 
 
 def pair_neighbours(b: np.ndarray, head_dim: int) -> np.ndarray:

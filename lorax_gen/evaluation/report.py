@@ -21,7 +21,7 @@ from lorax_gen.data.batches import Encoder, pad_rows
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.evaluation.questions import score_questions, score_specialised
-from lorax_gen.method.lora import Tree, merge
+from lorax_gen.method.lora import Tree
 from lorax_gen.models.decoding import generate
 from lorax_gen.models.huggingface import Model
 
@@ -143,9 +143,7 @@ def served(system: System, method: str) -> Model:
     if method.startswith("cloud"):
         return system.cloud
     if method == "edge_lora":
-        layers = system.edge.params["layers"]
-        params = {**system.edge.params, "layers": merge(layers, system.lora)}
-        return dataclasses.replace(system.edge, params=params)
+        return system.edge.merged(system.lora)
     return system.edge
 
 

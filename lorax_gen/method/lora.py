@@ -66,6 +66,28 @@ def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
     return ((grouped @ a) @ b).reshape(*x.shape[:-1], b.shape[-1])
 
 
+def check_fits(tree: Tree, shapes: Mapping[str, tuple[int, int]], layers: int) -> None:
+    """UserError that says why a tree is no shared LoRA of kernels name -> (D, F) in `layers`."""
+    for name, pair in tree.items():
+        if name not in shapes:
+            raise UserError(
+                f"LoRA for {name!r} has no kernel in the model; the kernels are {sorted(shapes)}: "
+                "use a LoRA made for this model"
+            )
+        (d_in, d_out), a, b = shapes[name], pair["a"].shape, pair["b"].shape
+        if len(a) == 4:
+            raise UserError(
+                f"LoRA for {name!r} is per example, a {a}, but a kernel takes one LoRA: "
+                "pick an example with take_example(tree, index)"
+            )
+        rank = a[-1] if a else 0
+        if not rank or a != (layers, d_in, rank) or b != (layers, rank, d_out):
+            raise UserError(
+                f"LoRA for {name!r} has factors {a} and {b}, which do not fit the kernels "
+                f"{(layers, d_in, d_out)}: use a LoRA made for this model"
+            )
+
+
 def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     """Eq. 1: kernels with W~ = W + A B, added in fp32 and rounded once to the kernel's dtype.
 
@@ -76,31 +98,15 @@ def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     Raises:
       UserError: a name or a shape of the tree does not fit, or the tree is per example.
     """
+    stacked = {name: kernel.shape for name, kernel in kernels.items() if kernel.ndim == 3}
+    layers = max((shape[0] for shape in stacked.values()), default=0)
+    check_fits(tree, {name: shape[1:] for name, shape in stacked.items()}, layers)
+    # An accelerator's default would round the factors to fewer bits than fp32.
+    exact, full = jax.lax.Precision.HIGHEST, jnp.float32
     merged = dict(kernels)
     for name, pair in tree.items():
-        if name not in kernels:
-            raise UserError(
-                f"LoRA for {name!r} has no kernel to merge into; the kernels are "
-                f"{sorted(kernels)}: use a LoRA made for this model"
-            )
-        kernel, a, b = kernels[name], pair["a"], pair["b"]
-        if a.ndim == kernel.ndim + 1:
-            raise UserError(
-                f"LoRA for {name!r} is per example, a {a.shape}, but a kernel takes one LoRA: "
-                "pick an example with take_example(tree, index)"
-            )
-        layers, d_in, d_out = kernel.shape
-        rank = a.shape[-1]
-        if a.shape != (layers, d_in, rank) or b.shape != (layers, rank, d_out):
-            raise UserError(
-                f"LoRA for {name!r} has factors {a.shape} and {b.shape}, which do not fit the "
-                f"kernel {kernel.shape}: use a LoRA made for this model"
-            )
-        # An accelerator's default would round the factors to fewer bits than fp32.
-        delta = jnp.matmul(
-            a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
-        merged[name] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        delta = jnp.matmul(pair["a"].astype(full), pair["b"].astype(full), precision=exact)
+        merged[name] = (kernels[name].astype(full) + delta).astype(kernels[name].dtype)
     return merged
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from lorax_gen import files
+from lorax_gen import assets, files
 from lorax_gen.errors import UserError
 from lorax_gen.hub import find_directory
+from lorax_gen.method.lora import Tree, merge
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, Params
 from lorax_gen.models.families import (
@@ -79,7 +80,15 @@ class Model:
         """Whether a prompt whose continuations are scored begins with BOS (the Gemmas)."""
         return family_of(self.config).scoring_bos
 
-    def __call__(self, tokens: jax.Array, lora: Mapping | None = None) -> jax.Array:
+    def merged(self, lora: Tree) -> Model:
+        """The model with a LoRA tree merged into its kernels (eq. 1): the same shape, no LoRA.
+
+        Raises UserError where the tree does not fit.
+        """
+        layers = merge(self.params["layers"], lora)
+        return dataclasses.replace(self, params={**self.params, "layers": layers})
+
+    def __call__(self, tokens: jax.Array, lora: Tree | None = None) -> jax.Array:
         """Next-token logits `[B, T, V]` (fp32) of token ids `[B, T]`."""
         hidden = decoder.hidden_states(self.params, self.config, jnp.asarray(tokens), lora=lora)
         return decoder.logits(self.params, self.config, hidden)
@@ -105,7 +114,8 @@ def load_model(
     directory = find_directory(name_or_dir, revision=revision)
     config = read_config(directory / "config.json")
     params = read_params(directory, config, dtype, shardings=shardings)
-    name = str(name_or_dir) if directory != Path(name_or_dir) else directory.resolve().name
+    local = assets.resolve(name_or_dir).is_dir()  # no path may enter what is made of the model
+    name = directory.resolve().name if local else str(name_or_dir)
     return Model(config, params, load_tokenizer(directory), read_stop_ids(directory), name)
 
 

@@ -1,0 +1,127 @@
+"""Cards and adapters as what other programs load: merged model directories, PEFT, GGUF."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from lorax_gen.artifacts.card import TaskCard, load_card, save_card
+from lorax_gen.artifacts.generator import Generator
+from lorax_gen.artifacts.gguf import save_gguf_lora
+from lorax_gen.artifacts.peft import CONFIG, load_adapter, save_adapter
+from lorax_gen.method.lora import Tree
+from lorax_gen.models.huggingface import Model, save_model
+
+Format = Literal["merged", "peft", "gguf-lora"]
+CARD = "task.card.safetensors"  # a merged directory keeps the card that it was made with
+
+
+def is_adapter(artifact: str | Path) -> bool:
+    """Whether a path is a PEFT adapter directory."""
+    return (Path(artifact) / CONFIG).is_file()
+
+
+def lora_of(
+    artifact: str | Path, edge: Model, generator: Callable[[], Generator]
+) -> tuple[Tree, dict[str, Any], TaskCard | None]:
+    """The LoRA tree of a card or of a PEFT adapter, its provenance, and the card.
+
+    Args:
+      generator: loads the generator; called for cards only.
+
+    Raises UserError for what is neither, or was made for another edge model or generator.
+    """
+    if is_adapter(artifact):
+        provenance = {"edge": describe(edge), "adapter": Path(artifact).name}
+        return load_adapter(artifact, edge.config), provenance, None
+    card = load_card(artifact)
+    card.check_edge(edge)
+    return card.lora(generator()), card_provenance(card, edge), card
+
+
+def describe(model: Model) -> dict[str, str]:
+    return {"name": model.name, "fingerprint": model.fingerprint}
+
+
+def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
+    """What an artifact says of where it comes from."""
+    return {
+        "made_with": f"lorax-gen {version('lorax-gen')}",
+        "edge": describe(edge),
+        "pool": card.pool,
+        "prompt_sha256": card.prompt,
+        "composition": card.composition,
+        "experts_per_layer": int(card.indices.shape[1]),
+    }
+
+
+def export(
+    artifact: str | Path,
+    output: str | Path,
+    format: Format,
+    edge: Model,
+    generator: Callable[[], Generator],
+    *,
+    dtype: Any = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes a card or adapter as a merged model directory, a PEFT adapter or a GGUF adapter.
+
+    Args:
+      dtype: of a merged model's tensors; None: as the edge was loaded. Merged in fp32, cast once
+        where the edge is fp32.
+
+    Raises UserError where something is at `output`, or the artifact does not fit the models.
+    """
+    tree, provenance, card = lora_of(artifact, edge, generator)
+    if format == "peft":
+        save_adapter(output, tree, edge.config, base_model=edge.name, provenance=provenance)
+    elif format == "gguf-lora":
+        flat = {key: str(value) for key, value in provenance.items() if key != "edge"}
+        flat |= {f"edge_{key}": value for key, value in describe(edge).items()}
+        save_gguf_lora(output, tree, edge.config, name=Path(output).stem, provenance=flat)
+    else:
+
+        def extra(directory: Path) -> None:
+            (directory / "README.md").write_text(model_card(edge, provenance))
+            if card is not None:
+                save_card(directory / CARD, card)
+
+        save_model(
+            output,
+            edge.merged(tree),
+            provenance,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            extra=extra,
+        )
+
+
+def model_card(edge: Model, provenance: dict[str, Any]) -> str:
+    """README.md of a merged directory, as the hub shows it."""
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lora-gen]"]
+    if "/" in edge.name:
+        header.append(f"base_model: {edge.name}")
+    rows = [f"| {key} | {value} |" for key, value in flatten_rows(provenance).items()]
+    intro = textwrap.dedent(
+        """\
+        # A specialised model
+
+        An edge model with a generated LoRA merged into its kernels (LoRA-Gen,
+        [arXiv 2506.11638](https://arxiv.org/abs/2506.11638)). It serves the task of one system
+        prompt and needs no prompt: give it the bare input. Same architecture, size and tokenizer
+        as the edge model, whose licence applies.
+        """
+    )
+    return "\n".join(["---", *header, "---", "", intro, "| made from | |", "|---|---|", *rows, ""])
+
+
+def flatten_rows(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        rows |= flatten_rows(value, f"{key} ") if nested else {f"{prefix}{key}": value}
+    return rows

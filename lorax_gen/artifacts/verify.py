@@ -1,0 +1,128 @@
+"""Whether an artifact says the same in all its forms: gates, LoRA, merged, written and read again.
+
+The forms are compared by the logits of the same random tokens. They are one function computed in
+different orders, so they differ by rounding, and by no more than the coarsest dtype among them
+explains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_gen.artifacts.card import TaskCard, load_card
+from lorax_gen.artifacts.export import CARD, export, is_adapter
+from lorax_gen.artifacts.generator import Generator
+from lorax_gen.artifacts.peft import load_adapter
+from lorax_gen.errors import UserError
+from lorax_gen.method.generator import lora_from_gates
+from lorax_gen.models import decoder
+from lorax_gen.models.huggingface import Model, load_model
+
+# Largest difference of logits, as a share of the largest logit: some tens of roundings.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One form beside the unmerged LoRA."""
+
+    form: str
+    difference: float  # of logits, the largest
+    agreement: float  # share of positions with the same argmax
+    tolerance: float | None  # of the difference; None where none is to be held
+
+    @property
+    def holds(self) -> bool:
+        return self.tolerance is None or self.difference <= self.tolerance
+
+
+def verify(
+    artifact: str | Path,
+    edge: Model,
+    generator: Callable[[], Generator],
+    *,
+    rows: int = 4,
+    length: int = 64,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Compares the forms of a card, a PEFT adapter, or a merged directory that holds its card.
+
+    The first line is the edge model without the artifact: how much there is to get wrong.
+
+    Args:
+      generator: loads the generator; called where there is a card.
+      rows, length, seed: of the random tokens `[rows, length]`.
+
+    Raises UserError for another kind of artifact, or one made for other models.
+    """
+    artifact, merged_dir = Path(artifact), None
+    if (artifact / "config.json").is_file() and not is_adapter(artifact):
+        merged_dir, artifact = artifact, artifact / CARD
+        if not artifact.is_file():
+            raise UserError(
+                f"{merged_dir} holds no {CARD} to compare it with; verify takes a card, an adapter "
+                "or a directory that `lorax-gen export` merged from a card"
+            )
+    adapter = is_adapter(artifact)
+    if adapter:
+        lora = load_adapter(artifact, edge.config)
+    else:
+        card = load_card(artifact)
+        card.check_edge(edge)
+        lora = card.lora(generator())
+
+    length = min(length, edge.config.max_position_embeddings)
+    rng = np.random.default_rng(seed)
+    tokens = jnp.asarray(rng.integers(0, edge.config.vocab_size, (rows, length)), jnp.int32)
+    compute = jax.jit(run, static_argnums=1)
+
+    def logits(model: Model, lora: Any = None) -> np.ndarray:
+        return np.asarray(compute(model.params, model.config, tokens, lora))
+
+    own = edge.params["embed"].dtype
+    reference = logits(edge, lora)
+    forms = {"edge without it": (logits(edge), None)}
+    if not adapter:
+        forms["gates, one row each"] = logits(edge, per_row(card, generator(), rows)), own
+    forms["merged"] = logits(edge.merged(lora)), own
+    if merged_dir is None:
+        with tempfile.TemporaryDirectory() as folder:
+            for format in ("merged", "peft"):
+                export(artifact, Path(folder) / format, format, edge, generator)
+            forms["merged, written and read"] = logits(load_model(f"{folder}/merged", None)), own
+            tree = load_adapter(Path(folder) / "peft", edge.config)
+            forms["adapter, written and read"] = logits(edge, tree), own
+    else:
+        again = load_model(merged_dir, None)
+        forms["the directory"] = logits(again), again.params["embed"].dtype
+
+    scale = float(np.abs(reference).max())
+    return [
+        Comparison(
+            form,
+            float(np.abs(value - reference).max()),
+            float((value.argmax(-1) == reference.argmax(-1)).mean()),
+            None if dtype is None else scale * max(TOLERANCE[d.name] for d in (own, dtype)),
+        )
+        for form, (value, dtype) in forms.items()
+    ]
+
+
+def run(params: dict, config: Any, tokens: jax.Array, lora: Any) -> jax.Array:
+    hidden = decoder.hidden_states(params, config, tokens, lora=lora)
+    return decoder.logits(params, config, hidden)
+
+
+def per_row(card: TaskCard, generator: Generator, rows: int) -> Any:
+    """The card as gates `[B, L, N]` and so as one LoRA for each row, as mixed batches serve it."""
+    gates = jnp.asarray(card.dense_gates(generator.config.n_experts))
+    gates = jnp.broadcast_to(gates, (rows, *gates.shape))
+    return lora_from_gates(generator.params["pool"], gates, generator.config)
