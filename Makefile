@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test parity lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed ## specialise the edge model to unseen tasks, end to en
 	@$(VENV)/bin/lorax-gen demo
 
 test: $(VENV)/.installed-test ## run the test suite on 8 simulated CPU devices (PYTEST_ARGS=... to choose)
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+parity: $(VENV)/.installed-parity ## the test suite with its checks against transformers and peft on torch
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## check style and formatting, change nothing
@@ -69,3 +72,8 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 	@echo "Installing lorax-gen and its test tools into $(VENV) (this may take a few minutes) ..."
 	@$(PIP_INSTALL) -e '.[test]'
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-parity: pyproject.toml $(VENV)/.created
+	@echo "Installing lorax-gen, its test tools and torch into $(VENV) (this may take a few minutes) ..."
+	@$(PIP_INSTALL) -e '.[test,parity]'
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@

@@ -138,8 +138,9 @@ def kernel_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     """`[E/2]` fp32: angles per position of rotary embeddings."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    frequencies = np.float32(config.rope_theta) ** -exponents
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    # Rounded where torch rounds: at position 100,000 a last bit is an angle of 0.01.
+    frequencies = np.float32(1) / (config.rope_theta**exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies

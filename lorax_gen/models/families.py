@@ -47,8 +47,8 @@ GEMMA2_NAMES = LLAMA_NAMES | {
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
-# Fields that every family has. What a config.json leaves out or sets to null is, here and below,
-# what transformers takes in that case.
+# Fields that every family has, and what they are where a config.json leaves them out or says null,
+# as in transformers.
 COMMON = {
     "num_key_value_heads": None,  # as many as attention heads
     "head_dim": None,  # hidden_size / num_attention_heads

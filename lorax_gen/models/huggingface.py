@@ -252,7 +252,9 @@ def read_leaf(
 ) -> jax.Array:
     """One leaf, its layers stacked; each device's part is read by itself, straight into place."""
     stacked, transposed = ours.startswith("layers/"), is_transposed(ours)
-    dtype = np.dtype(dtype) if dtype is not None else checkpoint.dtype(keys[0])
+    if dtype is None:  # layers of several dtypes: the one that holds them all
+        dtype = functools.reduce(jnp.promote_types, {checkpoint.dtype(key) for key in keys})
+    dtype = np.dtype(dtype)
     parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

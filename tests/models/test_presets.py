@@ -1,0 +1,265 @@
+"""Presets are the published checkpoints: each field, each tensor, each parameter, and no memory."""
+
+import json
+import math
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from lorax_gen.models import presets
+from lorax_gen.models.decoder import init_params
+from lorax_gen.models.families import family_of, read_config, tensor_shapes
+
+
+class Published(NamedTuple):
+    """What a checkpoint is, written down from the checkpoint and not from this project's code."""
+
+    parameters: int
+    layers: int
+    config: dict  # config.json, with the fields that only training or sampling read
+    tensors: dict  # the safetensors header: `[out, in]`, `{}` for each layer
+
+
+PUBLISHED = {
+    "llama3_8b": Published(
+        parameters=8_030_261_248,
+        layers=32,
+        config={
+            "architectures": ["LlamaForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001,
+            "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+            "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "llama",
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+            "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+            "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+            "transformers_version": "4.40.0.dev0", "use_cache": True, "vocab_size": 128256,
+        },
+        tensors={
+            "model.embed_tokens.weight": (128256, 4096),
+            "model.layers.{}.input_layernorm.weight": (4096,),
+            "model.layers.{}.self_attn.q_proj.weight": (4096, 4096),
+            "model.layers.{}.self_attn.k_proj.weight": (1024, 4096),
+            "model.layers.{}.self_attn.v_proj.weight": (1024, 4096),
+            "model.layers.{}.self_attn.o_proj.weight": (4096, 4096),
+            "model.layers.{}.post_attention_layernorm.weight": (4096,),
+            "model.layers.{}.mlp.gate_proj.weight": (14336, 4096),
+            "model.layers.{}.mlp.up_proj.weight": (14336, 4096),
+            "model.layers.{}.mlp.down_proj.weight": (4096, 14336),
+            "model.norm.weight": (4096,),
+            "lm_head.weight": (128256, 4096),
+        },
+    ),
+    "llama3_2_1b": Published(
+        parameters=1_235_814_400,
+        layers=16,
+        config={
+            "architectures": ["LlamaForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001,
+            "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+            "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+            "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+            "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+        },
+        tensors={
+            "model.embed_tokens.weight": (128256, 2048),
+            "model.layers.{}.input_layernorm.weight": (2048,),
+            "model.layers.{}.self_attn.q_proj.weight": (2048, 2048),
+            "model.layers.{}.self_attn.k_proj.weight": (512, 2048),
+            "model.layers.{}.self_attn.v_proj.weight": (512, 2048),
+            "model.layers.{}.self_attn.o_proj.weight": (2048, 2048),
+            "model.layers.{}.post_attention_layernorm.weight": (2048,),
+            "model.layers.{}.mlp.gate_proj.weight": (8192, 2048),
+            "model.layers.{}.mlp.up_proj.weight": (8192, 2048),
+            "model.layers.{}.mlp.down_proj.weight": (2048, 8192),
+            "model.norm.weight": (2048,),
+        },
+    ),
+    "tinyllama_1b": Published(
+        parameters=1_100_048_384,
+        layers=22,
+        config={
+            "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1,
+            "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2048,
+            "initializer_range": 0.02, "intermediate_size": 5632,
+            "max_position_embeddings": 2048, "model_type": "llama", "num_attention_heads": 32,
+            "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+            "transformers_version": "4.35.0", "use_cache": True, "vocab_size": 32000,
+        },
+        tensors={
+            "model.embed_tokens.weight": (32000, 2048),
+            "model.layers.{}.input_layernorm.weight": (2048,),
+            "model.layers.{}.self_attn.q_proj.weight": (2048, 2048),
+            "model.layers.{}.self_attn.k_proj.weight": (256, 2048),
+            "model.layers.{}.self_attn.v_proj.weight": (256, 2048),
+            "model.layers.{}.self_attn.o_proj.weight": (2048, 2048),
+            "model.layers.{}.post_attention_layernorm.weight": (2048,),
+            "model.layers.{}.mlp.gate_proj.weight": (5632, 2048),
+            "model.layers.{}.mlp.up_proj.weight": (5632, 2048),
+            "model.layers.{}.mlp.down_proj.weight": (2048, 5632),
+            "model.norm.weight": (2048,),
+            "lm_head.weight": (32000, 2048),
+        },
+    ),
+    "gemma_2b": Published(
+        parameters=2_506_172_416,
+        layers=18,
+        config={
+            "architectures": ["GemmaForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1, "head_dim": 256,
+            "hidden_act": "gelu", "hidden_size": 2048, "initializer_range": 0.02,
+            "intermediate_size": 16384, "max_position_embeddings": 8192, "model_type": "gemma",
+            "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
+            "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+            "transformers_version": "4.38.0.dev0", "use_cache": True, "vocab_size": 256000,
+        },
+        tensors={
+            "model.embed_tokens.weight": (256000, 2048),
+            "model.layers.{}.input_layernorm.weight": (2048,),
+            "model.layers.{}.self_attn.q_proj.weight": (2048, 2048),
+            "model.layers.{}.self_attn.k_proj.weight": (256, 2048),
+            "model.layers.{}.self_attn.v_proj.weight": (256, 2048),
+            "model.layers.{}.self_attn.o_proj.weight": (2048, 2048),
+            "model.layers.{}.post_attention_layernorm.weight": (2048,),
+            "model.layers.{}.mlp.gate_proj.weight": (16384, 2048),
+            "model.layers.{}.mlp.up_proj.weight": (16384, 2048),
+            "model.layers.{}.mlp.down_proj.weight": (2048, 16384),
+            "model.norm.weight": (2048,),
+        },
+    ),
+    "gemma2_2b": Published(
+        parameters=2_614_341_888,
+        layers=26,
+        config={
+            "architectures": ["Gemma2ForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "bos_token_id": 2,
+            "cache_implementation": "hybrid", "eos_token_id": 1,
+            "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+            "initializer_range": 0.02, "intermediate_size": 9216,
+            "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
+            "num_hidden_layers": 26, "num_key_value_heads": 4, "pad_token_id": 0,
+            "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+            "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.4",
+            "use_cache": True, "vocab_size": 256000,
+        },
+        tensors={
+            "model.embed_tokens.weight": (256000, 2304),
+            "model.layers.{}.input_layernorm.weight": (2304,),
+            "model.layers.{}.self_attn.q_proj.weight": (2048, 2304),
+            "model.layers.{}.self_attn.k_proj.weight": (1024, 2304),
+            "model.layers.{}.self_attn.v_proj.weight": (1024, 2304),
+            "model.layers.{}.self_attn.o_proj.weight": (2304, 2048),
+            "model.layers.{}.post_attention_layernorm.weight": (2304,),
+            "model.layers.{}.pre_feedforward_layernorm.weight": (2304,),
+            "model.layers.{}.mlp.gate_proj.weight": (9216, 2304),
+            "model.layers.{}.mlp.up_proj.weight": (9216, 2304),
+            "model.layers.{}.mlp.down_proj.weight": (2304, 9216),
+            "model.layers.{}.post_feedforward_layernorm.weight": (2304,),
+            "model.norm.weight": (2304,),
+        },
+    ),
+    "qwen2_1_5b": Published(
+        parameters=1_543_714_304,
+        layers=28,
+        config={
+            "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+            "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu",
+            "hidden_size": 1536, "initializer_range": 0.02, "intermediate_size": 8960,
+            "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2",
+            "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
+            "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "transformers_version": "4.40.1", "use_cache": True, "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        tensors={
+            "model.embed_tokens.weight": (151936, 1536),
+            "model.layers.{}.input_layernorm.weight": (1536,),
+            "model.layers.{}.self_attn.q_proj.weight": (1536, 1536),
+            "model.layers.{}.self_attn.q_proj.bias": (1536,),
+            "model.layers.{}.self_attn.k_proj.weight": (256, 1536),
+            "model.layers.{}.self_attn.k_proj.bias": (256,),
+            "model.layers.{}.self_attn.v_proj.weight": (256, 1536),
+            "model.layers.{}.self_attn.v_proj.bias": (256,),
+            "model.layers.{}.self_attn.o_proj.weight": (1536, 1536),
+            "model.layers.{}.post_attention_layernorm.weight": (1536,),
+            "model.layers.{}.mlp.gate_proj.weight": (8960, 1536),
+            "model.layers.{}.mlp.up_proj.weight": (8960, 1536),
+            "model.layers.{}.mlp.down_proj.weight": (1536, 8960),
+            "model.norm.weight": (1536,),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=PUBLISHED)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def published(name):
+    return PUBLISHED[name]
+
+
+@pytest.fixture
+def preset(name):
+    return getattr(presets, name)()
+
+
+@pytest.fixture
+def config_json(published, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(published.config))
+    return path
+
+
+def test_every_tensor_has_its_published_name_and_shape(published, preset):
+    expected = {
+        theirs.format(i): shape
+        for theirs, shape in published.tensors.items()
+        for i in range(published.layers if "{}" in theirs else 1)
+    }
+    assert tensor_shapes(preset) == expected
+    assert family_of(preset).architecture == published.config["architectures"][0]
+
+
+def test_the_parameters_add_up_to_the_published_count(name, published, preset):
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), preset))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published.parameters
+    assert sum(map(math.prod, tensor_shapes(preset).values())) == published.parameters
+    assert f"{published.parameters:,}" in getattr(presets, name).__doc__
+
+
+def test_shapes_take_no_memory(preset):
+    before = jax.live_arrays()
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), preset)), tensor_shapes(preset)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes[0]))
+    known = {id(array) for array in before}
+    assert sum(array.nbytes for array in jax.live_arrays() if id(array) not in known) < 1e6
+
+
+def test_the_published_config_reads_as_the_preset(preset, config_json):
+    assert read_config(config_json) == preset
+
+
+def test_the_config_as_transformers_5_writes_it_reads_as_the_preset(preset, config_json, tmp_path):
+    """It gathers `rope_theta` and `rope_scaling` in `rope_parameters`, and lists layer types."""
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(config_json.parent).save_pretrained(tmp_path / "again")
+    again = tmp_path / "again" / "config.json"
+    written = json.loads(again.read_text())
+    assert written["rope_parameters"]["rope_theta"] == preset.rope_theta
+    assert not {"rope_theta", "rope_scaling"} & set(written)
+    assert read_config(again) == preset
