@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -151,7 +152,7 @@ def their_side(model, kind: str, options: Options):
     cuda, caches = model.device.type == "cuda", {}
     wait = torch.cuda.synchronize if cuda else lambda: None
     step = model
-    if kind == "static, compiled":
+    if kind == "compiled":
         step = torch.compile(model, mode="reduce-overhead" if cuda else None)
 
     def read(module, tokens, cache):
@@ -247,7 +248,8 @@ def main(options: Options) -> None:
     if options.dtype == "float32":  # on both sides: no TF32 on a GPU, no bf16 passes on a TPU
         jax.config.update("jax_default_matmul_precision", "highest")
     params = random_params(config, options.dtype)
-    sides, difference = {"ours": our_side(params, config, options)}, None
+    sides = {"ours": our_side(params, config, options)}
+    model = difference = None
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.integers(0, config.vocab_size, shape, np.int32)  # noqa: E731
 
@@ -256,33 +258,33 @@ def main(options: Options) -> None:
         torch.set_num_threads(os.cpu_count())
         model = their_model(params, config, place)
         difference = check_agreement(params, config, model, draw(2, 64))
-        kinds = ["dynamic", "static"] + ["static, compiled"] * options.compile
+        kinds = ["dynamic", "static"] + ["compiled"] * options.compile
         sides |= {kind: their_side(model, kind, options) for kind in kinds}
         console.print(f"logits agree: rms difference {difference:.0e} of their spread")
     else:
-        console.print(f"no torch for this {device.platform}: only our own times")
+        console.print(f"no peer on this {device.platform}: only our own times")
 
     peak, source = peak_bandwidth(device)
     title = f"{options.preset}, {options.layers} layers, {options.dtype}, on {device.device_kind}"
-    table = Table(title=f"{title}; peak {peak / 1e9:.0f} GB/s ({source})", title_justify="left")
-    for name in ("", "batch", "prompt", "ours", "theirs", "by cache", "ratio", "target", "of peak"):
-        table.add_column(name, justify="left" if name in ("", "by cache") else "right")
+    title += f"; memory {peak / 1e9:.0f} GB/s ({source})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("", "batch", "prompt", "ours ms", "of peak", "theirs ms", "cache", "ratio"):
+        table.add_column(name, justify="left" if name in ("", "cache") else "right")
     rows, load = [], os.getloadavg()
     cases = list(itertools.product(options.batches, options.prompts))
     for batch, length in track(cases, "timing", console=console, transient=True):
         seconds = alternate(sides, draw(batch, length), options.repeats)
         read = bytes_per_token(params, config, batch, length + options.new_tokens / 2)
-        for phase, target in TARGETS.items():
+        for phase in TARGETS:
             median = {side: float(np.median(times[phase])) for side, times in seconds.items()}
-            ours = median["ours"]
-            best = min([side for side in sides if side != "ours"], key=median.get, default=None)
-            ratio = ours / median[best] if best else None
+            ours = median.pop("ours")
             of_peak = read / ours / peak if phase == "decode" else None
+            best = min(median, key=median.get, default=None)
+            ratio = ours / median[best] if best else None
             table.add_row(
-                *(phase, str(batch), str(length), f"{ours * 1e3:.2f} ms"),
-                *([f"{median[best] * 1e3:.2f} ms", best] if best else ["", ""]),
-                *([f"{ratio:.2f}", f"{target:.2f}"] if best else ["", ""]),
+                *(phase, str(batch), str(length), f"{ours * 1e3:.1f}"),
                 f"{of_peak:.0%}" if of_peak else "",
+                *([f"{median[best] * 1e3:.1f}", best, f"{ratio:.2f}"] if best else []),
             )
             row = {"phase": phase, "batch": batch, "prompt": length, "peer": best, "ratio": ratio}
             row |= {"of_peak": of_peak, "sides": {}}
@@ -291,7 +293,9 @@ def main(options: Options) -> None:
                 row["sides"][side] = {"quartiles": quartiles, "seconds": times[phase]}
             rows.append(row)
     console.print(table)
-    console.print("medians; decode: one step of all rows, `of peak`: weights and cache read for it")
+    console.print("medians; decode: one step of all rows; of peak: weights and cache read for it")
+    if model is not None:
+        console.print(f"aims: prefill {TARGETS['prefill']}, decode {TARGETS['decode']} or less")
     if options.output:
         versions = {"jax": jax.__version__, "transformers": transformers.__version__}
         versions["torch"] = torch.__version__ if torch else None
