@@ -25,8 +25,6 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
     except (dacite.DaciteError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{where}: {error}") from None
 
 

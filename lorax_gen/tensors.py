@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,18 @@ from lorax_gen import files
 from lorax_gen.errors import UserError
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """`{'a': {'b': x}}` as `{'a.b': x}`, on the host."""
-    flat = {}
+def named_leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of `{'a': {'b': x}}` as `('a.b', x)`, where they are."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
+            yield from named_leaves(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = np.asarray(value)
-    return flat
+            yield f"{prefix}{name}", value
+
+
+def flatten(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """`{'a': {'b': x}}` as `{'a.b': x}`, on the host."""
+    return {name: np.asarray(value) for name, value in named_leaves(tree)}
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +48,8 @@ def tree_hash(tree: dict[str, Any], dtype: Any = None) -> str:
     With `dtype`, of its values rounded to that: a tree hashes as its fp32 or its bf16 copy does.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(flatten(tree).items()):
+    for name, leaf in sorted(named_leaves(tree), key=itemgetter(0)):  # one leaf on the host
+        value = np.asarray(leaf)
         value = value.astype(dtype or value.dtype, copy=False)
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
         digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))

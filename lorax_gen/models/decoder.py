@@ -98,7 +98,10 @@ class DecoderConfig:
     """`sliding_attention` or `full_attention` for each layer; empty: all full."""
 
     def __post_init__(self):
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        for field in dataclasses.fields(self):
+            if field.default is dataclasses.MISSING and getattr(self, field.name) < 1:
+                raise UserError(f"{field.name}={getattr(self, field.name)}; expected 1 or more")
+        if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; grouped attention needs one"

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from lorax_gen import files
+from lorax_gen.config import from_dict
 from lorax_gen.errors import UserError
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, RopeScaling
@@ -47,8 +48,7 @@ GEMMA2_NAMES = LLAMA_NAMES | {
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
-# Fields that every family has, and what they are where a config.json leaves them out or says null,
-# as in transformers.
+# Fields that every family has, and what transformers takes where a config.json leaves them out.
 COMMON = {
     "num_key_value_heads": None,  # as many as attention heads
     "head_dim": None,  # hidden_size / num_attention_heads
@@ -167,7 +167,8 @@ def read_config(path: Path) -> DecoderConfig:
     or asks for beyond the decoder.
     """
     raw = files.read_json(path)
-    architecture = (raw.get("architectures") or ["none"])[0]
+    named = raw.get("architectures") or "none"
+    architecture = named[0] if isinstance(named, list) else named
     family = next((family for family in FAMILIES if family.architecture == architecture), None)
     if family is None:
         raise UserError(
@@ -177,7 +178,13 @@ def read_config(path: Path) -> DecoderConfig:
     missing = [name for name in REQUIRED if raw.get(name) is None]
     if missing:
         raise UserError(f"{path} is incomplete: it lacks {', '.join(missing)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    for name in (*REQUIRED, "max_window_layers"):
+        if not isinstance(raw.get(name, 0), int):
+            raise UserError(f"{path} has {name}={raw[name]!r}; expected a whole number")
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(name) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path} has {name}={rope!r}; expected one rope for all layers")
     for name, harmless in UNSUPPORTED.items():
         for place in (raw, rope):
             if place.get(name) not in harmless:
@@ -185,9 +192,13 @@ def read_config(path: Path) -> DecoderConfig:
 
     fields = {name: raw[name] for name in REQUIRED}
     for name, default in family.fields.items():
-        null_says_none = name.endswith("softcapping") and name in raw
+        null_says_none = name.endswith(("softcapping", "window")) and name in raw
         fields[name] = default if raw.get(name) is None and not null_says_none else raw[name]
-    fields["num_key_value_heads"] = fields["num_key_value_heads"] or raw["num_attention_heads"]
+    heads = raw["num_attention_heads"]
+    if fields["num_key_value_heads"] is None:
+        fields["num_key_value_heads"] = heads
+    if fields["head_dim"] is None:
+        fields["head_dim"] = raw["hidden_size"] // max(heads, 1)
     fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
     fields["rope_scaling"] = read_rope_scaling(rope, path)
     # Gemma: the newer name counts, and `gelu` has always meant its tanh form.
@@ -195,18 +206,16 @@ def read_config(path: Path) -> DecoderConfig:
     if family.fields["hidden_act"] == "gelu_pytorch_tanh" and fields["hidden_act"] == "gelu":
         fields["hidden_act"] = "gelu_pytorch_tanh"
     if "layer_types" in fields:
-        types = read_layer_types(raw, family)
-        sliding = "sliding_attention" in types
-        fields["layer_types"] = types if sliding else ()
-        fields["sliding_window"] = fields["sliding_window"] if sliding else None
-    try:
-        fields["head_dim"] = fields["head_dim"] or raw["hidden_size"] // raw["num_attention_heads"]
-        return DecoderConfig(**fields, **dict.fromkeys(family.switches, True))
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{path} has a field of the wrong kind: {error}") from None
+        fields["layer_types"] = read_layer_types(raw, family)
+    switches = dict.fromkeys(family.switches, True)
+    config = from_dict(DecoderConfig, fields | switches, str(path))
+    if "sliding_attention" not in config.layer_types:
+        config = dataclasses.replace(config, layer_types=(), sliding_window=None)
+    return config
 
 
-def read_rope_scaling(rope: Mapping[str, Any], path: Path) -> RopeScaling | None:
+def read_rope_scaling(rope: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """The fields of a `RopeScaling`, unchecked."""
     kind = rope.get("rope_type", rope.get("type", "default"))  # older ones: `type`
     if kind == "default":
         return None
@@ -216,20 +225,20 @@ def read_rope_scaling(rope: Mapping[str, Any], path: Path) -> RopeScaling | None
     missing = [name for name in names if name not in rope]
     if missing:
         raise UserError(f"{path} has rope_type 'llama3' without {', '.join(missing)}")
-    return RopeScaling(**{name: rope[name] for name in names})
+    return {name: rope[name] for name in names}
 
 
-def read_layer_types(raw: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+def read_layer_types(raw: Mapping[str, Any], family: Family) -> Any:
     """Which layers have a window: listed, or by the rule of the family where the list is newer."""
     layers = range(raw["num_hidden_layers"])
     if family.model_type == "qwen2":
-        if not raw.get("use_sliding_window"):
+        if not raw.get("use_sliding_window") or raw.get("sliding_window", 0) is None:
             return ()
         sliding = [i >= raw.get("max_window_layers", 28) for i in layers]
     else:
         sliding = [i % 2 == 0 for i in layers]
-    rule = ["sliding_attention" if yes else "full_attention" for yes in sliding]
-    return tuple(raw.get("layer_types") or rule)
+    rule = tuple("sliding_attention" if yes else "full_attention" for yes in sliding)
+    return raw.get("layer_types") or rule
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
@@ -240,7 +249,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     raw |= family.constants
     if config.rope_scaling is not None:
         raw["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
-    if config.hidden_act == "gelu_pytorch_tanh":
+    if family.fields["hidden_act"] == "gelu_pytorch_tanh":  # the Gemmas
         raw["hidden_activation"] = config.hidden_act
     if "layer_types" in raw:
         windows = config.windows
@@ -248,8 +257,9 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
         if family.model_type == "qwen2":
             raw["use_sliding_window"] = any(windows)
             raw["max_window_layers"] = windows.index(config.sliding_window)
-    if "query_pre_attn_scalar" in raw and raw["query_pre_attn_scalar"] is None:
-        raw["query_pre_attn_scalar"] = config.head_dim
+    if "query_pre_attn_scalar" in raw:  # transformers insists on a whole number
+        scalar = config.query_pre_attn_scalar or config.head_dim
+        raw["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
     return raw
 
 

@@ -179,9 +179,10 @@ class Checkpoint:
         single, index = directory / "model.safetensors", directory / INDEX
         if index.is_file() and not single.is_file():
             weight_map = files.read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index} has no weight_map; get it again")
-            handles = {name: open_safetensors(directory / name) for name in weight_map.values()}
+            names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+            if not all(isinstance(name, str) for name in names):
+                raise UserError(f"{index} has no weight_map of tensors to files; get it again")
+            handles = {name: open_safetensors(directory / name) for name in sorted(set(names))}
             self.source = str(index)
         else:
             handles, self.source = {single.name: open_safetensors(single)}, str(single)
@@ -295,12 +296,15 @@ def write_params(
         value = value.astype(dtype or value.dtype, copy=False)
         return value.T if is_transposed(ours) else value
 
-    plan = split_state_dict_into_shards_factory(
-        places,
-        get_storage_size=size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        plan = split_state_dict_into_shards_factory(
+            places,
+            get_storage_size=size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise UserError(f"max_shard_size is {max_shard_size!r}; expected such as 5GB") from None
     for name, keys in plan.filename_to_tensors.items():
         write_tensors(directory / name, {key: tensor(key) for key in keys}, {"format": "pt"})
     if plan.is_sharded:
