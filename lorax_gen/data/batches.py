@@ -77,16 +77,27 @@ def prompt_batch(encoder: Encoder, prompts: Sequence[str], length: int) -> Batch
 
 
 def question_batch(
-    encoder: Encoder, questions: Sequence[tuple[str, str]], length: int, whole: bool = False
+    encoder: Encoder,
+    questions: Sequence[tuple[str, str]],
+    length: int,
+    whole: bool = False,
+    answer_length: int | None = None,
 ) -> Batch:
     """`{'tokens': [B, T], 'answer': [B, T]}`: `answer` marks the answer and the end of text.
 
     With `whole` it marks every token of a row: the loss over the whole edge sequence.
+
+    Raises UserError for a row longer than `length`, or one with more than `answer_length` marks.
     """
     rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
     answer = np.zeros((len(rows), length), bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         answer[i, 0 if whole else start : len(row)] = True
+    longest = int(answer[:, 1:].sum(1).max())
+    if answer_length is not None and longest > answer_length:
+        raise UserError(
+            f"an answer of {longest} tokens is longer than answer_length={answer_length}; raise it"
+        )
     return {"tokens": pad_rows(rows, length, encoder.pad_id, "a question"), "answer": answer}
 
 
@@ -111,6 +122,7 @@ def generator_batch(
     question_length: int,
     max_shots: int = 0,
     whole: bool = False,
+    answer_length: int | None = None,
 ) -> Batch:
     """Training batch of the generator: P prompts for the cloud, P * Q bare questions for the edge.
 
@@ -125,7 +137,7 @@ def generator_batch(
     ]
     return {
         **prompt_batch(cloud, texts, prompt_length),
-        **question_batch(edge, questions, question_length, whole),
+        **question_batch(edge, questions, question_length, whole, answer_length),
     }
 
 

@@ -19,6 +19,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     mask: Array | None = None,
+    implementation: str = "xla",
 ) -> Array:
     """Attention `[B, T, H, E]` of queries `[B, T, H, E]` to keys and values `[B, S, K, E]`.
 
@@ -26,9 +27,19 @@ def attend(
       scale: of the scores q k.
       softcap: c, where scores pass through c tanh(score / c) before the softmax (Gemma 2).
       mask: bool, to be broadcast to `[B, 1, T, S]`; True is seen. None: causal, S = T.
+      implementation: `xla`, or `cudnn` on a GPU, for what has neither soft-cap nor mask.
     """
     if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, mask=mask, is_causal=mask is None)
+        plain = mask is None
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            mask=mask,
+            is_causal=plain,
+            implementation=implementation if plain else "xla",
+        )
     if mask is None:
         mask = visible(jnp.arange(q.shape[1])[None], k.shape[1])
     batch, time, heads, size = q.shape

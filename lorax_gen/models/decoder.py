@@ -19,7 +19,7 @@ E head size, L layers, V vocabulary, R rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -181,6 +181,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     dropout: float = 0.0
+    attention: Callable = attend
 
     def norm(self, name: str, x: Array) -> Array:
         initial = nn.initializers.zeros if self.config.rms_norm_offset else nn.initializers.ones
@@ -222,7 +223,7 @@ class Block(nn.Module):
             mask = visible(positions, k.shape[1], window)
         elif window is not None:
             mask = visible(jnp.arange(time)[None], time, window)
-        attended = attend(
+        attended = self.attention(
             q,
             k,
             v,
@@ -253,6 +254,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     remat: str = "none"
     dropout: float = 0.0
+    attention: Callable = attend
 
     @nn.compact
     def __call__(self, tokens=None, *, embeddings=None, lora=None, dropout_key=None):
@@ -272,7 +274,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, 0),
             length=config.num_hidden_layers,
-        )(config, self.dropout, name="layers")
+        )(config, self.dropout, self.attention, name="layers")
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, config.num_hidden_layers)
@@ -327,13 +329,14 @@ def hidden_states(
     dropout: float = 0.0,
     dropout_key: Array | None = None,
     remat: str = "none",
+    attention: Callable = attend,
 ) -> Array:
     """Final-norm hidden states `[B, T, D]` of tokens `[B, T]` or of embeddings `[B, T, D]`.
 
     `dropout` acts on the input of LoRA branches and only where `dropout_key` is given.
-    `remat` names an entry of `REMAT_POLICIES`.
+    `remat` names an entry of `REMAT_POLICIES`; `attention` stands in for `models.attention.attend`.
     """
-    module = Decoder(config, remat, dropout)
+    module = Decoder(config, remat, dropout, attention)
     return module.apply(
         {"params": params}, tokens, embeddings=embeddings, lora=lora, dropout_key=dropout_key
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from lorax_gen.evaluation.questions import score_specialised
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import load_model
+from lorax_gen.training.attention import make_attention
 from lorax_gen.training.experiment import Experiment, RunConfig
 from lorax_gen.training.optimizer import OptimizerConfig
-from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.training.state import State
 from lorax_gen.training.step import GeneratorSpec, generator_loss
 
@@ -41,6 +43,16 @@ class LoraGenConfig:
     """Solved examples in a prompt: from none up to this many."""
     loss: Literal["answer", "sequence"] = "answer"
     """L_LM on the answer's tokens, or on the whole sequence that the edge model sees."""
+    answer_length: int | None = None
+    """Most answer tokens of a row, its end of text included; no logits are computed beyond."""
+    microbatches: int = 1
+    """Parts of a batch that run one after the other, to save memory; the gradients are the same."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the two models; bfloat16 on GPUs and TPUs. What is trained is float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again, per layer: nothing, all but matmuls, everything."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto is splash on TPU, cudnn on GPU, xla elsewhere, and where those do not fit."""
     data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
@@ -50,7 +62,10 @@ class LoraGenConfig:
 
 def experiment(config: LoraGenConfig) -> Experiment:
     """Assembles the run; see `training.loop.fit`."""
-    cloud, edge = load_model(config.cloud), load_model(config.edge)
+    mesh = make_mesh(config.mesh)
+    shardings = partial(tree_shardings, mesh=mesh) if config.mesh.mode == "jit" else None
+    load = partial(load_model, dtype=config.dtype, shardings=shardings)
+    cloud, edge = load(config.cloud), load(config.edge)
     spec = GeneratorSpec(config.generator, cloud.config, edge.config)
     world, data = config.data.world(), config.data
     cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
@@ -81,6 +96,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
             question_length=data.question_length,
             max_shots=config.max_shots,
             whole=config.loss == "sequence",
+            answer_length=config.answer_length,
         )
 
     def evaluate(state: State) -> dict[str, float]:
@@ -118,7 +134,13 @@ def experiment(config: LoraGenConfig) -> Experiment:
 
     return Experiment(
         init=init,
-        loss=generator_loss(spec),
+        loss=generator_loss(
+            spec,
+            microbatches=config.microbatches,
+            answer_length=config.answer_length,
+            remat=config.remat,
+            attention=make_attention(config.attention, mesh),
+        ),
         frozen={"cloud": cloud.params, "edge": edge.params},
         batch=batch,
         evaluate=evaluate,

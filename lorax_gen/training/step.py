@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorax_gen.errors import UserError
 from lorax_gen.method import balance, generator, meta_tokens
 from lorax_gen.method.generator import GeneratorConfig
-from lorax_gen.method.lora import Tree
 from lorax_gen.models import decoder
+from lorax_gen.models.attention import attend
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.training.state import State
 
@@ -43,7 +44,6 @@ def answer_loss(
     config: DecoderConfig,
     batch: Batch,
     *,
-    lora: Tree | None = None,
     axis_name: str | None = None,
     **options: Any,
 ) -> tuple[Array, Array]:
@@ -51,20 +51,69 @@ def answer_loss(
 
     Args:
       batch: `tokens: [B, T]` int32 and `answer: [B, T]` bool, which marks the tokens to predict.
-      lora: a tree for the whole batch or per example, or None.
       axis_name: under pmap. The mean is over the answer tokens of the global batch: a shard's loss
         is scaled so that the mean over shards is that.
+      options: as of `answer_nll`.
+    """
+    nll, right = answer_nll(params, config, batch, **options)
+    return nll.sum() / answer_count(batch, axis_name), right.mean()
+
+
+def answer_count(batch: Batch, axis_name: str | None) -> Array:
+    """Answer tokens of the batch; under pmap the mean over its shards."""
+    count = batch["answer"][:, 1:].sum().astype(jnp.float32)
+    return count if axis_name is None else jax.lax.pmean(count, axis_name)
+
+
+def answer_nll(
+    params: dict,
+    config: DecoderConfig,
+    batch: Batch,
+    *,
+    answer_length: int | None = None,
+    chunk: int = 128,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """Negative log-likelihood `[B]` of each row's answer, and whether greedy decoding has it right.
+
+    Logits are computed where an answer token is to be predicted, `chunk` positions at a time and
+    again in the backward pass: the [B, T, V] of a large vocabulary never exist.
+
+    Args:
+      batch: as of `answer_loss`.
+      answer_length: most answer tokens of a row, if the batch's maker has seen to it; None: T.
       options: passed on to `decoder.hidden_states`.
     """
     tokens, answer = batch["tokens"], batch["answer"][:, 1:]
-    hidden = decoder.hidden_states(params, config, tokens[:, :-1], lora=lora, **options)
-    scores = decoder.logits(params, config, hidden)
-    nll = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
-    right = (jnp.argmax(scores, axis=-1) == tokens[:, 1:]) | ~answer
-    count = answer.sum()
-    if axis_name is not None:
-        count = jax.lax.pmean(count.astype(jnp.float32), axis_name)
-    return jnp.sum(nll * answer) / count, jnp.mean(jnp.all(right, axis=1))
+    hidden = decoder.hidden_states(params, config, tokens[:, :-1], **options)
+    targets = tokens[:, 1:]
+    if answer_length is not None and answer_length < answer.shape[1]:
+        places = jnp.argsort(~answer, axis=1, stable=True)[:, :answer_length]  # answers first
+        hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+        targets = jnp.take_along_axis(targets, places, axis=1)
+        answer = jnp.take_along_axis(answer, places, axis=1)
+
+    def score(hidden: Array, targets: Array, answer: Array) -> tuple[Array, Array]:
+        scores = decoder.logits(params, config, hidden)
+        nll = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
+        right = (jnp.argmax(scores, axis=-1) == targets) | ~answer
+        return jnp.sum(nll * answer, axis=1), jnp.all(right, axis=1)
+
+    time = targets.shape[1]
+    if time <= chunk:
+        return score(hidden, targets, answer)
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(
+            jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2)).reshape(
+                x.shape[0], -1, chunk, *x.shape[2:]
+            ),
+            1,
+            0,
+        ),
+        (hidden, targets, answer),
+    )
+    nll, right = jax.lax.map(jax.checkpoint(lambda part: score(*part)), parts)
+    return nll.sum(0), right.all(0)
 
 
 def pretraining_loss(config: DecoderConfig, remat: str = "none") -> Loss:
@@ -114,43 +163,99 @@ def meta_states(
     return meta_tokens.read(hidden, lengths, layers)
 
 
-def generator_loss(spec: GeneratorSpec, remat: str = "none") -> Loss:
+def generator_loss(
+    spec: GeneratorSpec,
+    *,
+    microbatches: int = 1,
+    answer_length: int | None = None,
+    remat: str = "none",
+    attention: Callable = attend,
+) -> Loss:
     """Eq. 10: L = L_LM + L_cv. `frozen` is `{'cloud': params, 'edge': params}`.
 
     The batch holds `prompt: [P, T]`, `prompt_lengths: [P]` and `tokens`, `answer: [P * Q, T']`;
     row b of the latter is asked under prompt b // Q.
+
+    Args:
+      microbatches: parts of the batch that pass through the cloud, and then through the edge, one
+        after the other, each computed again in the backward pass. The router, its BatchNorm and
+        eq. 9 still see the whole batch, so the gradients are those of the whole batch.
+      answer_length: see `answer_nll`.
+      remat, attention: see `decoder.hidden_states`.
     """
     config = spec.generator
+    options = {"remat": remat, "attention": attention}
 
     def loss(params, stats, frozen, batch, key, axis_name):
         dropout_key, gumbel_key = jax.random.split(key)
-        states = meta_states(
-            params,
-            frozen["cloud"],
-            spec,
-            batch["prompt"],
-            batch["prompt_lengths"],
-            dropout=config.cloud_dropout,
-            dropout_key=dropout_key if config.cloud_dropout else None,
-            remat=remat,
-        )
-        made = generator.generate(
+        prompts = {name: batch[name] for name in ("prompt", "prompt_lengths")}
+        questions = {name: batch[name] for name in ("tokens", "answer")}
+
+        def read(part: Batch, key: Array) -> Array:
+            return meta_states(
+                params,
+                frozen["cloud"],
+                spec,
+                part["prompt"],
+                part["prompt_lengths"],
+                dropout=config.cloud_dropout,
+                dropout_key=key if config.cloud_dropout else None,
+                **options,
+            )
+
+        def answer(part: Batch, key: Array) -> tuple[Array, Array]:
+            del key
+            lora = generator.lora_from_gates(params["pool"], part.pop("gates"), config)
+            return answer_nll(
+                frozen["edge"], spec.edge, part, lora=lora, answer_length=answer_length, **options
+            )
+
+        states = in_parts(read, prompts, microbatches, dropout_key)
+        gates, stats = generator.gates_from_states(
             params, stats, states, config, train=True, key=gumbel_key, axis_name=axis_name
         )
-        lm, accuracy = answer_loss(
-            frozen["edge"], spec.edge, batch, lora=made.lora, axis_name=axis_name, remat=remat
-        )
-        cv = balance.balance_loss(made.gates, config.balance_coefficient, axis_name)
+        nll, right = in_parts(answer, {**questions, "gates": gates}, microbatches, dropout_key)
+        lm = nll.sum() / answer_count(batch, axis_name)
+        cv = balance.balance_loss(gates, config.balance_coefficient, axis_name)
         metrics = {
             "loss_lm": lm,
             "loss_cv": cv,
-            "accuracy/batch": accuracy,
-            "gate_entropy": balance.gate_entropy(made.gates),
-            "expert_load": balance.expert_load(made.gates),
+            "accuracy/batch": right.mean(),
+            "gate_entropy": balance.gate_entropy(gates),
+            "expert_load": balance.expert_load(gates),
         }
-        return lm + cv, (made.stats, metrics)
+        return lm + cv, (stats, metrics)
 
     return loss
+
+
+def in_parts(compute: Callable, batch: Batch, count: int, key: Array) -> Any:
+    """`compute(batch, key)`, or the same in `count` parts one after the other, with the memory of
+    one: each is computed again in the backward pass.
+
+    Rows that belong together, the Q of a prompt, stay together. Part i takes every `count`-th
+    prompt, so that each device's shard of the batch gives an equal share to every part.
+
+    Raises UserError where the prompts cannot be split evenly.
+    """
+    if count == 1:
+        return compute(dict(batch), key)
+    prompts = min(leaf.shape[0] for leaf in batch.values())
+    if prompts % count:
+        raise UserError(
+            f"{prompts} prompts cannot be split into {count} microbatches; choose a divisor"
+        )
+
+    def split(x: Array) -> Array:  # [P/M, M, Q, ...] -> [M, P/M * Q, ...]
+        x = x.reshape(prompts // count, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(count, -1, *x.shape[3:])
+
+    def join(x: Array) -> Array:
+        x = x.reshape(count, prompts // count, -1, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(-1, *x.shape[3:])
+
+    parts = jax.tree.map(split, batch), jax.random.split(key, count)
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda part: compute(*part)), parts))
 
 
 # --- the step ------------------------------------------------------------------------------------

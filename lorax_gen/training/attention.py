@@ -1,0 +1,76 @@
+"""Which attention a train step uses: XLA's, cuDNN's flash attention, or TPU's splash attention.
+
+All have the signature of `models.attention.attend`, to which the flash kernels leave what they
+cannot do: soft-caps, windows and head sizes that do not fit them.
+
+Dimensions: B batch, T time, H heads, K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lorax_gen.models.attention import attend
+from lorax_gen.training.sharding import BATCH_AXES
+
+Array = jax.Array
+Name = Literal["auto", "xla", "cudnn", "splash"]
+BLOCK = 128  # splash attention works on tiles of 128 positions and 128 features
+
+
+def make_attention(name: Name, mesh: Mesh) -> Callable:
+    """The attention of a name; `auto` is `splash` on TPU, `cudnn` on GPU and `xla` elsewhere."""
+    if name == "auto":
+        platform = mesh.devices.flat[0].platform
+        name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+    return {"xla": attend, "cudnn": cudnn, "splash": partial(splash, mesh=mesh)}[name]
+
+
+def cudnn(q: Array, k: Array, v: Array, **options) -> Array:
+    """cuDNN's flash attention, for 16-bit heads of up to 128 features (on Hopper its limit is 256,
+    but not in the backward pass)."""
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    return attend(q, k, v, implementation="cudnn" if fits else "xla", **options)
+
+
+def splash(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mesh: Mesh,
+    scale: float,
+    softcap: float | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Pallas splash attention under `shard_map`: rows over the batch axes, heads over `tensor`.
+
+    The time axis is padded to whole tiles; under the causal mask no query sees the padding.
+    """
+    time, heads, size = q.shape[1:]
+    shards = mesh.shape["tensor"]
+    if mask is not None or softcap is not None or size % BLOCK or k.shape[2] % shards:
+        return attend(q, k, v, scale=scale, softcap=softcap, mask=mask)
+    # Imported here, for it loads Pallas.
+    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+
+    padded = time + -time % BLOCK
+    causal = tpu.MultiHeadMask([tpu.CausalMask((padded, padded))] * (heads // shards))
+    spec = P(BATCH_AXES, "tensor", None, None)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    def run(q: Array, k: Array, v: Array) -> Array:
+        kernel = tpu.make_splash_mha_single_device(causal)
+        return jax.vmap(kernel)(q, k, v)
+
+    def tiles(x: Array) -> Array:  # [B, T, heads, E] -> [B, heads, whole tiles, E]
+        return jnp.pad(x, ((0, 0), (0, padded - time), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    return run(tiles(q * scale), tiles(k), tiles(v)).swapaxes(1, 2)[:, :time]
