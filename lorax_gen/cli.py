@@ -7,6 +7,7 @@ import functools
 import logging
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,13 +38,42 @@ class Train:
 
     CONFIG is a YAML file or a shipped config: world (the generator), world-lora (the baseline),
     world-cloud and world-edge (the language models). Any field can be overridden; see
-    `lorax-gen train CONFIG --help`. An interrupted run resumes with the same command.
+    `lorax-gen train CONFIG --help`. An interrupted run resumes with the same command, on another
+    mesh too. Over several hosts, start the same command on each.
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A YAML file, or the name of a shipped config."""
     run_dir: Path | None = None
     """Where the run lives; default runs/<name of the config>."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices that are not here."""
+
+    topology: str = "v5e:4x4"
+    """TPU slice (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4) or GPUs (gpu:8, gpu-a100:8, gpu-h200:8)."""
+    utilisation: float = 0.4
+    """Share of the devices' peak FLOPs at which the step is assumed to multiply."""
+    output: Path | None = None
+    """Also write the report as JSON to this new file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tell whether a training run fits devices that are not here, and how long a step takes.
+
+    For a TPU the real step is compiled for it (pip install 'lorax-gen[plan]'), for GPUs the memory
+    is estimated. CONFIG and overrides are those of train; models are presets, such as llama3_8b, or
+    directories. Exit code 1 when it does not fit.
+
+    Example: lorax-gen plan paper --topology v5e:4x4 --edge qwen2_1_5b
+    """
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A YAML file, or the name of a shipped config."""
+    target: Annotated[Target, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +209,7 @@ class Evaluate:
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Specialize, tyro.conf.subcommand("specialize")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Export, tyro.conf.subcommand("export")]
@@ -190,7 +221,9 @@ Command = (
 def main(arguments: list[str] | None = None) -> None:
     """The `lorax-gen` command."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+    # orbax narrates every save, and a failed one in tracebacks of its threads; it also raises it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         sys.exit(run(arguments))
     except UserError as error:
@@ -207,6 +240,8 @@ def run(arguments: list[str]) -> int:
     """Parses and calls; returns the exit code."""
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         return train(arguments[1], arguments[2:])
+    if arguments[:1] == ["plan"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return plan(arguments[1], arguments[2:])
     command = tyro.cli(
         Command,
         args=arguments,
@@ -225,6 +260,7 @@ def demo(command: Demo) -> int:
 
 def train(name: str, overrides: list[str]) -> int:
     from lorax_gen import config as configs
+    from lorax_gen.training.hosts import Hosts, initialize, is_first
     from lorax_gen.training.loop import Interrupted, fit
     from lorax_gen.training.methods import METHODS, load_config
 
@@ -234,6 +270,7 @@ def train(name: str, overrides: list[str]) -> int:
         [
             ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
             ("run_dir", Path, dataclasses.field(default=Path("runs") / Path(name).stem)),
+            ("hosts", Hosts, dataclasses.field(default=Hosts())),
         ],
         frozen=True,
     )
@@ -244,14 +281,55 @@ def train(name: str, overrides: list[str]) -> int:
         args=overrides,
         prog=f"lorax-gen train {name}",
     )
+    initialize(parsed.hosts)
     resolved = {"method": method, **configs.to_dict(parsed.config)}
     try:
         released = fit(METHODS[method].experiment(parsed.config), parsed.run_dir, resolved)
     except Interrupted as stop:
-        print(f"lorax-gen: {stop}; the same command resumes the run", file=sys.stderr)
+        if is_first():
+            print(f"lorax-gen: {stop}; the same command resumes the run", file=sys.stderr)
         return 0 if stop.signal == signal.SIGTERM else 128 + signal.SIGINT
-    print(f"released: {released}")
+    if is_first():
+        print(f"released: {released}")
     return 0
+
+
+def plan(name: str, overrides: list[str]) -> int:
+    import jax
+
+    from lorax_gen import files
+    from lorax_gen.training.methods import load_config
+    from lorax_gen.training.plan import make_plan, print_plan
+
+    jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
+    method, config = load_config(name)
+    if method != "lora_gen":
+        raise UserError(f"{name} is a config of {method}; plan knows those of lora_gen")
+    options = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
+            (
+                "target",
+                Annotated[Target, tyro.conf.arg(name="")],
+                dataclasses.field(default=Target()),
+            ),
+        ],
+        frozen=True,
+    )
+    options.__doc__ = Plan.__doc__
+    parsed: Any = tyro.cli(
+        options, default=options(config), args=overrides, prog=f"lorax-gen plan {name}"
+    )
+    target = parsed.target
+    if target.output is not None:
+        files.must_be_new(target.output)
+    report = make_plan(parsed.config, target.topology, target.utilisation)
+    print_plan(report)
+    if target.output is not None:
+        with files.new_file(target.output) as path:
+            files.write_json(path, report)
+    return 0 if report["fits"] else 1
 
 
 def specialize(command: Specialize) -> int:
@@ -398,6 +476,7 @@ RUN = {
     Train: lambda command: train(
         command.config, ["--run-dir", str(command.run_dir)] if command.run_dir else []
     ),
+    Plan: lambda command: plan(command.config, []),
     Specialize: specialize,
     Generate: generate,
     Export: export,

@@ -42,6 +42,8 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     batch_size: int = 128
     """Questions per batch, of mixed tasks."""
+    answer_length: int | None = None
+    """Most answer tokens of a row, its end of text included; no logits are computed beyond."""
     data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -60,6 +62,7 @@ def lora_loss(config: LoraConfig, decoder_config: Any) -> Loss:
             lora=lora,
             dropout=config.dropout,
             dropout_key=key if config.dropout else None,
+            answer_length=config.answer_length,
             axis_name=axis_name,
         )
         return lm, (stats, {"loss_lm": lm, "accuracy/batch": accuracy})
@@ -85,7 +88,9 @@ def experiment(config: LoraConfig) -> Experiment:
         rng = np.random.default_rng([config.run.seed, step])
         tasks = mixed_tasks(rng, seen, config.batch_size)
         questions = [task.questions[rng.integers(len(task.questions))] for task in tasks]
-        return question_batch(encoder, questions, data.question_length)
+        return question_batch(
+            encoder, questions, data.question_length, answer_length=config.answer_length
+        )
 
     def evaluate(state: State) -> dict[str, float]:
         lora = scaled(state["params"], config.alpha / config.rank)

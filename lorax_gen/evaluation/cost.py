@@ -17,22 +17,18 @@ so its training step has no meta tokens, no generator and no backward pass; `tra
 
 Dimensions: B rows, T tokens, S positions that a query attends to, D model, F feed-forward, H heads,
 K key/value heads, E head size, L layers, V vocabulary, R rank, P prompts, Q queries per prompt,
-N experts, M router width.
+N experts, M width of the router.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 from lorax_gen.method.generator import GeneratorConfig
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.training.step import GeneratorSpec
 
-Attention = Literal["full", "causal"]
-"""Pairs of query and position: all of them, as the decoder computes, or only those that the causal
-mask and windows let through, as a kernel that skips the rest would."""
 Ranks = Mapping[str, int]
 """Kernel name -> rank of the LoRA that is applied beside it; a merged one costs nothing."""
 
@@ -75,24 +71,20 @@ class Macs:
 
         A product's backward pass is two of its size, one for the gradient of each factor: three in
         all. A frozen kernel or head needs no gradient: two. `remat` adds the forward pass of what
-        is computed again, which is a little too much for `full`: what no gradient needs, such as
-        the product with `down`, is left out by the compiler.
+        is computed again; for `full` up to a tenth too much, as the product with `down`, where no
+        norm follows it, is needed by no gradient and not really computed again.
         """
         weights = ("kernels", "head") if frozen else ()
-        again = RECOMPUTED[remat]
-        return Macs(
-            **{
-                name: (3 - (name in weights) + (name in again)) * count
-                for name, count in dataclasses.asdict(self).items()
-            }
-        )
+        counts = dataclasses.asdict(self).items()
+        times = {name: 3 - (name in weights) + (name in RECOMPUTED[remat]) for name, _ in counts}
+        return Macs(**{name: times[name] * count for name, count in counts})
 
 
 # --- a model -------------------------------------------------------------------------------------
 
 
 def parameters(config: DecoderConfig) -> int:
-    """V D (twice if the head is untied) + D + L (kernels + 2 or 4 norms of D + biases of q, k, v)."""
+    """V D (twice with an own head) + D + L (kernels, 2 or 4 norms of D, biases of q, k, v)."""
     shapes, d = kernel_shapes(config), config.hidden_size
     layer = sum(d_in * d_out for d_in, d_out in shapes.values())
     layer += (4 if config.post_norms else 2) * d
@@ -107,72 +99,64 @@ def prefill_macs(
     tokens: int,
     batch: int = 1,
     *,
+    cached: int = 0,
     logits: int | None = None,
-    attention: Attention = "full",
+    causal: bool = False,
     lora: Ranks | None = None,
 ) -> Macs:
     """One forward pass over B rows of T tokens.
 
         kernels     B T L (2 D H E + 2 D K E + 3 D F)
-        attention   B 2 H E S, S summed over layers and queries: `full` L T T, `causal` at most
-                    L T (T + 1) / 2, in a layer with a window of W less (T - W) (T - W + 1) / 2
+        attention   2 B H E pairs, the pairs of query and position summed over layers
         head        B logits D V
         lora        B T L R (D_in + D_out), summed over the kernels that have one
 
     Args:
-      logits: positions of a row that go through the head: None is all, 1 the last, 0 none.
+      cached: tokens before these, whose keys and values are kept: S = cached + T.
+      logits: positions of a row that go through the head; None is all, 0 none.
+      causal: pairs are only those that the causal mask and windows let through, at most
+        T (T + 1) / 2 a layer, as for a kernel that skips the rest; else T S, as the decoder does.
     """
-    pairs = sum(_pairs(tokens, window, attention) for window in config.windows)
-    return batch * _forward(config, tokens, pairs, tokens if logits is None else logits, lora)
+    layers, shapes = config.num_hidden_layers, kernel_shapes(config)
+    pairs = layers * tokens * (cached + tokens)
+    if causal:
+        last = cached + tokens
+        pairs = sum(_seen(last, window) - _seen(cached, window) for window in config.windows)
+    low_rank = (rank * sum(shapes[name]) for name, rank in (lora or {}).items())
+    return batch * Macs(
+        kernels=tokens * layers * sum(d_in * d_out for d_in, d_out in shapes.values()),
+        attention=2 * config.num_attention_heads * config.head_dim * pairs,
+        head=(tokens if logits is None else logits) * config.hidden_size * config.vocab_size,
+        lora=tokens * layers * sum(low_rank),
+    )
 
 
-def decode_macs(
-    config: DecoderConfig,
-    context: int,
-    batch: int = 1,
-    *,
-    attention: Attention = "full",
-    lora: Ranks | None = None,
-) -> Macs:
-    """One more token of each of B rows, S = `context` tokens with itself, the others being cached.
-
-    As `prefill_macs` with T = 1 and one position through the head; `causal` ends S at a window.
-    """
-    seen = (min(context, window or context) for window in config.windows)
-    pairs = sum(seen) if attention == "causal" else config.num_hidden_layers * context
-    return batch * _forward(config, 1, pairs, 1, lora)
-
-
-def question_macs(
-    config: DecoderConfig, context: int, new_tokens: int = 1, *, attention: Attention = "full"
-) -> Macs:
-    """One question: `context` tokens read and an answer of `new_tokens` written, from a cache.
-
-    The context is the bare question for LoRA-Gen, and the prompt too for in-context learning.
-    """
-    total = prefill_macs(config, context, logits=1, attention=attention)
-    for position in range(context + 1, context + new_tokens):  # the last one written is never read
-        total += decode_macs(config, position, attention=attention)
-    return total
-
-
-def _pairs(tokens: int, window: int | None, attention: Attention) -> int:
-    if attention == "full":
-        return tokens * tokens
+def _seen(tokens: int, window: int | None) -> int:
+    """What the first `tokens` queries see together: 1 + 2 + 3 + ..., each at most a window."""
     beyond = max(tokens - window, 0) if window else 0
     return tokens * (tokens + 1) // 2 - beyond * (beyond + 1) // 2
 
 
-def _forward(config: DecoderConfig, tokens: int, pairs: int, logits: int, lora: Ranks | None):
-    shapes = kernel_shapes(config)
-    per_token = {name: d_in * d_out for name, (d_in, d_out) in shapes.items()}
-    low_rank = (rank * sum(shapes[name]) for name, rank in (lora or {}).items())
-    return Macs(
-        kernels=tokens * config.num_hidden_layers * sum(per_token.values()),
-        attention=2 * config.num_attention_heads * config.head_dim * pairs,
-        head=logits * config.hidden_size * config.vocab_size,
-        lora=tokens * config.num_hidden_layers * sum(low_rank),
-    )
+def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options) -> Macs:
+    """One more token of each of B rows, which sees `context` tokens, itself among them.
+
+    `options` are `causal` and `lora` of `prefill_macs`.
+    """
+    return prefill_macs(config, 1, batch, cached=context - 1, **options)
+
+
+def question_macs(
+    config: DecoderConfig, tokens: int, new_tokens: int = 1, *, cached: int = 0, **options
+) -> Macs:
+    """One question: `tokens` read and an answer of `new_tokens` written, from a cache.
+
+    For LoRA-Gen the tokens are the bare question; for in-context learning the prompt is among them,
+    or `cached` where its keys and values are kept from the question before.
+    """
+    total = prefill_macs(config, tokens, cached=cached, logits=1, **options)
+    for written in range(1, new_tokens):  # the last one is never read
+        total += decode_macs(config, cached + tokens + written, **options)
+    return total
 
 
 # --- the generator -------------------------------------------------------------------------------
@@ -180,12 +164,13 @@ def _forward(config: DecoderConfig, tokens: int, pairs: int, logits: int, lora: 
 
 def generated_ranks(generator: GeneratorConfig) -> dict[str, int]:
     """Ranks of a generated LoRA: R over `factors`, R for each expert kept over `products`."""
-    experts = 1 if generator.composition == "factors" else _kept(generator)
+    kept = generator.top_k if generator.strategy == "keep_top_k" else generator.n_experts
+    experts = 1 if generator.composition == "factors" else kept
     return dict.fromkeys(generator.edge_targets, experts * generator.rank)
 
 
 def generator_macs(
-    spec: GeneratorSpec, prompt_length: int, prompts: int = 1, *, attention: Attention = "full"
+    spec: GeneratorSpec, prompt_length: int, prompts: int = 1, *, causal: bool = False
 ) -> Macs:
     """A LoRA for each of P prompts of T tokens: the cloud with its own LoRA, router, and eq. 8.
 
@@ -200,15 +185,15 @@ def generator_macs(
         prompt_length + layers,
         prompts,
         logits=0,
-        attention=attention,
+        causal=causal,
         lora=dict.fromkeys(generator.cloud_targets, generator.cloud_rank),
     )
     router = generator.router_width * (spec.cloud.hidden_size + generator.n_experts)
-    shapes = [kernel_shapes(spec.edge)[name] for name in generator.edge_targets]
+    shapes, ranks = kernel_shapes(spec.edge), generated_ranks(generator).items()
     if generator.composition == "factors":
-        pool = generator.n_experts * generator.rank * sum(d_in + d_out for d_in, d_out in shapes)
+        pool = generator.n_experts * sum(rank * sum(shapes[name]) for name, rank in ranks)
     else:
-        pool = _kept(generator) * generator.rank * sum(d_out for _, d_out in shapes)
+        pool = sum(rank * shapes[name][1] for name, rank in ranks)
     return cloud + Macs(generator=prompts * layers * (router + pool))
 
 
@@ -217,10 +202,6 @@ def merge_macs(config: DecoderConfig, lora: Ranks) -> Macs:
     shapes = kernel_shapes(config)
     layer = sum(rank * shapes[name][0] * shapes[name][1] for name, rank in lora.items())
     return Macs(lora=config.num_hidden_layers * layer)
-
-
-def _kept(generator: GeneratorConfig) -> int:
-    return generator.top_k if generator.strategy == "keep_top_k" else generator.n_experts
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -234,7 +215,7 @@ def tuning_step_macs(
     *,
     answered: int | None = None,
     remat: str = "none",
-    attention: Attention = "full",
+    causal: bool = False,
 ) -> Macs:
     """A step of `lora` on frozen weights, or of the weights themselves where there is none.
 
@@ -243,9 +224,7 @@ def tuning_step_macs(
       answered: positions of a row that go through the head; None is all that the model reads.
       remat: leave it out for the useful work alone, which is what utilisation (MFU) is a share of.
     """
-    forward = prefill_macs(
-        config, length - 1, rows, logits=answered, attention=attention, lora=lora
-    )
+    forward = prefill_macs(config, length - 1, rows, logits=answered, causal=causal, lora=lora)
     return forward.training(frozen=bool(lora), remat=remat)
 
 
@@ -258,14 +237,14 @@ def train_step_macs(
     length: int,
     answered: int | None = None,
     remat: str = "none",
-    attention: Attention = "full",
+    causal: bool = False,
 ) -> Macs:
     """A step of LoRA-Gen: P prompts, and P Q rows of the edge with the LoRA of their prompt.
 
     Both models are frozen, so their kernels count twice; the cloud's LoRA, the router, the pool and
     the generated LoRA count three times. See `tuning_step_macs` for the other arguments.
     """
-    reading = generator_macs(spec, prompt_length, prompts, attention=attention)
+    reading = generator_macs(spec, prompt_length, prompts, causal=causal)
     return reading.training(frozen=True, remat=remat) + tuning_step_macs(
         spec.edge,
         prompts * queries,
@@ -273,5 +252,5 @@ def train_step_macs(
         generated_ranks(spec.generator),
         answered=answered,
         remat=remat,
-        attention=attention,
+        causal=causal,
     )

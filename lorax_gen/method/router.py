@@ -56,7 +56,8 @@ def router_logits(
     """Eq. 3: R^i = BN(f2(SiLU(f1(T^i)))), with BatchNorm last, over the N logits.
 
     Training normalises with the mean and (biased) variance of the global batch and moves the
-    running ones by `1 - momentum`; inference uses the running ones, so batch mates change nothing.
+    running ones by `1 - momentum`, both biased as in flax (torch keeps the variance times
+    n / (n - 1)); inference uses the running ones, so batch mates change nothing.
     A shared router takes its statistics over batch and layers.
 
     Args:

@@ -1,11 +1,17 @@
 """Checkpoints of the training state with orbax: trainables, statistics, optimizer, step and key.
 
 The data position is the step itself: batches are a function of (seed, step). Frozen weights are
-not in the state and so never in a checkpoint.
+not in the state and so never in a checkpoint. Over several processes all of them write, each what
+lies on its devices, into one directory that all can reach.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +19,145 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from lorax_gen.errors import UserError
+from lorax_gen.training.experiment import RunConfig
 from lorax_gen.training.state import State
 
-Checkpoints = ocp.training.Checkpointer
+policies = ocp.training.preservation_policies
 
 
-def open_checkpoints(directory: Path, every: int, keep: int) -> Checkpoints:
-    """A checkpointer that saves each `every` steps and keeps the latest `keep`."""
-    return Checkpoints(
-        directory.absolute(),
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        cleanup_tmp_directories=True,
-    )
+class Checkpoints:
+    """The checkpoints of a run, written in the background; old ones go, but for the best.
 
-
-def restore(checkpoints: Checkpoints, state: State) -> State | None:
-    """The latest checkpoint in the structure, dtypes and shardings of `state`, or None.
-
-    Raises UserError where the checkpoint holds another structure.
+    Raises UserError where a checkpoint cannot be written; a failure in the background comes up
+    with the next checkpoint, or when closing.
     """
-    if checkpoints.latest is None:
-        return None
-    try:
-        return checkpoints.load(abstract_state=jax.tree.map(_abstract, state))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the checkpoint of step {checkpoints.latest.step} in {checkpoints.directory.name} "
-            f"does not fit this run ({str(error).splitlines()[0]}); choose another run directory"
-        ) from error
+
+    def __init__(self, directory: Path, run: RunConfig):
+        self.directory, self.run = directory.absolute(), run
+        keep = [policies.LatestN(run.keep)]
+        if run.best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[run.best],
+                    reverse=run.best_is == "lowest",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        with self._clear_errors():
+            self.orbax = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            with self._clear_errors():
+                self.orbax.close()
+        except UserError:
+            if kind is None or not issubclass(kind, UserError):  # one failure is told once
+                raise
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        metrics: dict[str, Any] | None = None,
+        *,
+        force: bool = False,
+        wait: bool = False,
+    ) -> None:
+        """Saves each `checkpoint_every` steps, with `force` always.
+
+        Args:
+          metrics: the evaluation of this step, if there was one; a new best is saved always.
+          wait: until it is on disk; replaces an earlier one of this step.
+        """
+        best, chosen = self.run.best, None
+        if metrics and best:
+            if best not in metrics:
+                names = ", ".join(metrics)
+                raise UserError(f"run.best is {best!r}, but an evaluation gives {names}")
+            chosen = {best: float(metrics[best])}
+            force = force or self._is_best(chosen[best])
+        if not force and step % self.run.checkpoint_every:
+            return
+        with self._clear_errors():
+            self.orbax.save_async(step, state, force=True, overwrite=wait, metrics=chosen)
+            if wait:
+                self.orbax.wait()
+
+    def _is_best(self, value: float) -> bool:
+        saved = [(kept.metrics or {}).get(self.run.best) for kept in self.orbax.checkpoints]
+        sign = -1 if self.run.best_is == "lowest" else 1
+        return all(sign * value > sign * other for other in saved if other is not None)
+
+    def restore(self, state: State) -> State | None:
+        """The latest in the structure, dtypes and shardings of `state`, or None where none is.
+
+        Raises UserError where the checkpoint holds another structure.
+        """
+        latest = self.orbax.latest
+        if latest is None:
+            return None
+        try:
+            return self.orbax.load(abstract_state=jax.tree.map(_abstract, state))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the checkpoint of step {latest.step} in {self.directory.name} does not fit this "
+                f"run ({_reason(error)}); choose another run directory"
+            ) from error
+
+    def check_room(self, state: State) -> None:
+        """UserError where the directory cannot be written to, or cannot hold what will be kept.
+
+        One more than is kept: a checkpoint goes when the next one is whole.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe = self.directory / ".probe"
+            probe.write_bytes(b"x")
+            probe.unlink()
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.directory} ({error.strerror}); choose another run directory"
+            ) from None
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        count = self.run.keep + bool(self.run.best) + 1
+        missing = max(count - len(self.orbax.checkpoints), 1) * size
+        if free < missing:
+            raise UserError(
+                f"{self.directory} has {_gib(free)} free, but {count} checkpoints of "
+                f"{_gib(size)} need {_gib(missing)} more; make room, lower run.keep or choose "
+                "another run directory"
+            )
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"cannot save a checkpoint in {self.directory} ({_reason(error)}); what was saved "
+                "before is whole, and the same command resumes the run from there"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """In few words. tensorstore tells a full disk in many, with the system's number among them."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB"
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from lorax_gen.errors import UserError
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.sharding import MeshConfig
 from lorax_gen.training.state import State
@@ -28,7 +29,37 @@ class RunConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; a resumed run loses at most this much."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Latest checkpoints kept."""
+    best: str = ""
+    """Metric of the evaluations, such as accuracy/unseen, by which the best checkpoint is kept too;
+    a new best is saved whenever it is found."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which value of it is best."""
+    tensorboard: bool = False
+    """Also write metrics for TensorBoard (pip install 'lorax-gen[tensorboard]')."""
+    profile_steps: str = ""
+    """First and last step to profile, such as 100-102; the trace goes into the run directory."""
+    compilation_cache: str = ""
+    """Directory that keeps compiled programs from run to run."""
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "evaluate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        _ = self.profile_window  # raises where it cannot be read
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """`profile_steps` as numbers."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition("-")
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise UserError(
+                f"run.profile_steps is {self.profile_steps!r}; expected a first and a last step, "
+                "counted from 1, such as 100-102"
+            )
+        return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +71,13 @@ class Experiment:
       loss: see `training.step`.
       frozen: weights that are read and never trained.
       batch: the host batch of a step, numpy arrays.
-      evaluate: metrics of a state, by name.
+      evaluate: metrics of a state, by name. It and `release` read `params`, `stats` and `step`,
+        over several processes as numpy arrays; there all evaluate, and the first one releases.
       release: writes what the run is for into an empty directory, with its provenance.
       examples_per_step: rows that one step trains on.
+      tokens_per_step: that the models read in one step; None: not reported.
+      flops_per_step: of the useful work of one step on all devices together, for MFU; None: not
+        reported.
     """
 
     init: Callable[[], tuple[Any, Any]]
@@ -55,3 +90,5 @@ class Experiment:
     run: RunConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
+    tokens_per_step: int | None = None
+    flops_per_step: float | None = None

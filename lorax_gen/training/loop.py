@@ -6,34 +6,36 @@ A run directory holds
     metrics.jsonl      one JSON object per line: training metrics, and evaluations
     checkpoints/       orbax checkpoints
     released/          the trained artifact and its metrics, written when the run is complete
+    tensorboard/, profile/    on request
 
-Metrics are read one step late, so that the host prepares a batch while the device works.
+Metrics are read one step late, so that the host prepares a batch while the device works. Over
+several processes all take the same steps and write checkpoints; only the first writes the rest.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import sys
-import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lorax_gen import config as configs
 from lorax_gen import files
 from lorax_gen.errors import UserError
-from lorax_gen.training import checkpoint, optimizer, sharding
-from lorax_gen.training.experiment import Experiment
+from lorax_gen.training import hosts, optimizer, sharding, watch
+from lorax_gen.training.checkpoint import Checkpoints
+from lorax_gen.training.experiment import Experiment, RunConfig
 from lorax_gen.training.state import State, init_state
 from lorax_gen.training.step import make_train_step
+from lorax_gen.training.watch import MetricsLog
 
 
 class Interrupted(Exception):
@@ -47,22 +49,29 @@ class Interrupted(Exception):
 def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
     """Trains to the end, from the latest checkpoint if there is one, and releases the result.
 
+    Over several processes (see `training.hosts`) each calls it with the same arguments.
+
     Args:
-      run_dir: a new directory, or that of the same run.
-      config: the resolved config as plain values; what `config.yaml` must equal.
+      run_dir: a new directory, or that of the same run; one that all processes can reach.
+      config: the resolved config as plain values; what `config.yaml` must equal, but for what
+        `fixed_part` leaves out.
 
     Returns:
       the directory of the released artifact.
 
     Raises:
-      UserError: the directory holds another run.
+      UserError: the directory holds another run, cannot be written to or lacks the room.
       Interrupted: SIGINT or SIGTERM came; the state was saved first.
     """
-    claim_run_dir(run_dir, config)
-    released = run_dir / "released"
-    if released.is_dir():
-        return released
     run = experiment.run
+    check_processes(experiment, config)
+    hosts.on_first(lambda: claim_run_dir(run_dir, config))
+    if not all(hosts.each((run_dir / "config.yaml").exists())):
+        raise UserError(f"not every process sees {run_dir}; choose a directory that all can reach")
+    released = run_dir / "released"
+    if hosts.from_first(released.is_dir()):
+        return released
+    watch.use_compilation_cache(run.compilation_cache)
     mesh = sharding.make_mesh(experiment.mesh)
     transformation = optimizer.make_optimizer(experiment.optimizer, run.steps)
 
@@ -75,17 +84,20 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
         train_step = sharding.parallelize(
             make_train_step(experiment.loss, transformation), state, mesh, experiment.mesh.mode
         )
-        checkpoints = checkpoint.open_checkpoints(
-            run_dir / "checkpoints", run.checkpoint_every, run.keep
-        )
-        state = checkpoint.restore(checkpoints, state) or state
-        log = MetricsLog(run_dir / "metrics.jsonl", int(state["step"]))
-        with checkpoints, log:
-            state = train(experiment, state, train_step, mesh, checkpoints, log, run_dir.name)
+        with Checkpoints(run_dir / "checkpoints", run) as checkpoints:
+            hosts.on_first(lambda: checkpoints.check_room(state))
+            state = checkpoints.restore(state) or state
+            with open_log(run_dir, run, int(state["step"])) as log:
+                state = train(experiment, state, train_step, mesh, checkpoints, log)
+        result = read_whole(state)
+
+    def release() -> None:
         with files.new_directory(released) as partial:
             provenance = {"config": without_places(config), "metrics": log.last}
-            experiment.release(state, partial, provenance)
+            experiment.release(result, partial, provenance)
             shutil.copy(log.path, partial)
+
+    hosts.on_first(release)
     return released
 
 
@@ -94,70 +106,109 @@ def train(
     state: State,
     train_step: Callable,
     mesh: Mesh,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: Checkpoints,
     log: MetricsLog,
-    name: str,
 ) -> State:
     """Steps from where `state` is to the end: logs, evaluates, saves."""
-    run, start = experiment.run, int(state["step"])
-    frozen = jax.device_put(experiment.frozen, sharding.tree_shardings(experiment.frozen, mesh))
+    run, start, run_dir = experiment.run, int(state["step"]), log.path.parent
+    places = sharding.tree_shardings(experiment.frozen, mesh)
+    frozen = sharding.place(experiment.frozen, places)
     schedule = optimizer.make_schedule(experiment.optimizer, run.steps)
+    clock, router = watch.Clock(experiment, list(mesh.devices.flat)), watch.RouterWatch()
+    window = run.profile_window if hosts.is_first() else None
+    profiler = watch.Profiler(window, run_dir / "profile")
     bar = tqdm(
-        total=run.steps, initial=start, desc=name, unit="step", disable=not sys.stderr.isatty()
-    )
+        total=run.steps, initial=start, desc=run_dir.name, unit="step",
+        disable=not (sys.stderr.isatty() and hosts.is_first()),
+    )  # fmt: skip
     pending: tuple[int, dict[str, Any]] | None = None
 
     def write_pending() -> None:
         nonlocal pending
         if pending is not None:
-            bar.set_postfix(loss=f"{log.write(*pending)['loss']:.3f}")
+            step, metrics = pending
+            row = log.write(step, metrics | router(metrics))
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
             pending = None
 
-    with bar, stop_signals() as stopped:
-        clock, since = time.perf_counter(), start
+    with bar, profiler, stop_signals() as stopped:
+        clock.restart(start)
         for step in range(start, run.steps):
-            state, metrics = train_step(state, frozen, experiment.batch(step))
+            done, last = step + 1, step + 1 == run.steps
+            batch = experiment.batch(step)
+            stop = hosts.vote(max(stopped, default=0), mesh)
+            profiler.before(done, state)
+            state, metrics = train_step(state, frozen, batch)
             bar.update()
             write_pending()  # those of the step before: the device is busy meanwhile
-            done, stopping = step + 1, bool(stopped)
-            last = done == run.steps
+            profiler.behind(done, state)
+            stop, evaluation = int(stop), None
             evaluating = last or done % run.evaluate_every == 0
             if done % run.log_every == 0 or last:
-                now = time.perf_counter()
-                rate = (done - since) * experiment.examples_per_step / (now - clock)
-                clock, since = now, done
-                extra = {"learning_rate": schedule(step), "examples_per_second": rate}
-                pending = (done, {**metrics, **extra})
-            if evaluating or stopping or done % run.checkpoint_every == 0:
+                more = {"learning_rate": schedule(step), **clock.read(done), **watch.memory()}
+                pending = (done, {**metrics, **more})
+            if evaluating or stop or done % run.checkpoint_every == 0:
                 write_pending()  # a checkpoint must not be there before the rows that lead to it
             if evaluating:
-                log.write(done, experiment.evaluate(state))
-                clock, since = time.perf_counter(), done
-            if stopping:
-                checkpoints.save(done, state, force=True, overwrite=True)
-                message = f"stopped at step {done} of {run.steps}, state saved"
-                raise Interrupted(message, stopped[0])
-            checkpoints.save_async(done, state, force=last)
+                evaluation = hosts.from_first(experiment.evaluate(read_whole(state)))
+                log.write(done, evaluation)
+                clock.restart(done)
+            checkpoints.save(done, state, evaluation, force=last or bool(stop), wait=bool(stop))
+            if stop:
+                raise Interrupted(f"stopped at step {done} of {run.steps}, state saved", stop)
     return state
+
+
+def read_whole(state: State) -> State:
+    """What is evaluated and released; over several processes gathered into each."""
+    return hosts.gather({name: state[name] for name in ("step", "params", "stats")})
+
+
+# --- the run directory ---------------------------------------------------------------------------
+
+
+def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what may change when a run goes on: where it runs and what it keeps, but
+    nothing of what it learns."""
+    free = ("mesh", "remat", "attention")
+    free_of_run = ("keep", "best", "best_is", "tensorboard", "profile_steps", "compilation_cache")
+    fixed = {name: value for name, value in config.items() if name not in free}
+    run = fixed.get("run", {})
+    return {**fixed, "run": {name: run[name] for name in run if name not in free_of_run}}
+
+
+def check_processes(experiment: Experiment, config: dict[str, Any]) -> None:
+    """UserError where processes were started for different runs, or cannot run this one."""
+    if len(set(hosts.each(zlib.crc32(configs.to_yaml(config).encode())))) > 1:
+        raise UserError("the processes have different configs; start all with the same command")
+    if hosts.several() and experiment.mesh.mode == "pmap":
+        raise UserError("mesh.mode=pmap is for one process; over several use jit, with data=-1")
 
 
 def claim_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
     """Makes the directory and writes the config, or checks that the same run is there."""
     path, text = run_dir / "config.yaml", configs.to_yaml(config)
     if path.exists():
-        if configs.read_yaml(path) != configs.read_yaml_text(text):
+        old, new = configs.read_yaml(path), configs.read_yaml_text(text)
+        if fixed_part(old) != fixed_part(new):
             raise UserError(
                 f"{run_dir} already holds another run (its config.yaml differs); "
                 "choose another --run-dir, or repeat that run's config to resume it"
             )
-        return
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if old == new or (run_dir / "released").is_dir():
+            return
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} exists and is not a run of ours; choose another --run-dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         files.write_text(path, text)
     except OSError as error:
         raise UserError(f"cannot write to {run_dir} ({error.strerror}); choose another") from None
+
+
+def open_log(run_dir: Path, run: RunConfig, start: int) -> MetricsLog:
+    board = run_dir / "tensorboard" if run.tensorboard else None
+    return MetricsLog(run_dir / "metrics.jsonl", start, board, write=hosts.is_first())
 
 
 def without_places(value: Any) -> Any:
@@ -167,49 +218,6 @@ def without_places(value: Any) -> Any:
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
     return value
-
-
-class MetricsLog:
-    """Appends rows to metrics.jsonl; rows behind the resumed step are dropped first."""
-
-    def __init__(self, path: Path, start: int):
-        rows = [json.loads(line) for line in read_whole_lines(path)]
-        kept = [row for row in rows if row["step"] <= start]
-        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.path = path
-        self.last: dict[str, Any] = {}
-        for row in kept:
-            self.last.update(row)
-
-    def __enter__(self) -> MetricsLog:
-        self.file = self.path.open("a")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
-
-    def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Waits for the metrics and appends them as one line."""
-        row = {"step": step} | {key: plain(value) for key, value in metrics.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        self.last.update(row)
-        return row
-
-
-def read_whole_lines(path: Path) -> list[str]:
-    """Lines of a file, without a last one that was cut off."""
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
-
-
-def plain(value: Any) -> Any:
-    """A number or nested lists of numbers, to six significant digits."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    array = np.asarray(value)
-    rounded = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])(array)
-    return rounded.tolist()
 
 
 @contextmanager

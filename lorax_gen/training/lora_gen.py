@@ -15,7 +15,7 @@ from lorax_gen.data.batches import Encoder, generator_batch
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.evaluation.questions import score_specialised
 from lorax_gen.method.generator import GeneratorConfig, init_generator
-from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.decoder import embed, kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.training.attention import make_attention
 from lorax_gen.training.experiment import Experiment, RunConfig
@@ -71,6 +71,8 @@ def experiment(config: LoraGenConfig) -> Experiment:
     cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
     seen = [task for task in world.select("seen") if task.family in data.families]
     key = jax.random.key(config.run.seed)
+    # Out here: within `init`, which is compiled, all embeddings would become a constant.
+    start = embed(cloud.params, cloud.config, cloud.tokenizer.eos_token_id)
 
     def init() -> tuple[dict, dict]:
         return init_generator(
@@ -80,7 +82,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
             edge_shapes=kernel_shapes(edge.config),
             cloud_layers=cloud.config.num_hidden_layers,
             cloud_shapes=kernel_shapes(cloud.config),
-            cloud_embedding=cloud.params["embed"][cloud.tokenizer.eos_token_id],
+            cloud_embedding=start,
         )
 
     def batch(step: int) -> dict[str, np.ndarray]:

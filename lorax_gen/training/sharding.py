@@ -106,7 +106,10 @@ def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host batch onto the devices, rows split over `data` and `fsdp`."""
+    """A host batch onto the devices, rows split over `data` and `fsdp`.
+
+    Every process makes the whole batch, which is a function of (seed, step), and keeps its rows.
+    """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % shards:
@@ -114,7 +117,25 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
                 f"a batch of {leaf.shape[0]} rows cannot be split over {shards} devices; "
                 f"make it a multiple of {shards}"
             )
-    return jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES)))
+    rows = NamedSharding(mesh, P(BATCH_AXES))
+    return place(batch, jax.tree.map(lambda _: rows, batch))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, or arrays that lie elsewhere, onto the devices.
+
+    Over several processes each puts the parts of its own devices, from its own copy of the whole.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)  # free where it lies so already
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Callable:

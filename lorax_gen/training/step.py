@@ -76,8 +76,9 @@ def answer_nll(
 ) -> tuple[Array, Array]:
     """Negative log-likelihood `[B]` of each row's answer, and whether greedy decoding has it right.
 
-    Logits are computed where an answer token is to be predicted, `chunk` positions at a time and
-    again in the backward pass: the [B, T, V] of a large vocabulary never exist.
+    Logits are computed for `answer_length` positions of a row; where these are more than `chunk`,
+    for that many at a time and again in the backward pass, so that [B, chunk, V] is the most that
+    a large vocabulary ever takes.
 
     Args:
       batch: as of `answer_loss`.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lorax_gen.method import balance_loss, expert_load, gate_entropy, keep_top_k
+from lorax_gen.method.balance import gate_distance
 
 B, L, N, K = 8, 3, 6, 2
 
@@ -82,3 +83,26 @@ def test_load_is_each_experts_share_of_the_gate_mass(gates):
     load = expert_load(gates)
     np.testing.assert_allclose(load, np.asarray(gates).sum(0) / B, rtol=1e-6)
     np.testing.assert_allclose(load.sum(-1), np.ones(L), rtol=1e-6)
+
+
+# --- how differently prompts are routed ----------------------------------------------------------
+
+
+def test_distance_is_zero_for_prompts_alike_and_one_where_no_two_share_an_expert(gates):
+    assert gate_distance(np.repeat(gates[:1], B, axis=0)) == pytest.approx(0, abs=1e-6)
+    assert gate_distance(gates[:1]) == 0
+    own = np.tile(np.eye(N, dtype=np.float32)[:, None], (1, L, 1))
+    assert gate_distance(own) == pytest.approx(1, rel=1e-6)
+
+
+def test_distance_is_the_mean_total_variation_over_pairs_and_layers(gates):
+    pairs = [(i, j) for i in range(B) for j in range(i)]
+    expected = np.mean([np.abs(gates[i] - gates[j]).sum(-1) / 2 for i, j in pairs])
+    assert gate_distance(gates) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("map_shards", [vmap, pmap])
+def test_shards_of_a_batch_give_the_distance_of_the_whole(map_shards, gates):
+    shard = functools.partial(gate_distance, axis_name="shards")
+    found = map_shards(shard, axis_name="shards")(gates.reshape(4, 2, L, N))
+    np.testing.assert_allclose(found, np.full(4, gate_distance(gates)), rtol=1e-5)

@@ -1,0 +1,598 @@
+"""What a train step of the generator needs on devices that are not here, and whether it fits.
+
+For a TPU topology the real step is compiled ahead of time, by the compiler that the TPU would use
+(libtpu), for devices that are only described: memory and collectives are those of the program that
+would run. For GPUs there is no such compiler; the same table is filled by arithmetic (see
+`training.memory`) and says so.
+
+    report = make_plan(config, "v5e:4x4", utilisation=0.4)
+    print_plan(report)
+
+Models are given by the name of a preset or by a directory with a config.json: only shapes are read,
+nothing is downloaded or allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import math
+import os
+import re
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax_gen import assets
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation import cost
+from lorax_gen.method import init_generator
+from lorax_gen.models import presets
+from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.models.families import abstract_params, read_config
+from lorax_gen.training import hlo, memory
+from lorax_gen.training.attention import BLOCK, make_attention
+from lorax_gen.training.lora_gen import LoraGenConfig
+from lorax_gen.training.optimizer import make_optimizer
+from lorax_gen.training.sharding import BATCH_AXES, make_mesh, tree_shardings
+from lorax_gen.training.state import init_state
+from lorax_gen.training.step import GeneratorSpec, generator_loss, make_train_step
+from lorax_gen.training.watch import peak_flops
+
+GIB = 2**30
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as its maker describes it. Its FLOPs per second are in `watch.PEAK_FLOPS`."""
+
+    kind: str
+    """How jax names it."""
+    capacity: float
+    """Memory in GiB, as sold."""
+    usable: float
+    """What a program may have of it, in GiB: what libtpu's compiler grants; 92 % of a GPU's, where
+    CUDA, NCCL and cuDNN take their share."""
+    link: float
+    """Bytes per second that it can send to its neighbours."""
+
+
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; half of the bidirectional bandwidth.
+# GPUs: the data sheets of A100 80GB SXM, H100 SXM and H200 SXM; half of NVLink's.
+TPUS = {
+    "v4": Chip("TPU v4", 32, 30.5, 300e9),
+    "v5e": Chip("TPU v5 lite", 16, 15.75, 200e9),
+    "v5p": Chip("TPU v5", 95, 95.74, 600e9),
+    "v6e": Chip("TPU v6 lite", 32, 31.25, 400e9),
+}
+GPUS = {
+    "gpu": Chip("NVIDIA H100", 80, 73.2, 450e9),
+    "gpu-a100": Chip("NVIDIA A100", 80, 73.6, 300e9),
+    "gpu-h100": Chip("NVIDIA H100", 80, 73.2, 450e9),
+    "gpu-h200": Chip("NVIDIA H200", 141, 129.1, 450e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    device_kind: str
+    platform: str = "gpu"
+    process_index: int = 0
+
+
+def find_devices(topology: str) -> tuple[Chip, list]:
+    """The chip of a topology such as `v5e:4x4` or `gpu:8`, and its devices.
+
+    Raises UserError for an unknown one, or a TPU where libtpu is not installed.
+    """
+    name, _, size = topology.partition(":")
+    dimensions = 3 if name in ("v4", "v5p") else 2
+    if name in GPUS and re.fullmatch(r"[1-9]\d*", size):
+        chip = GPUS[name]
+        return chip, [Absent(i, chip.kind) for i in range(int(size))]
+    if name in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", size):
+        return TPUS[name], tpu_devices(topology)
+    raise UserError(
+        f"unknown topology {topology!r}; expected v5e:4x4 or v6e:4x4 (two numbers), v4:2x2x1 or "
+        f"v5p:2x2x1 (three), or {', '.join(f'{gpu}:8' for gpu in GPUS)} (gpu is an H100)"
+    )
+
+
+def tpu_devices(topology: str) -> list:
+    """Descriptions of a TPU slice's devices, from libtpu; no TPU is looked for."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for a TPU takes its compiler, libtpu: pip install 'lorax-gen[plan]'"
+        )
+    # Read when libtpu is loaded: no question to the cloud which TPU this machine is, no lock file,
+    # no complaints that there is no answer.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    }.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
+    options: dict[str, Any] = {}
+    if any(size % 2 for size in sizes[:2]):  # less than a host of 2x2 chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.startswith("v4:"):  # two cores as one device, as jax has them on a TPU v4
+        options["chip_config_name"] = "megacore"
+    try:
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
+    except Exception as error:  # of libtpu: a shape that it does not know
+        raise UserError(f"no topology {topology}: {str(error).splitlines()[0]}") from None
+
+
+# --- what is planned -----------------------------------------------------------------------------
+
+PRESETS = {
+    name: function
+    for name, function in inspect.getmembers(presets, inspect.isfunction)
+    if function.__module__ == presets.__name__
+}
+
+
+def read_shape(name: str) -> DecoderConfig:
+    """The config of a preset, of a local model directory or of a shipped model."""
+    if name in PRESETS:
+        return PRESETS[name]()
+    path = assets.resolve(name) / "config.json"
+    if path.is_file():
+        return read_config(path)
+    raise UserError(
+        f"no model {name} to plan for; give a preset ({', '.join(PRESETS)}) or a directory with a "
+        "config.json; nothing is downloaded"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A train step as shapes: what `training.lora_gen.experiment` would make of a config."""
+
+    config: LoraGenConfig
+    spec: GeneratorSpec
+    mesh: Mesh
+    state: Any
+    frozen: Any
+    batch: Any
+
+    @property
+    def shards(self) -> int:
+        """Parts that the batch is split into."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def answered(self) -> int:
+        longest = self.config.data.question_length - 1
+        return min(self.config.answer_length or longest, longest)
+
+
+def make_work(config: LoraGenConfig, devices: list) -> Work:
+    """Shapes with shardings of the state, the frozen models and the batch.
+
+    Raises UserError where the mesh does not fit the devices, or the batch not the mesh.
+    """
+    if config.mesh.mode != "jit":
+        raise UserError(f"plan knows mesh.mode=jit only, and not {config.mesh.mode}")
+    mesh = make_mesh(config.mesh, devices)
+    cloud, edge = read_shape(config.cloud), read_shape(config.edge)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+
+    def fresh():
+        params, stats = init_generator(
+            jax.random.key(0),
+            config.generator,
+            edge_layers=edge.num_hidden_layers,
+            edge_shapes=kernel_shapes(edge),
+            cloud_layers=cloud.num_hidden_layers,
+            cloud_shapes=kernel_shapes(cloud),
+            cloud_embedding=jnp.zeros(cloud.hidden_size, config.dtype),
+        )
+        return init_state(params, stats, optimizer, config.run.seed)
+
+    def placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(
+                leaf.shape, dtype or leaf.dtype, sharding=place
+            ),
+            tree,
+            shardings,
+        )
+
+    by_name = partial(tree_shardings, mesh=mesh)
+    state = jax.eval_shape(fresh)
+    frozen = {"cloud": abstract_params(cloud), "edge": abstract_params(edge)}
+    prompts, rows = config.prompts, config.prompts * config.queries_per_prompt
+    length = config.data.question_length
+    batch = {
+        "prompt": jax.ShapeDtypeStruct((prompts, config.data.prompt_length), jnp.int32),
+        "prompt_lengths": jax.ShapeDtypeStruct((prompts,), jnp.int32),
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        "answer": jax.ShapeDtypeStruct((rows, length), jnp.bool),
+    }
+    split = NamedSharding(mesh, P(BATCH_AXES))
+    work = Work(
+        config,
+        GeneratorSpec(config.generator, cloud, edge),
+        mesh,
+        state=placed(state, by_name(state)),
+        frozen=placed(frozen, by_name(frozen), config.dtype),
+        batch=placed(batch, jax.tree.map(lambda _: split, batch)),
+    )
+    if prompts % work.shards:
+        raise UserError(
+            f"{prompts} prompts cannot be split over {work.shards} devices; make prompts a "
+            f"multiple of it, or give devices to mesh.tensor, which does not split the batch"
+        )
+    if prompts % config.microbatches:
+        raise UserError(
+            f"{prompts} prompts cannot be split into {config.microbatches} microbatches; "
+            "choose a divisor"
+        )
+    return work
+
+
+# --- memory and collectives ----------------------------------------------------------------------
+
+
+def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | None]:
+    """Memory and collectives of the step as compiled for the mesh's devices.
+
+    Where it does not fit, XLA gives no program, only how much it would have needed.
+    """
+    config = work.config
+    loss = generator_loss(
+        work.spec,
+        microbatches=config.microbatches,
+        answer_length=config.answer_length,
+        remat=config.remat,
+        attention=make_attention(config.attention, work.mesh),
+    )
+    step = make_train_step(loss, make_optimizer(config.optimizer, config.run.steps))
+    places = jax.tree.map(lambda leaf: leaf.sharding, work.state)
+    everywhere = NamedSharding(work.mesh, P())
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+    with jax.set_mesh(work.mesh):
+        lowered = jitted.lower(work.state, work.frozen, work.batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return read_out_of_memory(str(error), arguments(work)["total"]), None
+    sizes = compiled.memory_analysis()
+    found = {
+        "method": "compiled",
+        "arguments": sizes.argument_size_in_bytes,
+        "outputs": sizes.output_size_in_bytes,
+        "aliased": sizes.alias_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+        "peak": sizes.peak_memory_in_bytes,
+    }
+    new_outputs = found["outputs"] - found["aliased"]
+    found["needed"] = found["arguments"] + new_outputs + found["temporaries"] + found["program"]
+    return found, hlo.collectives(compiled.as_text())
+
+
+def read_out_of_memory(message: str, arguments: int) -> dict[str, Any]:
+    """What XLA says of a program that does not fit.
+
+    Raises UserError where the message is about something else.
+    """
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    temporaries = re.search(rf"required for HLO temporaries \({size}\)", message)
+    used = re.search(rf"Used {size} of {size}", message)
+    if not temporaries and not used:
+        line = next(iter(message.splitlines()), "")
+        raise UserError(f"the step does not compile for this topology: {line}")
+    number, unit = (temporaries or used).groups()[:2]
+    found = int(float(number) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit])
+    if used:
+        return {"method": "refused", "arguments": arguments, "needed": found}
+    return {
+        "method": "refused",
+        "arguments": arguments,
+        "temporaries": found,
+        "needed": arguments + found,
+    }
+
+
+def estimate_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
+    """The same by arithmetic; see `training.memory` for the formula.
+
+    Collectives are those that weights in shards ask for: each model's are gathered in the forward
+    and in the backward pass of each microbatch, gradients of what is trained are added up. Over
+    `tensor`, two sums of activations a layer in each direction are not counted.
+    """
+    config, spec = work.config, work.spec
+    held = arguments(work)["total"]
+    parts = memory.activations(
+        spec,
+        prompts=config.prompts // work.shards,
+        queries=config.queries_per_prompt,
+        prompt_length=config.data.prompt_length,
+        length=config.data.question_length,
+        answered=work.answered,
+        bytes_each=jnp.dtype(config.dtype).itemsize,
+        remat=config.remat,
+        flash=(is_flash(work, spec.cloud), is_flash(work, spec.edge)),
+        sharded=work.mesh.shape["fsdp"] > 1,
+        microbatches=config.microbatches,
+    )
+    found = {"method": "estimated", "arguments": held, "temporaries": sum(parts.values())}
+    found |= {"parts": parts, "needed": held + found["temporaries"]}
+    traffic = {}
+    fsdp, tensor = work.mesh.shape["fsdp"], work.mesh.shape["tensor"]
+    passes = (3 if config.microbatches > 1 else 2) * config.microbatches
+    if fsdp > 1:
+        gathered = tree_bytes(work.frozen) // tensor * passes
+        layers = spec.cloud.num_hidden_layers + spec.edge.num_hidden_layers
+        kernels = len(kernel_shapes(spec.cloud))
+        traffic["all-gather"] = hlo.Traffic(
+            layers * kernels * passes, int(gathered * (fsdp - 1) / fsdp)
+        )
+    if work.shards > 1:
+        trained = tree_bytes(work.state["params"])
+        leaves = len(jax.tree.leaves(work.state["params"]))
+        traffic["all-reduce"] = hlo.Traffic(
+            leaves, int(2 * trained * (work.shards - 1) / work.shards)
+        )
+    return found, traffic
+
+
+def is_flash(work: Work, config: DecoderConfig) -> bool:
+    """Whether attention runs in a kernel that never holds the scores; see `training.attention`."""
+    if config.attn_logit_softcapping is not None or any(config.windows):
+        return False
+    name = work.config.attention
+    if name == "auto":
+        platform = work.mesh.devices.flat[0].platform
+        name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+    if name == "cudnn":
+        return work.config.dtype == "bfloat16" and config.head_dim <= 128
+    return name == "splash" and config.head_dim % BLOCK == 0
+
+
+def arguments(work: Work) -> dict[str, int]:
+    """Bytes on each device of what the step is given."""
+    parts = {
+        "cloud": work.frozen["cloud"],
+        "edge": work.frozen["edge"],
+        "trained": (work.state["params"], work.state["stats"]),
+        "optimizer": work.state["opt_state"],
+        "batch": work.batch,
+    }
+    sizes = {name: memory.bytes_per_device(tree) for name, tree in parts.items()}
+    return sizes | {"total": sum(sizes.values())}
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def count_flops(work: Work) -> dict[str, int]:
+    """Of one step on all devices: `useful` as MFU counts, `executed` with what is recomputed."""
+    config, spec = work.config, work.spec
+    shape = {
+        "prompts": config.prompts,
+        "queries": config.queries_per_prompt,
+        "prompt_length": config.data.prompt_length,
+        "length": config.data.question_length,
+        "answered": work.answered,
+    }
+    useful = cost.train_step_macs(spec, **shape).flops
+    executed = cost.train_step_macs(spec, **shape, remat=config.remat).flops
+    if config.microbatches > 1:  # each is computed once more as a whole
+        rows = config.prompts * config.queries_per_prompt
+        executed += cost.generator_macs(spec, config.data.prompt_length, config.prompts).flops
+        executed += cost.prefill_macs(
+            spec.edge,
+            config.data.question_length - 1,
+            rows,
+            logits=work.answered,
+            lora=cost.generated_ranks(spec.generator),
+        ).flops
+    return {"useful": useful, "executed": executed}
+
+
+def estimate_time(
+    flops: dict[str, int], chip: Chip, chips: int, utilisation: float, sent: int | None
+) -> dict[str, float | None]:
+    """Seconds of a step that multiplies at `utilisation` of the peak, and its MFU."""
+    peak = peak_flops(chip.kind)
+    seconds = flops["executed"] / (chips * peak * utilisation)
+    return {
+        "utilisation": utilisation,
+        "peak_flops": peak,
+        "seconds": seconds,
+        "mfu": flops["useful"] / (chips * peak * seconds),
+        "link_seconds": None if sent is None else sent / chip.link,
+    }
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+def make_plan(config: LoraGenConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
+    """The whole report as plain values; bytes are of one device, FLOPs of one step on all.
+
+    Raises UserError where the topology, the models, the mesh or the batch cannot be.
+    """
+    if not 0 < utilisation <= 1:
+        raise UserError(f"utilisation is {utilisation}; expected a share of the peak, such as 0.4")
+    chip, devices = find_devices(topology)
+    work = make_work(config, devices)
+    if isinstance(devices[0], Absent):
+        needs, traffic = estimate_step(work)
+    else:
+        print(f"compiling the step for {topology} ...", file=sys.stderr)
+        needs, traffic = compile_step(work)
+    usable = int(chip.usable * GIB)
+    flops = count_flops(work)
+    sent = None if traffic is None else sum(each.bytes for each in traffic.values())
+    fits = needs["method"] != "refused" and needs["needed"] <= usable
+    return {
+        "topology": topology,
+        "devices": len(devices),
+        "chip": dataclasses.asdict(chip),
+        "mesh": dict(work.mesh.shape),
+        "cloud": {"name": config.cloud, "parameters": cost.parameters(work.spec.cloud)},
+        "edge": {"name": config.edge, "parameters": cost.parameters(work.spec.edge)},
+        "trained": sum(leaf.size for leaf in jax.tree.leaves(work.state["params"])),
+        "step": {
+            "prompts": config.prompts,
+            "queries_per_prompt": config.queries_per_prompt,
+            "prompt_length": config.data.prompt_length,
+            "question_length": config.data.question_length,
+            "answer_length": work.answered,
+            "dtype": config.dtype,
+            "remat": config.remat,
+            "microbatches": config.microbatches,
+            "attention": config.attention,
+        },
+        "arguments": arguments(work),
+        "memory": needs | {"usable": usable, "share": needs["needed"] / usable},
+        "flops": flops,
+        "collectives": None
+        if traffic is None
+        else {kind: dataclasses.asdict(each) for kind, each in sorted(traffic.items())},
+        "time": estimate_time(flops, chip, len(devices), utilisation, sent),
+        "fits": fits,
+        "advice": [] if fits else advice(work, needs, usable),
+    }
+
+
+def advice(work: Work, needs: dict[str, Any], usable: int) -> list[str]:
+    """What makes a step smaller, the cheapest first."""
+    config, shape, held = work.config, work.mesh.shape, arguments(work)
+    found = []
+    if config.dtype == "float32":
+        found.append("dtype=bfloat16: the frozen models in half the bytes")
+    if shape["data"] > 1:
+        found.append(
+            f"mesh.data=1, mesh.fsdp={shape['data'] * shape['fsdp']}: weights in more shards, at "
+            "the same batch per device"
+        )
+    if config.attention == "xla" and (
+        is_flash(dataclasses.replace(work, config=dataclasses.replace(config, attention="auto")),
+                 work.spec.cloud)
+    ):  # fmt: skip
+        found.append("attention=auto: a kernel that never holds the cloud's scores")
+    if config.remat != "full":
+        found.append(
+            "remat=full: of each layer only its input is kept, for half the FLOPs again"
+        )
+    per_device = config.prompts // work.shards
+    parts = [n for n in range(config.microbatches + 1, per_device + 1) if not per_device % n]
+    if parts:
+        found.append(
+            f"microbatches={parts[0]}: {per_device // parts[0]} of {per_device} prompts per device "
+            "at a time, for one more forward pass"
+        )
+    if config.answer_length is None:
+        found.append("answer_length: logits only where answers are")
+    if held["total"] > 0.5 * usable or not found:
+        devices = math.prod(shape.values())
+        found.append(
+            f"more devices: weights, state and batch alone are {held['total'] / GIB:.2f} GiB on "
+            f"each of these {devices}"
+        )
+    return found
+
+
+def print_plan(report: dict[str, Any]) -> None:
+    """The report as tables on the terminal, and the verdict."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    gib = lambda count: f"{count / GIB:.2f}"  # noqa: E731
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, column in enumerate(columns):
+            made.add_column(column, justify="right" if i else "left")
+        return made
+
+    step, needs, held = report["step"], report["memory"], report["arguments"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    console.print(
+        f"{report['cloud']['name']} ({report['cloud']['parameters'] / 1e9:.2f} B) for "
+        f"{report['edge']['name']} ({report['edge']['parameters'] / 1e9:.2f} B), "
+        f"{report['trained'] / 1e6:.1f} M trained\n"
+        f"{report['devices']} x {report['chip']['kind']}: {mesh}\n"
+        f"{step['prompts']} prompts of {step['prompt_length']}, {step['queries_per_prompt']} x "
+        f"{step['question_length']} tokens each, {step['answer_length']} answered; "
+        f"{step['dtype']}, remat {step['remat']}, microbatches {step['microbatches']}, "
+        f"attention {step['attention']}\n"
+    )
+    how = {
+        "compiled": "compiled for it",
+        "refused": "XLA refused to compile it",
+        "estimated": "estimated, not compiled",
+    }
+    rows = table(f"memory per device ({how[needs['method']]})", "", "GiB")
+    rows.add_row("arguments", gib(needs["arguments"]))
+    for name in ("cloud", "edge", "trained", "optimizer", "batch"):
+        rows.add_row(f"  {name}", gib(held[name]))
+    if "outputs" in needs:
+        rows.add_row("outputs", gib(needs["outputs"]))
+        rows.add_row("  in the place of arguments", f"-{gib(needs['aliased'])}")
+    if "temporaries" in needs:
+        rows.add_row("temporaries", gib(needs["temporaries"]))
+    for name, count in needs.get("parts", {}).items():
+        rows.add_row(f"  {name}", gib(count))
+    if "program" in needs:
+        rows.add_row("program", gib(needs["program"]))
+    rows.add_row("needed", gib(needs["needed"]), style="bold")
+    if "peak" in needs:
+        rows.add_row("  of it in use at once", gib(needs["peak"]))
+    rows.add_row(f"usable of {report['chip']['capacity']:g} GB", gib(needs["usable"]))
+    console.print(rows)
+
+    if report["collectives"] is not None:
+        estimated = " (estimated)" if needs["method"] == "estimated" else ""
+        sends = table(f"collectives of a step{estimated}", "", "count", "GiB sent per device")
+        for kind, each in report["collectives"].items():
+            sends.add_row(kind, f"{each['count']:,}", gib(each["bytes"]))
+        console.print(sends)
+
+    time = report["time"]
+    work = table("work of a step", "", "")
+    work.add_row("FLOPs", f"{report['flops']['useful']:.3e}")
+    work.add_row("with what is computed again", f"{report['flops']['executed']:.3e}")
+    work.add_row(
+        f"seconds at {100 * time['utilisation']:g} % of {time['peak_flops'] / 1e12:g} TFLOP/s",
+        f"{time['seconds']:.2f}",
+    )
+    work.add_row("MFU then", f"{100 * time['mfu']:.1f} %")
+    if time["link_seconds"] is not None:
+        work.add_row("seconds on the links, at their peak", f"{time['link_seconds']:.2f}")
+    console.print(work)
+
+    share = f"{gib(needs['needed'])} of {gib(needs['usable'])} GiB, {100 * needs['share']:.0f} %"
+    if report["fits"]:
+        estimated = ", by an estimate" if needs["method"] == "estimated" else ""
+        console.print(f"[green]fits[/green]: {share}{estimated}")
+    else:
+        console.print(f"[red]does not fit[/red]: {share}")
+        for line in report["advice"]:
+            console.print(f"  try {line}")

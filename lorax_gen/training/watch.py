@@ -1,0 +1,246 @@
+"""What a run says of itself: rows of metrics, speed, memory, the router's health, a profile."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from tqdm import tqdm
+
+from lorax_gen import files
+from lorax_gen.errors import UserError
+from lorax_gen.training import hosts
+from lorax_gen.training.experiment import Experiment
+
+# --- the log -------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl, and to TensorBoard's files where asked.
+
+    Rows behind the resumed step are dropped first. With `write=False`, in all processes but the
+    first, rows are made and not written.
+    """
+
+    def __init__(self, path: Path, start: int, tensorboard: Path | None = None, write: bool = True):
+        self.path = path
+        self.last: dict[str, Any] = {}
+        self.file = self.board = None
+        if not write:
+            return
+        rows = [json.loads(line) for line in read_whole_lines(path)]
+        kept = [row for row in rows if row["step"] <= start]
+        for row in kept:
+            self.last.update(row)
+        if tensorboard is not None:
+            self.board = open_tensorboard(tensorboard, start)
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a")
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for writer in (self.file, self.board):
+            if writer is not None:
+                writer.close()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Waits for the metrics and appends them as one line."""
+        row = {"step": step} | {key: plain(value) for key, value in metrics.items()}
+        self.last.update(row)
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, float):
+                    self.board.add_scalar(key, value, step)
+            self.board.flush()
+        return row
+
+
+def open_tensorboard(directory: Path, start: int) -> Any:
+    """A writer whose events hide earlier ones behind step `start`."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "run.tensorboard needs tensorboardX: pip install 'lorax-gen[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+
+
+def read_whole_lines(path: Path) -> list[str]:
+    """Lines of a file, without a last one that was cut off."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def plain(value: Any) -> Any:
+    """A number or nested lists of numbers, to six significant digits."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    array = np.asarray(value)
+    rounded = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])(array)
+    return rounded.tolist()
+
+
+# --- speed and memory ----------------------------------------------------------------------------
+
+# Dense bf16 FLOPs per second of one device, from the makers' data sheets, by how its `device_kind`
+# begins; of two that fit, the longer one counts. A TPU v7 chip is two devices.
+PEAK_FLOPS = {
+    "TPU v2": 23e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5e": 197e12,
+    "TPU v6 lite": 918e12,  # v6e
+    "TPU v6e": 918e12,
+    "TPU7x": 1153e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of one device, or None where it is not known, as on a CPU."""
+    fitting = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+
+
+class Clock:
+    """How fast steps go, between one reading and the next."""
+
+    def __init__(self, experiment: Experiment, devices: list[jax.Device]):
+        self.per_step = {"examples": experiment.examples_per_step}
+        if experiment.tokens_per_step is not None:
+            self.per_step["tokens"] = experiment.tokens_per_step
+        peak = peak_flops(devices[0].device_kind)
+        self.full_speed = None  # seconds of a step that did nothing but its FLOPs, at the peak
+        if peak is not None and experiment.flops_per_step is not None:
+            self.full_speed = experiment.flops_per_step / (peak * len(devices))
+
+    def restart(self, step: int) -> None:
+        """Leaves out what lies behind, such as an evaluation."""
+        self.since, self.time = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds per step, examples and tokens per second, MFU; those that are known."""
+        steps, seconds = step - self.since, time.perf_counter() - self.time
+        self.restart(step)
+        rates = {"step_time": seconds / steps}
+        for name, count in self.per_step.items():
+            rates[f"{name}_per_second"] = count * steps / seconds
+        if self.full_speed is not None:
+            rates["mfu"] = self.full_speed * steps / seconds
+        return rates
+
+
+def memory() -> dict[str, float]:
+    """The most that any device of this process has held, in GiB. CPUs do not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return {"memory_gib": max(peaks) / 2**30} if peaks else {}
+
+
+# --- the router ----------------------------------------------------------------------------------
+
+# A router has collapsed when its gates no longer depend on the prompt. The loss may fall all the
+# same, for what is generated then is one LoRA for all tasks. Two signs:
+# Gates of two prompts differ, in the mean over pairs and layers, by less than 5 % of their mass. In
+# the world they differ by 80 to 93 %, from the first step to the last; from a fresh router without
+# BatchNorm by 60 %.
+SAME_GATES = 0.05
+# One expert carries over 95 % of the mass, in the mean over layers. In the world the most loaded
+# of 32 carries 7 %, and of 8 at K = 2, untrained, 18 %.
+ONE_EXPERT = 0.95
+# One row may come from a batch of like prompts; so many, one behind another, do not.
+ROWS = 3
+
+
+class RouterWatch:
+    """Warns once when the router has collapsed."""
+
+    def __init__(self):
+        self.rows, self.warned = 0, False
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, float]:
+        """`{'router_collapsed': 0 or 1}` for a row with gates in it, else nothing."""
+        signs = []
+        if "gate_distance" in row:
+            signs.append(float(row["gate_distance"]) < SAME_GATES)
+        load = np.asarray(row.get("expert_load", []))
+        if load.ndim == 2 and load.shape[1] > 1:
+            signs.append(load.max(1).mean() > ONE_EXPERT)
+        if not signs or load.shape[-1] == 1:  # a pool of one expert knows no other
+            return {}
+        self.rows = self.rows + 1 if any(signs) else 0
+        if self.rows >= ROWS and not self.warned and hosts.is_first():
+            self.warned = True
+            tqdm.write(
+                f"lorax-gen: warning: the router has collapsed: for {ROWS} rows of metrics the "
+                "gates have hardly depended on the prompt. See gate_distance and expert_load; a "
+                "smaller learning rate, a larger generator.balance-coefficient or batches that mix "
+                "more tasks may help",
+                file=sys.stderr,
+            )
+        return {"router_collapsed": float(any(signs))}
+
+
+# --- on request ----------------------------------------------------------------------------------
+
+
+class Profiler:
+    """Traces the steps of a window, and nothing before, behind or half done.
+
+    The trace is for TensorBoard's profile plugin, XProf or Perfetto.
+    """
+
+    def __init__(self, window: tuple[int, int] | None, directory: Path):
+        self.first, self.last = window or (None, None)
+        self.directory, self.running = directory, False
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, state: Any) -> None:
+        if step == self.first:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self.directory))
+            self.running = True
+
+    def behind(self, step: int, state: Any) -> None:
+        if step == self.last and self.running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self.running = False
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in a directory; the next run of the same shapes compiles nothing."""
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser().absolute()))
+        compilation_cache.reset_cache()  # or what has been compiled before decides against one
