@@ -392,11 +392,11 @@ def generate(command: Generate) -> int:
         system=command.context if command.chat else "",
     )
     if len(texts) == 1:
-        print(command.questions[0], end=" ", flush=True)
         shown = ""
         for [answer] in stream:
-            print(answer[len(shown) :], end="", flush=True)
-            shown = answer
+            text = f"{command.questions[0]} {answer}"
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
         print()
         return 0
     answers = []

@@ -68,7 +68,9 @@ def stream_text(
     Raises UserError for an option out of range, an empty text where the tokenizer adds nothing, a
     text too long for the model, and a tokenizer without a chat template.
     """
-    check_options(max_new_tokens, temperature, top_k, top_p, stop)
+    stop = [stop] if isinstance(stop, str) else stop
+    check_options(max_new_tokens, temperature, top_k, top_p, seed, stop)
+    top_p = None if top_p == 1 else top_p  # rounding would cut the far tail off
     if not texts:
         return
     if chat:
@@ -94,17 +96,17 @@ def stream_text(
         params, config, jnp.asarray(tokens), jnp.asarray(lengths), slots=slots, **shared
     )
     ids = np.asarray(state.token)[:, None]
+    shown, ended = [""] * len(texts), np.ones(len(rows), bool)  # the rows that fill up have ended
+    ended[: len(texts)] = False
     while True:
-        texts_so_far = [text_of(model, row[:max_new_tokens], stop) for row in ids[: len(texts)]]
-        ended = np.asarray(state.finished).copy()
-        ended[: len(texts)] |= [done for _, done in texts_so_far]
-        ended[len(texts) :] = True
-        last = ids.shape[1] >= max_new_tokens or ended.all()
-        yield [
-            text if last or done else settled(text, stop)
-            for (text, _), done in zip(texts_so_far, ended, strict=False)
-        ]
-        if last:
+        full = ids.shape[1] >= max_new_tokens
+        for i in np.flatnonzero(~ended):  # an ended row only repeats itself: not looked at again
+            text, ended[i] = text_of(model, ids[i, :max_new_tokens], stop)
+            text = text if full or ended[i] else settled(text, stop)
+            # Where bytes are tokens, half a character makes those before it unreadable too.
+            shown[i] = text if text.startswith(shown[i]) else shown[i]
+        yield list(shown)
+        if full or ended.all():
             return
         state = state._replace(finished=jnp.asarray(ended))
         # Always whole chunks, so that there is one program; what is too much is cut.
@@ -113,12 +115,18 @@ def stream_text(
 
 
 def text_of(model: Model, ids: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text of new tokens up to a stop token or string, and whether there was a stop string."""
+    """The text of new tokens up to a stop token or string, and whether there was one.
+
+    Of several strings the one counts that is complete first, however many tokens came at once.
+    """
     ends = np.flatnonzero(np.isin(ids, model.stop_ids))
     ids = ids[: ends[0]] if len(ends) else ids
     text = model.tokenizer.decode(ids, skip_special_tokens=True)
-    cuts = [text.index(string) for string in stop if string in text]
-    return (text[: min(cuts)], True) if cuts else (text, False)
+    found = [(text.index(string) + len(string), -len(string)) for string in stop if string in text]
+    if found:
+        end, length = min(found)
+        return text[: end + length], True
+    return text, bool(len(ends))
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
@@ -138,12 +146,13 @@ def pad_examples(leaf: jax.Array, rows: int, padded: int) -> jax.Array:
     return jnp.concatenate([leaf, jnp.repeat(leaf[:, -1:], padded - rows, axis=1)], axis=1)
 
 
-def check_options(max_new_tokens, temperature, top_k, top_p, stop) -> None:
+def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None:
     valid = {
         f"max_new_tokens={max_new_tokens}: choose at least 1": max_new_tokens >= 1,
         f"temperature={temperature}: choose 0 (greedy) or more": 0 <= temperature < float("inf"),
         f"top_k={top_k}: choose at least 1": top_k is None or top_k >= 1,
         f"top_p={top_p}: choose a share above 0, up to 1": top_p is None or 0 < top_p <= 1,
+        f"seed={seed}: choose a number of at least 0 and below 2**63": 0 <= seed < 2**63,
         "a stop string is empty: it would end every text at once": "" not in stop,
     }
     for message, holds in valid.items():

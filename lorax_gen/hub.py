@@ -18,7 +18,7 @@ from lorax_gen.errors import UserError
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Tensors, configs and tokenizers; no other framework's weights and no pickles.
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
 def find_directory(name: str | Path, what: str = "model", revision: str | None = None) -> Path:
@@ -29,6 +29,8 @@ def find_directory(name: str | Path, what: str = "model", revision: str | None =
 
     Raises UserError where there is none, or the hub refuses or cannot be reached.
     """
+    if not str(name):
+        raise UserError(f"the name of the {what} is empty; give a directory or a hub name")
     local = assets.resolve(name)
     if local.is_dir():
         return local

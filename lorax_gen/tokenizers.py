@@ -23,7 +23,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in FILES):
         raise UserError(f"no tokenizer.json in {directory}; a model directory needs its tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # whatever a foreign file makes transformers stumble over
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None

@@ -1,5 +1,6 @@
 """The command line: what it says, what it writes, and one line for whatever is wrong."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -23,11 +24,13 @@ from tests.tiny import (
 )
 
 PROMPT = PROMPTS[0]
+CHAT = "{{ bos_token }} thing {% for turn in messages %}{{ turn['content'] }} {% endfor %}bell :"
 
 
 @pytest.fixture(scope="module")
 def models(tiny_world_system, tmp_path_factory):
-    """A folder of `cloud`, `edge` and `generator`, and of models that do not go with them."""
+    """A folder of `cloud`, `edge` and `generator`, of models that do not go with them, of one that
+    goes on for ever (`talker`) and of one that chats (`chatter`)."""
     system = tiny_world_system._replace(edge=one_word_edge(tiny_world_system))
     config = dataclasses.replace(system.cloud.config, max_position_embeddings=40)
     system = system._replace(cloud=dataclasses.replace(system.cloud, config=config))
@@ -40,6 +43,10 @@ def models(tiny_world_system, tmp_path_factory):
     config = json.loads((folder / "foreign" / "config.json").read_text())
     config["architectures"] = ["MambaForCausalLM"]
     (folder / "foreign" / "config.json").write_text(json.dumps(config))
+    save_model(folder / "talker", dataclasses.replace(tiny_world_system.edge, stop_ids=(1,)))
+    tokenizer = copy.deepcopy(system.edge.tokenizer)
+    tokenizer.chat_template = CHAT
+    save_model(folder / "chatter", dataclasses.replace(system.edge, tokenizer=tokenizer))
     return folder
 
 
@@ -105,13 +112,16 @@ def linear(monkeypatch):
 @pytest.mark.parametrize(
     "words, mentioned",
     [
-        ([], ["demo", "train", "specialize", "generate", "evaluate"]),
+        ([], ["demo", "train", "specialize", "generate", "export", "verify", "evaluate"]),
         (["demo"], ["--run-dir", "--questions", "--seed"]),
         (["train"], ["CONFIG", "--run-dir", "world-lora"]),
         (["train", "world"], ["--run-dir", "--generator.top-k", "--run.steps", "--mesh.fsdp"]),
         (["train", "world-edge"], ["--hidden-size", "--optimizer.learning-rate"]),
         (["specialize"], ["PROMPT", "--output", "--merged", "--cloud", "--edge", "--generator"]),
         (["generate"], ["QUESTION", "--card", "--context", "--model", "--max-new-tokens"]),
+        (["generate"], ["--chat", "--temperature", "--top-k", "--top-p", "--seed", "--stop"]),
+        (["export"], ["ARTIFACT", "--format", "peft", "gguf-lora", "--output", "--dtype"]),
+        (["verify"], ["ARTIFACT", "--edge", "--generator", "--dtype"]),
         (["evaluate"], ["--lora", "--split", "--questions", "--seed", "--output"]),
     ],
     ids=" ".join,
@@ -165,6 +175,123 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(call, specialize, tmp
         assert call(*specialize(prompt, "--output", f"{i}"))[0] == 0
     cards = [(tmp_path / f"{i}").read_bytes() for i in range(3)]
     assert cards[0] == cards[1] == cards[2]
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generate(call, models):
+    """`generate(*words)`: what is printed for them."""
+
+    def generate(*words, model="edge"):
+        code, out, err = call("generate", *words, "--model", models / model)
+        assert (code, err) == (0, "")
+        return out
+
+    return generate
+
+
+def test_a_single_text_is_streamed_as_it_would_be_printed(generate):
+    """`talker` never ends a text, so there are several pieces to it."""
+    texts, options = ["apple :", "bell :", "apple :"], ("--max-new-tokens", 30)
+    together = generate(*texts, *options, model="talker").splitlines()
+    assert len(together[0].split()) == 2 + 30
+    assert [generate(text, *options, model="talker")[:-1] for text in texts] == together
+
+
+def test_a_stop_string_ends_an_answer(generate):
+    options = ("--max-new-tokens", 30)
+    [*_, third, fourth, _] = words = generate("apple :", *options, model="talker").split()
+    for questions in (["apple :"], ["apple :", "bell :"]):
+        out = generate(*questions, *options, "--stop", third, fourth, model="talker")
+        line = out.splitlines()[0].split()
+        cut = min(words.index(third, 2), words.index(fourth, 2))
+        assert line == words[:cut]
+
+
+def test_what_is_drawn_follows_the_seed(generate):
+    def draw(seed, *options):
+        words = ["apple :", "--max-new-tokens", 12, "--temperature", 2, "--seed", seed, *options]
+        return generate(*words, model="talker")
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    greedy = generate("apple :", "--max-new-tokens", 12, model="talker")
+    assert draw(0, "--top-k", 1) == draw(1, "--top-p", "1e-6") == greedy
+
+
+def test_chat_puts_questions_into_the_template(generate):
+    bare = generate("thing apple red box bell :", model="chatter")
+    out = generate("red box", "--chat", "--context", "apple", model="chatter")
+    assert out.removeprefix("red box ") == bare.removeprefix("thing apple red box bell : ")
+
+
+def test_an_adapter_answers_as_its_card(call, card, generate, models):
+    options = ["--edge", models / "edge", "--generator", models / "generator"]
+    code, out, err = call("export", card, "--format", "peft", "--output", "adapter", *options)
+    assert (code, out, err) == (0, "peft: adapter\n", "")
+    questions = ["apple :", "bell :"]
+    by_card = generate(*questions, "--card", card, "--generator", models / "generator")
+    assert generate(*questions, "--card", "adapter", "--generator", "nowhere") == by_card
+    assert generate(*questions) != by_card
+
+
+# --- export and verify ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def to(models):
+    """The words of a command about an artifact of the tiny edge."""
+
+    def words(command, artifact, *more, **other):
+        names = {"edge": "edge", "generator": "generator"} | other
+        options = [word for role, name in names.items() for word in (f"--{role}", models / name)]
+        return [command, artifact, *options, *more]
+
+    return words
+
+
+def test_export_writes_each_format(call, card, to, tmp_path):
+    pytest.importorskip("gguf", reason="needs the extra: pip install 'lorax-gen[gguf]'")
+    files = {"merged": "model.safetensors", "peft": "adapter_model.safetensors", "gguf-lora": ""}
+    for format, file in files.items():
+        path = f"my.{format}"
+        words = to("export", card, "--format", format, "--output", path, "--dtype", "bfloat16")
+        assert call(*words) == (0, f"{format}: {path}\n", "")
+        assert (tmp_path / path / file).is_file()
+    assert load_model(tmp_path / "my.merged", None).params["embed"].dtype == "bfloat16"
+    assert load_card(tmp_path / "my.merged" / card.name).edge == load_card(card).edge
+
+
+def test_verify_prints_a_line_for_each_form(call, card, to):
+    code, out, err = call(*to("verify", card))
+    assert (code, err) == (0, "")
+    forms = ["edge without it", "gates, one row each", "merged", "merged, written and read"]
+    for form in (*forms, "adapter, written and read"):
+        [line] = [line for line in out.splitlines() if line.strip().startswith(f"{form}  ")]
+        assert line.split()[-1] == ("%" if form == "edge without it" else "ok")
+    assert "differs" not in out
+
+
+def test_verify_takes_what_export_wrote(call, card, to):
+    for format in ("merged", "peft"):
+        words = to("export", card, "--format", format, "--output", format)
+        assert call(*words)[0] == 0
+        code, out, err = call(*to("verify", format))
+        assert (code, err) == (0, "") and "differs" not in out
+
+
+def test_verify_ends_with_code_1_where_a_form_differs(call, card, specialize, to, tmp_path):
+    words = to("export", card, "--format", "merged", "--output", "merged", "--dtype", "bfloat16")
+    assert call(*words)[0] == 0
+    assert call(*to("verify", "merged"))[0] == 0
+    (tmp_path / "merged" / card.name).unlink()
+    assert call(*specialize(PROMPTS[2], "--output", tmp_path / "merged" / card.name))[0] == 0
+    code, out, err = call(*to("verify", "merged"))
+    assert (code, err) == (1, "")
+    [line] = [line for line in out.splitlines() if "differs" in line.split()]
+    assert "the directory" in line
 
 
 # --- what is wrong, in one line ------------------------------------------------------------------
@@ -225,6 +352,64 @@ def test_a_card_that_does_not_fit_is_refused(refused, card, models):
 
 def test_generate_without_a_question_is_refused(refused, models):
     assert "no question given" in refused("generate", "--model", models / "edge")
+
+
+@pytest.mark.parametrize("questions", [["apple :"], ["apple :", "bell :"]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--chat"], "no chat template; leave out --chat"),
+        (["--temperature", "-1"], "temperature=-1.0: choose 0 (greedy) or more"),
+        (["--top-k", "0"], "top_k=0: choose at least 1"),
+        (["--top-p", "1.5"], "top_p=1.5: choose a share above 0, up to 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0: choose at least 1"),
+        (["--max-new-tokens", "9999"], "more than the 2048 positions of the model"),
+        (["--stop", ""], "a stop string is empty"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_option_of_generate_is_refused(refused, models, questions, options, message):
+    assert message in refused("generate", *questions, "--model", models / "edge", *options)
+
+
+def test_an_adapter_of_another_model_is_refused(call, refused, card, to, models):
+    assert call(*to("export", card, "--format", "peft", "--output", "adapter"))[0] == 0
+    words = ["generate", "apple :", "--card", "adapter", "--model", models / "cloud"]
+    assert "is the adapter for another model?" in refused(*words)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"edge": "edge2"}, "this card was made for the edge model"),
+        ({"generator": "generator2"}, "this card was made with the pool"),
+        ({"edge": "nowhere"}, "no model directory at"),
+        ({"generator": "nowhere"}, "no generator directory at"),
+    ],
+)
+def test_what_an_artifact_was_not_made_for_is_refused(refused, card, to, tmp_path, other, message):
+    assert message in refused(*to("verify", card, **other))
+    for format in ("merged", "peft"):
+        words = to("export", card, "--format", format, "--output", "mine", **other)
+        assert message in refused(*words)
+    assert [path.name for path in tmp_path.iterdir()] == [card.name]
+
+
+def test_export_refuses_an_existing_output(refused, card, to, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for format in ("merged", "peft"):
+        words = to("export", card, "--format", format, "--output", "mine")
+        assert "mine already exists" in refused(*words)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_what_is_no_artifact_is_refused(refused, to, models):
+    assert "holds no task.card.safetensors to compare it with" in refused(
+        *to("verify", models / "edge")
+    )
+    assert "no such file: nowhere" in refused(*to("verify", "nowhere"))
+    words = to("export", "nowhere", "--format", "peft", "--output", "adapter")
+    assert "no such file: nowhere" in refused(*words)
 
 
 def test_evaluate_refuses_an_existing_output(refused, tmp_path):

@@ -55,12 +55,17 @@ class TaskCard:
     def lora(self, generator: Generator) -> Tree:
         """The card's LoRA tree `[L, ...]`, scale folded in.
 
-        Raises UserError where the card was made with another generator's pool.
+        Raises UserError where the card was made with another pool, or composes it otherwise.
         """
         if self.pool != generator.pool_hash:
             raise UserError(
                 f"this card was made with the pool {self.pool}, the given generator has "
                 f"{generator.pool_hash}; use the card's own generator or specialise again"
+            )
+        if self.composition != generator.config.composition:
+            raise UserError(
+                f"this card is for the composition {self.composition}, the given generator's is "
+                f"{generator.config.composition}; use the card's own generator"
             )
         gates = jnp.asarray(self.dense_gates(generator.config.n_experts))
         return lora_from_gates(generator.params["pool"], gates, generator.config)

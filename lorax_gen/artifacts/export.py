@@ -6,12 +6,13 @@ import textwrap
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lorax_gen.artifacts.card import TaskCard, load_card, save_card
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.artifacts.gguf import save_gguf_lora
 from lorax_gen.artifacts.peft import CONFIG, load_adapter, save_adapter
+from lorax_gen.errors import UserError
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.huggingface import Model, save_model
 
@@ -76,6 +77,8 @@ def export(
 
     Raises UserError where something is at `output`, or the artifact does not fit the models.
     """
+    if format not in get_args(Format):
+        raise UserError(f"format is {format!r}: choose one of {', '.join(get_args(Format))}")
     tree, provenance, card = lora_of(artifact, edge, generator)
     if format == "peft":
         save_adapter(output, tree, edge.config, base_model=edge.name, provenance=provenance)

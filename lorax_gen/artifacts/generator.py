@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_gen import config as configs
 from lorax_gen import files
@@ -52,8 +53,8 @@ class Generator:
 
     @functools.cached_property
     def pool_hash(self) -> str:
-        """Identifies the pool of experts."""
-        return tree_hash(self.params["pool"])
+        """Identifies the pool of experts and its scale alpha."""
+        return tree_hash({**self.params["pool"], "alpha": np.float32(self.config.alpha)})
 
 
 def model_shape(config: DecoderConfig) -> dict[str, Any]:

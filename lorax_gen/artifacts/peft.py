@@ -32,6 +32,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 # What PEFT can do to a LoRA beyond W x + (alpha / r) B A x, and the values that mean it does not.
 UNSUPPORTED = {
+    # Others, such as pissa and olora, change the base model's kernels too.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
@@ -154,7 +156,8 @@ def take(tensors: dict[str, np.ndarray], key: str, directory: Path) -> np.ndarra
 
 def check_pair(a: np.ndarray, b: np.ndarray, shape, module: str, directory: Path) -> None:
     d_in, d_out = shape
-    if a.shape != (len(a), d_in) or b.shape != (d_out, len(a)):
+    rank = a.shape[0] if a.ndim == 2 else 0
+    if not rank or a.shape != (rank, d_in) or b.shape != (d_out, rank):
         raise UserError(
             f"{directory / TENSORS}: {module} has factors {a.shape} and {b.shape}, which do not "
             f"fit its kernel {(d_out, d_in)}; is the adapter for another model?"
@@ -163,13 +166,15 @@ def check_pair(a: np.ndarray, b: np.ndarray, shape, module: str, directory: Path
 
 def scale(raw: Mapping[str, Any], module: str, rank: int, directory: Path) -> float:
     """PEFT's scale of one module: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
-    alpha = raw.get("lora_alpha", 8)
-    for pattern, value in (raw.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float):
-        raise UserError(f"{directory / CONFIG} has lora_alpha={alpha!r}; expected a number")
+    patterns = raw.get("alpha_pattern") or {}
+    try:
+        fitting = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        alpha = float(next(fitting, raw.get("lora_alpha", 8)))
+    except (AttributeError, TypeError, ValueError, re.error):
+        raise UserError(
+            f"{directory / CONFIG} has lora_alpha={raw.get('lora_alpha')!r} and "
+            f"alpha_pattern={patterns!r}; expected a number and patterns of numbers"
+        ) from None
     return alpha / (rank**0.5 if raw.get("use_rslora") else rank)
 
 

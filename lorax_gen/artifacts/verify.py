@@ -102,7 +102,11 @@ def verify(
             forms["adapter, written and read"] = logits(edge, tree), own
     else:
         again = load_model(merged_dir, None)
-        forms["the directory"] = logits(again), again.params["embed"].dtype
+        if again.config != edge.config:
+            raise UserError(f"{merged_dir} is of another shape than the edge model {edge.name}")
+        stored = again.params["embed"].dtype
+        params = jax.tree.map(lambda leaf: leaf.astype(own), again.params)
+        forms["the directory"] = logits(dataclasses.replace(again, params=params)), stored
 
     scale = float(np.abs(reference).max())
     return [

@@ -68,6 +68,8 @@ def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
 
 def check_fits(tree: Tree, shapes: Mapping[str, tuple[int, int]], layers: int) -> None:
     """UserError that says why a tree is no shared LoRA of kernels name -> (D, F) in `layers`."""
+    if not tree:
+        raise UserError("the LoRA is empty; it must adapt at least one kernel")
     for name, pair in tree.items():
         if name not in shapes:
             raise UserError(

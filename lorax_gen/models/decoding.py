@@ -158,6 +158,9 @@ def advance(
     Rows that are finished repeat their last token; what is left when all are is filled with it.
     """
 
+    if steps == 0:
+        return state, jnp.zeros((state.token.shape[0], 0), jnp.int32)
+
     def unfinished(carry):
         i, state, _ = carry
         return (i < steps) & ~jnp.all(state.finished)

@@ -213,10 +213,9 @@ def read_params(
     check_tensors(checkpoint, config)
     shapes = abstract_params(config)
     places = shardings(shapes) if shardings else None
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: Params = {"layers": {}}
     for ours, keys in tensor_names(config).items():
-        place = leaf_at(places, ours) if places else default
+        place = leaf_at(places, ours) if places else None
         leaf = read_leaf(checkpoint, ours, keys, leaf_at(shapes, ours).shape, dtype, place)
         (params["layers"] if ours.startswith("layers/") else params)[ours.split("/")[-1]] = leaf
     return params
@@ -249,9 +248,12 @@ def read_leaf(
     keys: list[str],
     shape: tuple[int, ...],
     dtype: Any,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """One leaf, its layers stacked; each device's part is read by itself, straight into place."""
+    """One leaf, its layers stacked; each device's part is read by itself, straight into place.
+
+    Without a sharding it is on the default device and free to move with what it is used with.
+    """
     stacked, transposed = ours.startswith("layers/"), is_transposed(ours)
     if dtype is None:  # layers of several dtypes: the one that holds them all
         dtype = functools.reduce(jnp.promote_types, {checkpoint.dtype(key) for key in keys})
@@ -269,6 +271,8 @@ def read_leaf(
             parts[str(index)] = out
         return parts[str(index)]
 
+    if sharding is None:
+        return jnp.asarray(part((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, part)
 
 

@@ -190,6 +190,13 @@ def test_a_card_of_another_pool_is_refused(system, generator, cards):
             use(other)
 
 
+def test_a_card_of_another_composition_is_refused(system, generator, cards):
+    """The same pool, but the experts would add up to another LoRA."""
+    config = dataclasses.replace(generator.config, composition="products")
+    with pytest.raises(UserError, match="composition"):
+        cards[0].lora(dataclasses.replace(generator, config=config))
+
+
 def test_a_card_of_another_edge_is_refused(system, generator, cards):
     params = {**system.edge.params, "embed": system.edge.params["embed"] + 1}
     other = dataclasses.replace(system.edge, params=params)

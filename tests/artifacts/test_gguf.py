@@ -188,10 +188,10 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path):
     [
         ({}, "the LoRA is empty"),
         ({"embed": random_tree()["q"]}, "LoRA for 'embed' has no kernel in the model"),
-        ({"q": random_tree()["down"]}, "LoRA for 'q' has factors .* which do not fit 2 kernels"),
-        ({"up": {"a": np.zeros((3, 24, 4)), "b": np.zeros((3, 4, 40))}}, "do not fit 2 kernels"),
-        ({"up": {"a": np.zeros((2, 24, 4)), "b": np.zeros((2, 3, 40))}}, "do not fit 2 kernels"),
-        ({"up": {"a": np.zeros((2, 24, 0)), "b": np.zeros((2, 0, 40))}}, "do not fit 2 kernels"),
+        ({"q": random_tree()["down"]}, "LoRA for 'q' has factors .* which do not fit the kernels"),
+        ({"up": {"a": np.zeros((3, 24, 4)), "b": np.zeros((3, 4, 40))}}, "do not fit the kernels"),
+        ({"up": {"a": np.zeros((2, 24, 4)), "b": np.zeros((2, 3, 40))}}, "do not fit the kernels"),
+        ({"up": {"a": np.zeros((2, 24, 0)), "b": np.zeros((2, 0, 40))}}, "do not fit the kernels"),
         ({"up": {"a": np.zeros((2, 7, 24, 4)), "b": np.zeros((2, 7, 4, 40))}}, "per example"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 from lorax_gen.data.batches import (
     Encoder,
+    bucket,
     document_batch,
     generator_batch,
     mixed_tasks,
@@ -158,6 +159,17 @@ def test_shots_are_solved_questions_of_the_task(world, encoder):
     lengths = Counter(batch["prompt_lengths"].tolist())
     assert len(lengths) > 3  # three wordings alone have at most three
     assert draw(world, encoder, tasks=[task])["prompt_lengths"].max() < max(lengths)
+
+
+def test_sizes_fall_into_few_buckets_that_hold_them():
+    sizes = range(1, 2000)
+    buckets = [bucket(size) for size in sizes]
+    assert all(size <= found for size, found in zip(sizes, buckets, strict=True))
+    assert buckets == sorted(buckets)
+    assert sorted(set(buckets)) == [32, 64, *range(128, 2049, 128)]
+    assert [bucket(size) for size in set(buckets)] == list(set(buckets))
+    assert [bucket(size, 1) for size in (1, 2, 3, 5, 128, 129)] == [1, 2, 4, 8, 128, 256]
+    assert bucket(np.int64(5)) == 32
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from lorax_gen.evaluation.questions import (
     score_questions,
     score_specialised,
 )
-from lorax_gen.models.decoding import greedy
+from lorax_gen.models.decoding import generate
 from tests.tiny import PROMPTS, make_generator, one_word_edge
 
 
@@ -32,9 +32,7 @@ def test_right_is_what_greedy_decoding_writes_word_by_word(tiny_world_system):
     rows, time, words = 12, 6, 3
     lengths = rng.integers(2, time + 1, rows).astype(np.int32)
     tokens = rng.integers(4, edge.config.vocab_size, (rows, time)).astype(np.int32)
-    written = np.asarray(
-        greedy(edge.params, edge.config, tokens, lengths, max_new_tokens=words, eos_id=-1)
-    )
+    written = np.asarray(generate(edge.params, edge.config, tokens, lengths, max_new_tokens=words))
     answers = written.copy()
     for row in range(6):  # one other word, at any place of the answer
         answers[row, row % words] += 1

@@ -1,6 +1,7 @@
 """Decoding with a cache writes what recomputing everything for each token would write."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -154,7 +155,7 @@ def test_what_stands_behind_a_rows_length_changes_nothing(params, tokens):
 def test_each_row_stops_at_its_first_stop_token(params, tokens):
     free = decode(params, tokens)
     written = np.unique(free).tolist()
-    for ids in [(), *((i,) for i in written), *zip(written, written[1:], strict=False)]:
+    for ids in [(), *((i,) for i in written), *itertools.pairwise(written)]:
         found = decode(params, tokens, stop_ids=stops(*ids))
         for row, whole in zip(found, free, strict=True):
             ends = np.flatnonzero(np.isin(whole, ids))
@@ -263,7 +264,7 @@ def chi_squared(counts, shares):
 
 
 def test_tokens_are_drawn_as_often_as_the_softmax_says():
-    """At right shares the statistic has a mean of 4; it exceeds 40 once in millions of seeds."""
+    """At right shares the statistic has a mean of 4; hardly one seed in ten million exceeds 40."""
     logits = np.array([0.3, 1.9, -4.0, 0.9, 1.2, -0.2, 0.7, -3.0], np.float32)
     sampling = Sampling(0.7, top_k=7, top_p=0.97)
 
@@ -276,7 +277,9 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says():
 
     rows, steps = 64, 256
     draw = jax.jit(
-        jax.vmap(lambda step: choose(jnp.tile(logits, (rows, 1)), sampling, jax.random.key(0), step))
+        jax.vmap(
+            lambda step: choose(jnp.tile(logits, (rows, 1)), sampling, jax.random.key(0), step)
+        )
     )
     counts = np.bincount(np.ravel(draw(jnp.arange(steps))), minlength=len(logits))
     drawn = shares(0.7) > 0

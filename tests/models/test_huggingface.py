@@ -294,6 +294,7 @@ def test_the_host_holds_one_leaf_at_a_time(
         return really_read(self, key, index)
 
     monkeypatch.setattr(jax, "make_array_from_callback", forget)
+    monkeypatch.setattr(jnp, "asarray", lambda value: None)
     monkeypatch.setattr(Checkpoint, "read", read)
     try:
         read_params(tmp_path / "model", config, shardings=shardings if on_mesh else None)

@@ -1,0 +1,277 @@
+"""What is exported is what others load, says where it comes from, and is whole or absent."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from lorax_gen import UserError, export, load_adapter, load_card, load_model
+from lorax_gen.artifacts.export import CARD
+from lorax_gen.models import decoder
+from tests.tiny import PROMPTS
+
+COMPOSITIONS = ["factors", "products"]
+FORMATS = ["merged", "peft", "gguf-lora"]
+TOKENS = np.random.default_rng(0).integers(0, 100, (3, 12))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def logits(params, config, tokens):
+    return decoder.logits(params, config, decoder.hidden_states(params, config, tokens))
+
+
+def needed(format):
+    if format == "gguf-lora":
+        pytest.importorskip("gguf", reason="needs the extra: pip install 'lorax-gen[gguf]'")
+
+
+def gguf_tensors(path):
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    return metadata, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+
+
+@pytest.fixture
+def write(made, tmp_path):
+    """`write(artifact, format, **options)`: where the artifact of `made` is then."""
+
+    def write(artifact, format, **options):
+        needed(format)
+        generator = made.generators.get(artifact.removesuffix(".card"))
+        path = tmp_path / "out" / f"mine.{format}"
+        export(made.folder / artifact, path, format, made.edge, lambda: generator, **options)
+        return path
+
+    return write
+
+
+def no_generator():
+    raise AssertionError("an adapter needs no generator")
+
+
+# --- what others load ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_a_merged_directory_is_the_merged_edge(composition, made, write):
+    loaded = load_model(write(f"{composition}.card", "merged"), None)
+    merged = made.cards[composition].merge(made.edge, made.generators[composition])
+    chex.assert_trees_all_equal(loaded.params, merged.params)
+    assert loaded.config == made.edge.config
+    assert loaded.stop_ids == made.edge.stop_ids
+    assert loaded.fingerprint not in (made.edge.fingerprint, "")
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_an_exported_adapter_is_the_lora_of_the_card(composition, made, write):
+    path = write(f"{composition}.card", "peft")
+    lora = made.cards[composition].lora(made.generators[composition])
+    chex.assert_trees_all_equal(load_adapter(path, made.edge.config), lora)
+    raw = json.loads((path / "adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == "edge"
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_an_exported_gguf_is_the_lora_of_the_card(composition, made, write):
+    metadata, tensors = gguf_tensors(write(f"{composition}.card", "gguf-lora"))
+    lora = made.cards[composition].lora(made.generators[composition])
+    assert len(tensors) == 2 * 2 * len(lora)
+    for i in range(2):
+        for side in "ab":
+            value = tensors[f"blk.{i}.ffn_down.weight.lora_{side}"]
+            np.testing.assert_array_equal(value, lora["down"][side][i].T)
+    assert metadata["general.name"] == "mine"
+    assert metadata["adapter.lora.alpha"] == lora["down"]["a"].shape[-1]
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_transformers_answers_as_the_merged_edge(composition, made, write):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = write(f"{composition}.card", "merged")
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    merged = made.cards[composition].merge(made.edge, made.generators[composition])
+    ours = logits(merged.params, merged.config, TOKENS)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-4)
+    assert np.abs(ours - logits(made.edge.params, merged.config, TOKENS)).max() > 0.1
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer(PROMPTS[0]).input_ids == made.edge.tokenizer(PROMPTS[0]).input_ids
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_merged_in_fp32_the_tensors_are_rounded_once(dtype, made, write):
+    path = write("factors.card", "merged", dtype=dtype)
+    merged = made.cards["factors"].merge(made.edge, made.generators["factors"])
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), merged.params)
+    loaded = load_model(path, None).params
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {dtype}
+    chex.assert_trees_all_equal(loaded, rounded)
+    assert json.loads((path / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_large_merged_model_is_split(made, write):
+    path = write("factors.card", "merged", max_shard_size="20KB")
+    assert len(list(path.glob("model-*.safetensors"))) > 1
+    merged = made.cards["factors"].merge(made.edge, made.generators["factors"])
+    chex.assert_trees_all_equal(load_model(path).params, merged.params)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_adapter_is_exported_as_a_card_is(format, made, tmp_path, write):
+    needed(format)
+    export(made.folder / "adapter", tmp_path / "mine", format, made.edge, no_generator)
+    own, by_card = tmp_path / "mine", write("factors.card", format)
+    if format == "merged":
+        chex.assert_trees_all_equal(load_model(own).params, load_model(by_card).params)
+        assert not (own / CARD).exists()
+    elif format == "peft":
+        ours, theirs = (load_adapter(path, made.edge.config) for path in (own, by_card))
+        chex.assert_trees_all_equal(ours, theirs)
+    else:
+        chex.assert_trees_all_equal(gguf_tensors(own)[1], gguf_tensors(by_card)[1])
+
+
+# --- what it says of itself ----------------------------------------------------------------------
+
+
+def provenance_of(made, composition):
+    card = made.cards[composition]
+    return {
+        "edge": {"name": "edge", "fingerprint": made.edge.fingerprint},
+        "pool": made.generators[composition].pool_hash,
+        "prompt_sha256": hashlib.sha256(PROMPTS[0].encode()).hexdigest(),
+        "composition": card.composition,
+        "experts_per_layer": 2,
+    }
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("format", ["merged", "peft"])
+def test_provenance_names_edge_pool_prompt_and_composition(format, composition, made, write):
+    path = write(f"{composition}.card", format)
+    found = json.loads((path / "provenance.json").read_text())
+    assert found.pop("made_with").startswith("lorax-gen ")
+    assert found == provenance_of(made, composition)
+
+
+def test_a_gguf_names_them_too(made, write):
+    metadata, _ = gguf_tensors(write("products.card", "gguf-lora"))
+    found = {key: value for key, value in metadata.items() if key.startswith("lorax_gen.")}
+    assert found.pop("lorax_gen.made_with").startswith("lorax-gen ")
+    expected = provenance_of(made, "products")
+    edge = expected.pop("edge")
+    expected |= {f"edge_{key}": value for key, value in edge.items()}
+    assert found == {f"lorax_gen.{key}": str(value) for key, value in expected.items()}
+
+
+def test_the_model_card_names_them_for_the_hub(made, write):
+    text = (write("products.card", "merged") / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora-gen"],
+    }
+    expected = provenance_of(made, "products")
+    edge = expected.pop("edge")
+    expected |= {f"edge {key}": value for key, value in edge.items()}
+    for key, value in expected.items():
+        assert f"| {key} | {value} |\n" in body
+
+
+def test_the_model_card_of_an_edge_of_the_hub_links_to_it(made, tmp_path):
+    edge = dataclasses.replace(made.edge, name="org/name")
+    export(made.folder / "adapter", tmp_path / "merged", "merged", edge, no_generator)
+    header = (tmp_path / "merged" / "README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(header)["base_model"] == "org/name"
+    export(made.folder / "adapter", tmp_path / "peft", "peft", edge, no_generator)
+    raw = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == "org/name"
+
+
+@pytest.mark.parametrize("artifact", ["factors.card", "adapter"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_file_names_a_path_of_this_machine(format, artifact, made, write, tmp_path):
+    path = write(artifact, format)
+    for file in [path] if path.is_file() else path.iterdir():
+        content = file.read_bytes()
+        for folder in (made.folder, tmp_path, made.folder.parent):
+            assert str(folder).encode() not in content, file.name
+
+
+def test_a_merged_directory_keeps_its_card(made, write):
+    path = write("products.card", "merged")
+    assert (path / CARD).read_bytes() == (made.folder / "products.card").read_bytes()
+    assert load_card(path / CARD).composition == "products"
+
+
+# --- whole or not at all -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_is_overwritten(format, write, tmp_path):
+    needed(format)
+    mine = tmp_path / "out" / f"mine.{format}"
+    mine.parent.mkdir()
+    if format == "gguf-lora":
+        mine.write_text("mine")
+    else:
+        mine.mkdir()
+        (mine / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"mine.{format} already exists"):
+        write("factors.card", format)
+    assert (mine if mine.is_file() else mine / "notes.txt").read_text() == "mine"
+    assert sum(1 for path in mine.parent.rglob("*") if path.is_file()) == 1
+
+
+@pytest.mark.parametrize(
+    "format, step",
+    [
+        ("merged", "lorax_gen.artifacts.export.save_card"),
+        ("merged", "lorax_gen.artifacts.export.model_card"),
+        ("merged", "lorax_gen.models.huggingface.write_params"),
+        ("peft", "lorax_gen.artifacts.peft.write_tensors"),
+        ("gguf-lora", "lorax_gen.artifacts.gguf.pair_neighbours"),
+    ],
+)
+def test_a_failed_export_leaves_nothing_behind(format, step, write, tmp_path, monkeypatch):
+    needed(format)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(step, full)
+    with pytest.raises(OSError, match="no space left"):
+        write("factors.card", format)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_does_not_fit_is_refused_before_anything_is_written(format, made, tmp_path):
+    needed(format)
+    card, generator = made.folder / "factors.card", made.generators["factors"]
+    params = {**made.edge.params, "final_norm": made.edge.params["final_norm"] * 2}
+    other = dataclasses.replace(made.edge, params=params)
+    with pytest.raises(UserError, match="this card was made for the edge model"):
+        export(card, tmp_path / "out", format, other, lambda: generator)
+    with pytest.raises(UserError, match="this card was made with the pool"):
+        export(card, tmp_path / "out", format, made.edge, lambda: made.generators["products"])
+    with pytest.raises(UserError, match="no such file"):
+        export(tmp_path / "nowhere", tmp_path / "out", format, made.edge, lambda: generator)
+    with pytest.raises(UserError, match="is not a task card"):
+        weights = made.folder / "edge" / "model.safetensors"
+        export(weights, tmp_path / "out", format, made.edge, lambda: generator)
+    assert not list(tmp_path.iterdir())

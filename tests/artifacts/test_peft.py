@@ -1,0 +1,480 @@
+"""A LoRA tree is a PEFT adapter and comes back; foreign adapters mean here what they mean there."""
+
+import dataclasses
+import functools
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lorax_gen import load_adapter, save_adapter
+from lorax_gen.artifacts.card import make_card
+from lorax_gen.artifacts.peft import CONFIG, TENSORS
+from lorax_gen.errors import UserError
+from lorax_gen.models import decoder
+from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.tensors import read_tensors, write_tensors
+from lorax_gen.tokenizers import word_level
+from tests.models.configs import CONFIGS, LLAMA
+from tests.tiny import make_generator
+
+MODULES = {
+    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+RANKS = {"q": 3, "k": 5, "v": 2, "o": 4, "gate": 5, "up": 1, "down": 3}
+LAYERS = range(LLAMA.num_hidden_layers)
+TOKENS = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (3, 12))  # beyond every window
+EXACT = {"rtol": 0, "atol": 2e-4}
+
+
+def random_tree(config=LLAMA, ranks=RANKS, seed=0):
+    rng, layers, tree = np.random.default_rng(seed), config.num_hidden_layers, {}
+    for name, rank in ranks.items():
+        d_in, d_out = kernel_shapes(config)[name]
+        tree[name] = {
+            "a": rng.normal(0, 0.3, (layers, d_in, rank)).astype(np.float32),
+            "b": rng.normal(0, 0.3, (layers, rank, d_out)).astype(np.float32),
+        }
+    return tree
+
+
+def full_name(name, layer):
+    return f"model.layers.{layer}.{MODULES[name]}"
+
+
+@pytest.fixture(scope="module")
+def edge_of(random_params):
+    """`edge_of(family)`: a model of `CONFIGS` with a tokenizer."""
+    tokenizer = word_level([f"word{i}" for i in range(LLAMA.vocab_size - 4)])
+
+    @functools.cache
+    def edge(family):
+        config = CONFIGS[family]
+        return Model(config, random_params(config), tokenizer, name=f"tiny/{family}")
+
+    return edge
+
+
+@pytest.fixture(scope="module")
+def lora_of_card(tiny_world_system, edge_of):
+    """`lora_of_card(family, **generator fields)`: the LoRA tree of a card of two experts."""
+
+    def lora(family, **fields):
+        system = tiny_world_system._replace(edge=edge_of(family))
+        generator = make_generator(system, **{"edge_targets": tuple(MODULES), **fields})
+        gates = np.zeros((system.edge.config.num_hidden_layers, 4), np.float32)
+        gates[:, 3], gates[:, 1], gates[0, [0, 3]] = 0.7, 0.3, [0.7, 0]
+        return make_card(gates, "a prompt", system.edge, generator).lora(generator)
+
+    return lora
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def logits(params, config, tokens, lora=None):
+    return decoder.logits(params, config, decoder.hidden_states(params, config, tokens, lora=lora))
+
+
+# --- ours, out and in ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+def test_all_kernels_of_any_ranks_come_back_bit_by_bit(name, tmp_path):
+    config = CONFIGS[name]
+    tree = random_tree(config)
+    save_adapter(tmp_path / "adapter", tree, config)
+    loaded = load_adapter(tmp_path / "adapter", config)
+    assert loaded.keys() == tree.keys()
+    chex.assert_trees_all_equal(loaded, tree)
+
+
+@pytest.mark.parametrize("alpha", [4.0, 7.0])
+@pytest.mark.parametrize("composition", ["factors", "products"])
+def test_the_lora_of_a_card_comes_back_bit_by_bit(composition, alpha, lora_of_card, tmp_path):
+    tree = lora_of_card("llama", composition=composition, rank=3, alpha=alpha)
+    save_adapter(tmp_path / "adapter", tree, LLAMA)
+    chex.assert_trees_all_equal(load_adapter(tmp_path / "adapter", LLAMA), tree)
+    raw = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert raw["r"] == raw["lora_alpha"] == {"factors": 3, "products": 6}[composition]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+def test_factors_stand_as_torch_has_them_under_the_names_of_transformers(name, tmp_path):
+    config, tree = CONFIGS[name], random_tree(CONFIGS[name])
+    save_adapter(tmp_path / "adapter", tree, config)
+    tensors = read_tensors(tmp_path / "adapter" / TENSORS)
+    assert len(tensors) == 2 * len(MODULES) * config.num_hidden_layers
+    for kernel, pair in tree.items():
+        for i in range(config.num_hidden_layers):
+            prefix = f"base_model.model.{full_name(kernel, i)}"
+            for factor, letter in (("a", "A"), ("b", "B")):
+                value = tensors[f"{prefix}.lora_{letter}.weight"]
+                assert value.dtype == np.float32
+                np.testing.assert_array_equal(value, pair[factor][i].T)
+
+
+def test_the_config_says_all_that_peft_asks(tmp_path):
+    ranks = {"q": 4, "down": 4, "up": 2}
+    save_adapter(
+        tmp_path / "adapter",
+        random_tree(ranks=ranks),
+        LLAMA,
+        base_model="org/name",
+        provenance={"pool": "0123"},
+    )
+    raw = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    expected = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "org/name",
+        "inference_mode": True,
+        "r": 4,
+        "lora_alpha": 4,
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {"up_proj": 2},
+        "target_modules": ["down_proj", "q_proj", "up_proj"],
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    assert {key: raw[key] for key in expected} == expected
+    assert json.loads((tmp_path / "adapter" / "provenance.json").read_text()) == {"pool": "0123"}
+
+
+def test_half_precision_is_kept_and_read_as_fp32(tmp_path):
+    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), random_tree())
+    save_adapter(tmp_path / "adapter", tree, LLAMA)
+    assert {x.dtype.name for x in read_tensors(tmp_path / "adapter" / TENSORS).values()} == {
+        "bfloat16"
+    }
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    chex.assert_trees_all_equal(load_adapter(tmp_path / "adapter", LLAMA), exact)
+
+
+def test_nothing_is_overwritten_or_left_behind(tmp_path, monkeypatch):
+    path = tmp_path / "adapter"
+    save_adapter(path, random_tree(), LLAMA)
+    before = {entry.name: entry.read_bytes() for entry in path.iterdir()}
+    with pytest.raises(UserError, match="already exists"):
+        save_adapter(path, random_tree(seed=1), LLAMA)
+    assert {entry.name: entry.read_bytes() for entry in path.iterdir()} == before
+    with pytest.raises(UserError, match="LoRA for 'q' has factors"):
+        save_adapter(tmp_path / "other", {"q": random_tree()["down"]}, LLAMA)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("lorax_gen.files.write_json", full)
+        save_adapter(tmp_path / "other", random_tree(), LLAMA)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+# --- theirs, in ----------------------------------------------------------------------------------
+
+
+def random_pairs(config=LLAMA, ranks=RANKS):
+    """`{module: (A [R, D], B [F, R])}` as PEFT holds them."""
+    return {
+        full_name(name, i): (pair["a"][i].T, pair["b"][i].T)
+        for name, pair in random_tree(config, ranks).items()
+        for i in range(config.num_hidden_layers)
+    }
+
+
+def write_adapter(directory, pairs, suffix="weight", extra=None, **config):
+    """An adapter as others write it; a config field that is `...` is left out."""
+    tensors = {
+        f"base_model.model.{module}.lora_{letter}.{suffix}": value
+        for module, pair in pairs.items()
+        for letter, value in zip("AB", pair, strict=True)
+    }
+    directory.mkdir()
+    write_tensors(directory / TENSORS, tensors | (extra or {}), {"format": "pt"})
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]} | config
+    raw = {key: value for key, value in raw.items() if value is not ...}
+    (directory / CONFIG).write_text(json.dumps(raw))
+    return directory
+
+
+def assert_deltas(tree, pairs, scale_of):
+    """The tree adds scale B A where the adapter has a pair, and nothing elsewhere."""
+    for name, factors in tree.items():
+        for i in LAYERS:
+            delta = factors["a"][i] @ factors["b"][i]
+            module = full_name(name, i)
+            if module in pairs:
+                a, b = pairs[module]
+                np.testing.assert_allclose(delta.T, scale_of(module) * b @ a, rtol=0, atol=1e-5)
+            else:
+                assert not delta.any()
+    assert set(pairs) <= {full_name(name, i) for name in tree for i in LAYERS}
+
+
+@pytest.mark.parametrize(
+    "config, scales",
+    [
+        ({"lora_alpha": 10}, {"": 10 / 4}),
+        ({"lora_alpha": 1.5}, {"": 1.5 / 4}),
+        ({"lora_alpha": ...}, {"": 8 / 4}),  # PEFT's default
+        ({"lora_alpha": 10, "use_rslora": True}, {"": 10 / 2}),
+        ({"lora_alpha": 10, "alpha_pattern": {"up_proj": 3}}, {"up_proj": 3 / 4, "": 10 / 4}),
+        ({"alpha_pattern": {"p_proj": 3}}, {"": 1}),  # no whole part of the name
+        (
+            {"alpha_pattern": {r"layers\.[02]\.self_attn\.q_proj": 6, "q_proj": 2, "mlp.*": 12}},
+            {"0.self_attn.q_proj": 1.5, "2.self_attn.q_proj": 1.5, "q_proj": 0.5, "mlp": 3, "": 1},
+        ),
+        ({"alpha_pattern": {"q_proj": 6}, "use_rslora": True}, {"q_proj": 3, "": 2}),
+        ({"modules_to_save": None, "use_dora": False, "alpha_pattern": None}, {"": 1}),
+        ({"layer_replication": None, "trainable_token_indices": None, "lora_bias": False}, {"": 1}),
+        ({"init_lora_weights": True}, {"": 1}),
+        ({"init_lora_weights": "gaussian"}, {"": 1}),
+    ],
+)  # fmt: skip
+def test_the_scale_is_that_of_peft(config, scales, tmp_path):
+    pairs = random_pairs(ranks=dict.fromkeys(MODULES, 4))
+    tree = load_adapter(write_adapter(tmp_path / "adapter", pairs, **config), LLAMA)
+    assert tree.keys() == MODULES.keys()
+    assert_deltas(tree, pairs, lambda name: next(v for part, v in scales.items() if part in name))
+
+
+def test_alpha_is_divided_by_the_rank_that_each_module_has(tmp_path):
+    pairs = random_pairs()
+    patterns = {f"{name}_proj": rank for name, rank in RANKS.items()}
+    path = write_adapter(tmp_path / "adapter", pairs, r=8, lora_alpha=6, rank_pattern=patterns)
+    assert_deltas(load_adapter(path, LLAMA), pairs, lambda module: 6 / len(pairs[module][0]))
+
+
+def test_layers_that_are_left_out_add_nothing(tmp_path):
+    pairs = {full_name("q", 2): random_pairs()[full_name("q", 2)]}
+    path = write_adapter(tmp_path / "adapter", pairs, layers_to_transform=[2])
+    tree = load_adapter(path, LLAMA)
+    assert tree.keys() == {"q"}
+    assert_deltas(tree, pairs, lambda module: 4 / 3)
+
+
+def test_ranks_that_differ_between_layers_are_filled_up(tmp_path):
+    first, last = full_name("up", 0), full_name("up", 2)
+    pairs = {first: random_pairs()[first], last: random_pairs(ranks={"up": 4})[last]}
+    tree = load_adapter(write_adapter(tmp_path / "adapter", pairs), LLAMA)
+    chex.assert_shape(tree["up"]["a"], (3, LLAMA.hidden_size, 4))
+    chex.assert_shape(tree["up"]["b"], (3, 4, LLAMA.intermediate_size))
+    assert_deltas(tree, pairs, lambda module: 4 / len(pairs[module][0]))
+
+
+def test_keys_with_the_name_of_an_adapter_are_read_too(tmp_path):
+    pairs = random_pairs()
+    path = write_adapter(tmp_path / "adapter", pairs, suffix="default.weight")
+    assert_deltas(load_adapter(path, LLAMA), pairs, lambda module: 4 / len(pairs[module][0]))
+
+
+# --- theirs, refused -----------------------------------------------------------------------------
+
+
+def refused(directory, config=LLAMA):
+    """The one line that says why."""
+    with pytest.raises(UserError) as error:
+        load_adapter(directory, config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_dora": True}, "use_dora=True, which is no plain LoRA"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication="),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters="),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices="),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
+        ({"peft_type": "LOHA"}, "is a LOHA adapter; supported is LORA"),
+        ({"peft_type": ...}, "is a None adapter; supported is LORA"),
+        ({"lora_alpha": "many"}, "lora_alpha='many'"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern={'q_proj': None}"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern={'(': 4}"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=['q_proj']"),
+        # These start from kernels that they change: a plain LoRA only after PEFT's conversion.
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(changes, message, tmp_path):
+    path = write_adapter(tmp_path / "adapter", random_pairs(), **changes)
+    assert message in refused(path)
+
+
+A, B = (f"{full_name('q', 1)}.lora_{letter}.weight" for letter in "AB")
+
+
+@pytest.mark.parametrize(
+    "key, shape, message",
+    [
+        (A, None, f"lacks the tensor {A}"),
+        (B, None, f"lacks the tensor {B}"),
+        (A, (3, 17), "has factors (3, 17) and (24, 3), which do not fit its kernel (24, 16)"),
+        (B, (24, 2), "has factors (3, 16) and (24, 2), which do not fit its kernel (24, 16)"),
+        (B, (3, 24), "has factors (3, 16) and (3, 24), which do not fit its kernel (24, 16)"),
+        (A, (3,), "has factors (3,)"),
+        (A, (), "has factors ()"),
+        (A, (0, 16), "has factors (0, 16)"),
+        ("lm_head.lora_A.weight", (3, 16), "holds lm_head.lora_A.weight, which is no LoRA of this"),
+        ("model.embed_tokens.lora_embedding_A", (3, 30), "model.embed_tokens.lora_embedding_A"),
+        (f"{full_name('q', 3)}.lora_A.weight", (3, 16), "holds model.layers.3.self_attn.q_proj"),
+        (f"{full_name('q', 1)}.lora_magnitude_vector", (24,), "lora_magnitude_vector"),
+        ("transformer.h.0.attn.c_attn.lora_A.weight", (3, 16), "holds transformer.h.0.attn.c_attn"),
+    ],
+)
+def test_a_tensor_that_is_missing_misshapen_or_foreign_is_named(key, shape, message, tmp_path):
+    path = write_adapter(tmp_path / "adapter", random_pairs())
+    tensors = read_tensors(path / TENSORS)
+    tensors.pop(f"base_model.model.{key}", None)
+    if shape is not None:
+        tensors[f"base_model.model.{key}"] = np.zeros(shape, np.float32)
+    if shape == (0, 16):  # an empty pair
+        tensors[f"base_model.model.{B}"] = np.zeros((24, 0), np.float32)
+    save_file(tensors, path / TENSORS)
+    assert message in refused(path)
+
+
+def test_an_adapter_of_another_size_is_refused(tmp_path):
+    other = dataclasses.replace(LLAMA, hidden_size=20)
+    save_adapter(tmp_path / "adapter", random_tree(other), other)
+    assert "is the adapter for another model?" in refused(tmp_path / "adapter")
+    deeper = dataclasses.replace(LLAMA, num_hidden_layers=4)
+    save_adapter(tmp_path / "deeper", random_tree(deeper), deeper)
+    assert "which is no LoRA of this model's kernels" in refused(tmp_path / "deeper")
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_missing_or_broken_file_is_named(name, tmp_path):
+    path = write_adapter(tmp_path / "adapter", random_pairs())
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[:40])
+    assert name in refused(path)
+    (path / name).unlink()
+    assert f"no such file: {path / name}" in refused(path)
+
+
+def test_a_pickle_in_place_of_the_tensors_is_not_read(tmp_path):
+    path = write_adapter(tmp_path / "adapter", random_pairs())
+    (path / TENSORS).rename(path / "adapter_model.bin")
+    assert f"no such file: {path / TENSORS}; expected a safetensors file" in refused(path)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    assert "no adapter directory at" in refused(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    assert "file is a file; expected" in refused(tmp_path / "file")
+
+
+# --- beside PEFT ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peft():
+    pytest.importorskip("torch", reason="needs torch and peft: pip install -e '.[parity]'")
+    return pytest.importorskip("peft", reason="needs torch and peft: pip install -e '.[parity]'")
+
+
+@pytest.fixture(scope="module")
+def in_torch(edge_of, tmp_path_factory):
+    """`in_torch(family)`: transformers' model of the saved edge, a new one each time."""
+
+    def load(family):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        directory = tmp_path_factory.getbasetemp() / f"edge-{family}"
+        if not directory.exists():
+            save_model(directory, edge_of(family))
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        )
+
+    return load
+
+
+def torch_logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        ("llama", {"composition": "factors", "rank": 4, "alpha": 4.0}),
+        ("llama", {"composition": "factors", "rank": 2, "alpha": 5.0, "edge_targets": ("up", "k")}),
+        ("llama", {"composition": "products", "rank": 3, "alpha": 7.0}),
+        ("gemma2", {"composition": "products", "rank": 4, "alpha": 2.0}),
+        ("qwen2", {"composition": "factors", "rank": 3, "alpha": 1.5}),
+    ],
+    ids=str,
+)
+def test_peft_answers_as_the_merged_edge(
+    family, fields, edge_of, in_torch, lora_of_card, peft, tmp_path
+):
+    edge, tree = edge_of(family), lora_of_card(family, **fields)
+    save_adapter(tmp_path / "adapter", tree, edge.config, base_model=edge.name)
+    theirs = torch_logits(peft.PeftModel.from_pretrained(in_torch(family), tmp_path / "adapter"))
+    ours = logits(edge.merged(tree).params, edge.config, TOKENS)
+    np.testing.assert_allclose(ours, theirs, **EXACT)
+    assert np.abs(ours - logits(edge.params, edge.config, TOKENS)).max() > 0.1
+
+
+def test_peft_gives_each_module_the_rank_and_scale_that_it_has(edge_of, in_torch, peft, tmp_path):
+    edge, tree = edge_of("llama"), random_tree()
+    save_adapter(tmp_path / "adapter", tree, edge.config)
+    theirs = torch_logits(peft.PeftModel.from_pretrained(in_torch("llama"), tmp_path / "adapter"))
+    np.testing.assert_allclose(logits(edge.params, edge.config, TOKENS, tree), theirs, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        ("llama", {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": "all-linear"}),
+        ("gemma2", {"r": 3, "lora_alpha": 7, "target_modules": ["k_proj", "o_proj", "down_proj"]}),
+        (
+            "qwen2",
+            {
+                "r": 4,
+                "lora_alpha": 6,
+                "target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj"],
+                "layers_to_transform": [0, 2],
+                "rank_pattern": {r"layers\.2\.self_attn\.q_proj": 2, "up_proj": 5},
+                "alpha_pattern": {r"self_attn\..*": 3, "gate_proj": 9},
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_an_adapter_made_by_peft_answers_the_same_here(
+    family, fields, edge_of, in_torch, peft, tmp_path
+):
+    import torch
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **fields)
+    model = peft.get_peft_model(in_torch(family), config)
+    model.save_pretrained(tmp_path / "adapter")
+    edge = edge_of(family)
+    tree = load_adapter(tmp_path / "adapter", edge.config)
+    ours = logits(edge.params, edge.config, TOKENS, tree)
+    np.testing.assert_allclose(ours, torch_logits(model), **EXACT)
+    assert np.abs(ours - logits(edge.params, edge.config, TOKENS)).max() > 0.01

@@ -1,0 +1,175 @@
+"""A name is a directory, a shipped model or one of the hub; what is wrong is said in one line."""
+
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
+
+from lorax_gen import assets, hub, load_model
+from lorax_gen.errors import UserError
+from lorax_gen.hub import find_directory
+from lorax_gen.models.huggingface import save_model
+
+NAME = "maker/model-1.1"
+
+
+def refused(kind, message="403 Client Error.\n\nmore about it"):
+    """An error of the hub's, with as much of a response as it looks at."""
+    return kind(message, response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """`answer(path or error)` is the hub; returns what it will be asked."""
+
+    def set_answer(value):
+        asked = []
+
+        def snapshot_download(name, **options):
+            asked.append(options | {"name": name})
+            if isinstance(value, BaseException):
+                raise value
+            return str(value)
+
+        monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+        return asked
+
+    return set_answer
+
+
+@pytest.fixture
+def no_hub(answer):
+    return answer(AssertionError("the hub was asked"))
+
+
+def refusal(*args, **options):
+    with pytest.raises(UserError) as error:
+        find_directory(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- without the hub -----------------------------------------------------------------------------
+
+
+def test_a_local_directory_comes_first(no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (NAME, "world/cloud"):  # even where the hub or the package has one of that name
+        (tmp_path / name).mkdir(parents=True)
+        assert find_directory(name).resolve() == tmp_path / name
+    assert find_directory(tmp_path / NAME) == find_directory(str(tmp_path / NAME))
+    assert not no_hub
+
+
+def test_then_a_shipped_one(no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_directory("world/edge") == assets.ASSETS / "world" / "edge"
+    assert not no_hub
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./no/such", "one", "a/b/c", "a b/c", "~/m"])
+def test_what_can_be_no_hub_name_is_a_missing_directory(name, no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(name, "generator")
+    assert message == f"no generator directory at {name}; give one, or a hub name such as org/name"
+    assert not no_hub
+
+
+def test_a_file_is_no_directory(no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maker").mkdir()
+    (tmp_path / NAME).write_text("")
+    assert refusal(NAME) == f"{NAME} is a file; expected a model directory"
+    assert not no_hub
+
+
+# --- with it -------------------------------------------------------------------------------------
+
+
+def test_the_hub_is_asked_last_and_for_the_revision(answer, tmp_path):
+    asked = answer(tmp_path)
+    assert find_directory(NAME, revision="v2") == tmp_path
+    assert find_directory(NAME) == tmp_path
+    assert [(a["name"], a["revision"]) for a in asked] == [(NAME, "v2"), (NAME, None)]
+
+
+def test_tensors_configs_and_tokenizers_are_fetched_and_no_pickles(answer, tmp_path):
+    wanted = [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+        "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+    ]  # fmt: skip
+    unwanted = [
+        "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "original/consolidated.00.pth",
+        "model.pt", "training_args.bin", "model.ckpt", "optimizer.pkl", "tf_model.h5",
+        "flax_model.msgpack", "model.gguf", "modeling_own.py", "README.md", "onnx/model.onnx",
+    ]  # fmt: skip
+    asked = answer(tmp_path)
+    find_directory(NAME)
+    patterns = asked[0]["allow_patterns"]
+    assert list(filter_repo_objects(wanted + unwanted, allow_patterns=patterns)) == wanted
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (refused(errors.GatedRepoError), f"{NAME} is gated: accept its licence"),
+        (refused(errors.RepositoryNotFoundError), f"no model {NAME}: neither a directory nor on"),
+        (refused(errors.RevisionNotFoundError), f"{NAME} on the hub has no revision 'v2'"),
+        (
+            errors.LocalEntryNotFoundError("a\nb"),
+            "the hub cannot be reached nor is it in the cache",
+        ),
+        (refused(errors.HfHubHTTPError), f"cannot get {NAME} from the hub: 403 Client Error."),
+        (errors.HFValidationError("bad\nname"), f"cannot get {NAME} from the hub: bad"),
+        (ConnectionError("no route\nat all"), f"cannot get {NAME} from the hub: no route"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (TimeoutError(), f"cannot get {NAME} from the hub: TimeoutError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_hub_refuses_is_said_in_a_line(error, message, answer):
+    answer(error)
+    assert message in refusal(NAME, revision="v2")
+
+
+def test_an_interruption_is_no_error_of_the_hubs(answer):
+    answer(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        find_directory(NAME)
+
+
+def test_a_model_of_the_hub_loads_under_its_name(answer, tmp_path, tiny_world_system):
+    save_model(tmp_path / "snapshot", tiny_world_system.edge)
+    asked = answer(tmp_path / "snapshot")
+    model = load_model(NAME, revision="v2")
+    assert model.name == NAME
+    assert model.fingerprint == tiny_world_system.edge.fingerprint
+    assert asked[0]["revision"] == "v2"
+
+
+# --- the real one, offline (see conftest.py) -----------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_offline_a_model_is_missing_that_is_not_in_the_cache(cache):
+    message = refusal(NAME, "cloud model")
+    assert message.startswith(f"no cloud model directory at {NAME}, and the hub cannot be reached")
+
+
+def test_offline_a_model_is_found_in_the_cache(cache):
+    folder = cache / f"models--{NAME.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (folder / "refs" / revision).write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+    assert find_directory(NAME) == folder / "snapshots" / ("a" * 40)
+    assert find_directory(NAME, revision="v2") == folder / "snapshots" / ("b" * 40)
