@@ -22,6 +22,7 @@ from lorax_gen.method.lora import Tree
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import Array, DecoderConfig, Params
 from lorax_gen.models.huggingface import Model
+from lorax_gen.training import hosts
 from lorax_gen.training.step import GeneratorSpec, meta_states
 
 Question = tuple[str, str]
@@ -66,7 +67,8 @@ def in_batches(score: Callable[..., Array], batch: dict[str, np.ndarray], size: 
     parts = []
     for start in range(0, rows, size):
         index = np.minimum(np.arange(start, start + size), rows - 1)
-        parts.append(score({name: value[index] for name, value in batch.items()}))
+        part = score({name: value[index] for name, value in batch.items()})
+        parts.append(hosts.gather(part))
     return np.concatenate([np.asarray(part) for part in parts])[:rows]
 
 

@@ -13,10 +13,12 @@ import numpy as np
 from lorax_gen.artifacts.generator import save_generator
 from lorax_gen.data.batches import Encoder, generator_batch
 from lorax_gen.data.sources import WorldConfig
+from lorax_gen.evaluation.cost import train_step_macs
 from lorax_gen.evaluation.questions import score_specialised
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import embed, kernel_shapes
 from lorax_gen.models.huggingface import load_model
+from lorax_gen.training import hosts
 from lorax_gen.training.attention import make_attention
 from lorax_gen.training.experiment import Experiment, RunConfig
 from lorax_gen.training.optimizer import OptimizerConfig
@@ -71,8 +73,8 @@ def experiment(config: LoraGenConfig) -> Experiment:
     cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
     seen = [task for task in world.select("seen") if task.family in data.families]
     key = jax.random.key(config.run.seed)
-    # Out here: within `init`, which is compiled, all embeddings would become a constant.
-    start = embed(cloud.params, cloud.config, cloud.tokenizer.eos_token_id)
+    # On the host: within `init`, which is compiled, all embeddings would become a constant.
+    start = hosts.gather(embed(cloud.params, cloud.config, cloud.tokenizer.eos_token_id))
 
     def init() -> tuple[dict, dict]:
         return init_generator(
@@ -134,6 +136,14 @@ def experiment(config: LoraGenConfig) -> Experiment:
             provenance=provenance,
         )
 
+    macs = train_step_macs(
+        spec,
+        prompts=config.prompts,
+        queries=config.queries_per_prompt,
+        prompt_length=data.prompt_length,
+        length=data.question_length,
+        answered=config.answer_length,
+    )
     return Experiment(
         init=init,
         loss=generator_loss(
@@ -148,6 +158,9 @@ def experiment(config: LoraGenConfig) -> Experiment:
         evaluate=evaluate,
         release=release,
         examples_per_step=config.prompts * config.queries_per_prompt,
+        tokens_per_step=config.prompts
+        * (data.prompt_length + config.queries_per_prompt * data.question_length),
+        flops_per_step=float(macs.flops),
         run=config.run,
         optimizer=config.optimizer,
         mesh=config.mesh,

@@ -45,7 +45,7 @@ def activations(
     """An estimate of the largest moment of a step, in parts.
 
         kept      what the forward pass leaves for the backward pass: L B T (D + saved)
-        layer     one layer's backward pass, values and gradients: 2 B T (inner + scores)
+        layer     one layer's backward pass, values and gradients: B T (2 inner + scores)
                   and its weights twice, where they are gathered from shards
         logits    B min(answered, 128) V of 4 bytes, three times: values, softmax, gradient
                   and the head, where it is gathered
@@ -53,7 +53,7 @@ def activations(
                   and the pool and its gradient, where they are gathered
 
         inner     2 D + 2 (H + 2 K) E + 4 F, and 8 D bytes of norms in fp32
-        scores    10 H T bytes: fp32 before and behind the softmax and rounded; with flash 4 H
+        scores    10 H T bytes: twice in fp32 and once rounded; with flash 4 H
         saved     remat=none: inner + scores; dots: 2 D + (H + 2 K) E + 2 F; full: nothing
 
     `kept` and `layer` are those of the cloud's or the edge's backward pass, whichever is more; in
@@ -80,7 +80,7 @@ def activations(
         saved = {"none": inner + scores, "dots": bytes_each * (2 * d + qkv + 2 * f), "full": 0}
         weights = bytes_each * sum(d_in * d_out for d_in, d_out in kernel_shapes(config).values())
         kept = config.num_hidden_layers * tokens * (bytes_each * d + saved[remat])
-        return kept, 2 * tokens * (inner + scores) + (2 * weights if sharded else 0)
+        return kept, tokens * (2 * inner + scores) + (2 * weights if sharded else 0)
 
     cloud_kept, cloud_layer = passes(
         cloud, cloud_tokens, prompt_length + edge.num_hidden_layers, flash[0]

@@ -57,7 +57,7 @@ class Chip:
     kind: str
     """How jax names it."""
     capacity: float
-    """Memory in GiB, as sold."""
+    """Memory in GB, as sold."""
     usable: float
     """What a program may have of it, in GiB: what libtpu's compiler grants; 92 % of a GPU's, where
     CUDA, NCCL and cuDNN take their share."""
@@ -68,7 +68,7 @@ class Chip:
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; half of the bidirectional bandwidth.
 # GPUs: the data sheets of A100 80GB SXM, H100 SXM and H200 SXM; half of NVLink's.
 TPUS = {
-    "v4": Chip("TPU v4", 32, 30.5, 300e9),
+    "v4": Chip("TPU v4", 32, 30.75, 300e9),
     "v5e": Chip("TPU v5 lite", 16, 15.75, 200e9),
     "v5p": Chip("TPU v5", 95, 95.74, 600e9),
     "v6e": Chip("TPU v6 lite", 32, 31.25, 400e9),
@@ -283,6 +283,8 @@ def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
         "program": sizes.generated_code_size_in_bytes,
         "peak": sizes.peak_memory_in_bytes,
     }
+    # What the step does not read, such as the cloud's head, is no argument of it but lies there.
+    found["arguments"] = max(found["arguments"], arguments(work)["total"])
     new_outputs = found["outputs"] - found["aliased"]
     found["needed"] = found["arguments"] + new_outputs + found["temporaries"] + found["program"]
     return found, hlo.collectives(compiled.as_text())
@@ -314,9 +316,9 @@ def read_out_of_memory(message: str, arguments: int) -> dict[str, Any]:
 def estimate_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
     """The same by arithmetic; see `training.memory` for the formula.
 
-    Collectives are those that weights in shards ask for: each model's are gathered in the forward
-    and in the backward pass of each microbatch, gradients of what is trained are added up. Over
-    `tensor`, two sums of activations a layer in each direction are not counted.
+    Collectives are those that weights in shards ask for: they are gathered in the forward and in
+    the backward pass of each microbatch, and where a forward pass is computed again; gradients of
+    what is trained are added up. Sums of activations over `tensor` are not counted.
     """
     config, spec = work.config, work.spec
     held = arguments(work)["total"]
@@ -337,7 +339,8 @@ def estimate_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
     found |= {"parts": parts, "needed": held + found["temporaries"]}
     traffic = {}
     fsdp, tensor = work.mesh.shape["fsdp"], work.mesh.shape["tensor"]
-    passes = (3 if config.microbatches > 1 else 2) * config.microbatches
+    passes = 2 + (config.remat != "none") + (config.microbatches > 1)
+    passes *= config.microbatches
     if fsdp > 1:
         gathered = tree_bytes(work.frozen) // tensor * passes
         layers = spec.cloud.num_hidden_layers + spec.edge.num_hidden_layers
@@ -413,17 +416,23 @@ def count_flops(work: Work) -> dict[str, int]:
 
 
 def estimate_time(
-    flops: dict[str, int], chip: Chip, chips: int, utilisation: float, sent: int | None
+    flops: dict[str, int], chip: Chip, devices: int, utilisation: float, sent: int | None
 ) -> dict[str, float | None]:
-    """Seconds of a step that multiplies at `utilisation` of the peak, and its MFU."""
-    peak = peak_flops(chip.kind)
-    seconds = flops["executed"] / (chips * peak * utilisation)
+    """Seconds of a step, and its MFU, if it multiplies at `utilisation` of the peak.
+
+    What is sent goes over the links at their peak meanwhile; the step takes as long as the longer.
+    """
+    peak = devices * peak_flops(chip.kind)
+    computing = flops["executed"] / (peak * utilisation)
+    sending = None if sent is None else sent / chip.link
+    seconds = max(computing, sending or 0.0)
     return {
         "utilisation": utilisation,
         "peak_flops": peak,
-        "seconds": seconds,
-        "mfu": flops["useful"] / (chips * peak * seconds),
-        "link_seconds": None if sent is None else sent / chip.link,
+        "computing": computing,
+        "sending": sending,
+        "step": seconds,
+        "mfu": flops["useful"] / (peak * seconds),
     }
 
 
@@ -496,9 +505,7 @@ def advice(work: Work, needs: dict[str, Any], usable: int) -> list[str]:
     ):  # fmt: skip
         found.append("attention=auto: a kernel that never holds the cloud's scores")
     if config.remat != "full":
-        found.append(
-            "remat=full: of each layer only its input is kept, for half the FLOPs again"
-        )
+        found.append("remat=full: of each layer only its input is kept, for half the FLOPs again")
     per_device = config.prompts // work.shards
     parts = [n for n in range(config.microbatches + 1, per_device + 1) if not per_device % n]
     if parts:
@@ -524,7 +531,12 @@ def print_plan(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    gib = lambda count: f"{count / GIB:.2f}"  # noqa: E731
+
+    def gib(count: float) -> str:
+        return f"{count / GIB:.2f}"
+
+    def parameters(count: int) -> str:
+        return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
     def table(title: str, *columns: str) -> Table:
         made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -535,9 +547,9 @@ def print_plan(report: dict[str, Any]) -> None:
     step, needs, held = report["step"], report["memory"], report["arguments"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     console.print(
-        f"{report['cloud']['name']} ({report['cloud']['parameters'] / 1e9:.2f} B) for "
-        f"{report['edge']['name']} ({report['edge']['parameters'] / 1e9:.2f} B), "
-        f"{report['trained'] / 1e6:.1f} M trained\n"
+        f"{report['cloud']['name']} ({parameters(report['cloud']['parameters'])}) for "
+        f"{report['edge']['name']} ({parameters(report['edge']['parameters'])}), "
+        f"{parameters(report['trained'])} trained\n"
         f"{report['devices']} x {report['chip']['kind']}: {mesh}\n"
         f"{step['prompts']} prompts of {step['prompt_length']}, {step['queries_per_prompt']} x "
         f"{step['question_length']} tokens each, {step['answer_length']} answered; "
@@ -578,20 +590,26 @@ def print_plan(report: dict[str, Any]) -> None:
     time = report["time"]
     work = table("work of a step", "", "")
     work.add_row("FLOPs", f"{report['flops']['useful']:.3e}")
-    work.add_row("with what is computed again", f"{report['flops']['executed']:.3e}")
+    work.add_row("  with what is computed again", f"{report['flops']['executed']:.3e}")
     work.add_row(
-        f"seconds at {100 * time['utilisation']:g} % of {time['peak_flops'] / 1e12:g} TFLOP/s",
-        f"{time['seconds']:.2f}",
+        f"seconds at {100 * time['utilisation']:g} % of {time['peak_flops'] / 1e12:,g} TFLOP/s",
+        f"{time['computing']:.3g}",
     )
+    if time["sending"] is not None:
+        work.add_row("seconds on the links, at their peak", f"{time['sending']:.3g}")
+    work.add_row("seconds, one beside the other", f"{time['step']:.3g}", style="bold")
     work.add_row("MFU then", f"{100 * time['mfu']:.1f} %")
-    if time["link_seconds"] is not None:
-        work.add_row("seconds on the links, at their peak", f"{time['link_seconds']:.2f}")
     console.print(work)
 
     share = f"{gib(needs['needed'])} of {gib(needs['usable'])} GiB, {100 * needs['share']:.0f} %"
     if report["fits"]:
         estimated = ", by an estimate" if needs["method"] == "estimated" else ""
         console.print(f"[green]fits[/green]: {share}{estimated}")
+        if (
+            "gpu" in report["topology"]
+            and needs["needed"] > 0.75 * report["chip"]["capacity"] * GIB
+        ):
+            console.print("jax takes 75 % of a GPU; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92")
     else:
         console.print(f"[red]does not fit[/red]: {share}")
         for line in report["advice"]:

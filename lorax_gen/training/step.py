@@ -223,6 +223,7 @@ def generator_loss(
             "loss_cv": cv,
             "accuracy/batch": right.mean(),
             "gate_entropy": balance.gate_entropy(gates),
+            "gate_distance": balance.gate_distance(gates, axis_name),
             "expert_load": balance.expert_load(gates),
         }
         return lm + cv, (stats, metrics)

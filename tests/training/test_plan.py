@@ -166,10 +166,15 @@ def test_more_shards_hold_less_and_send_more(paper):
 def test_time_follows_from_flops(paper):
     report = plan.make_plan(paper, "gpu:8", utilisation=0.5)
     time, flops = report["time"], report["flops"]
-    assert time["seconds"] == flops["executed"] / (8 * peak_flops("NVIDIA H100") * 0.5)
+    assert time["step"] == flops["executed"] / (8 * peak_flops("NVIDIA H100") * 0.5)
     assert time["mfu"] == pytest.approx(0.5 * flops["useful"] / flops["executed"])
-    twice = plan.make_plan(paper, "gpu:8", utilisation=0.25)
-    assert twice["time"]["seconds"] == 2 * time["seconds"]
+    assert plan.make_plan(paper, "gpu:8", utilisation=0.25)["time"]["step"] == 2 * time["step"]
+
+
+def test_a_step_is_no_faster_than_its_links(paper):
+    short = change(paper, prompts=8, data__prompt_length=16, data__question_length=16)
+    time = plan.make_plan(short, "gpu:8")["time"]
+    assert time["step"] == time["sending"] > time["computing"]
 
 
 def test_each_microbatch_computes_the_forward_pass_once_more(paper):
