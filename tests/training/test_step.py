@@ -29,6 +29,8 @@ from lorax_gen.training.step import answer_loss, generator_loss, make_train_step
 PROMPTS, QUERIES, STEPS = 8, 2, 3
 LAYOUTS = {
     "jit-1": (MeshConfig(), 1),
+    "jit-8-data-8": (MeshConfig(), 8),
+    "jit-8-fsdp-8": (MeshConfig(data=1, fsdp=8), 8),
     "jit-8-data-2-fsdp-2-tensor-2": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
     "jit-8-fsdp-4-tensor-2": (MeshConfig(data=1, fsdp=4, tensor=2), 8),
     "pmap-8": (MeshConfig(mode="pmap"), 8),
