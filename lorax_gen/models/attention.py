@@ -41,7 +41,8 @@ def attend(
             implementation=implementation if plain else "xla",
         )
     if mask is None:
-        mask = visible(jnp.arange(q.shape[1])[None], k.shape[1])
+        places = jnp.arange(q.shape[1])[None]
+        mask = visible(places, places)
     batch, time, heads, size = q.shape
     q = q.reshape(batch, time, k.shape[2], -1, size)
     scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32)
@@ -57,11 +58,11 @@ def softcapped(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def visible(positions: Array, slots: int, window: Array | int | None = None) -> Array:
-    """`[B, 1, T, S]` bool: the slots that queries at `positions: [B, T]` see.
+def visible(queries: Array, keys: Array, window: Array | int | None = None) -> Array:
+    """`[B, 1, T, S]` bool: which keys at positions `[S]` or `[B, S]` queries at `[B, T]` see.
 
     All up to their own, or the last `window` of these, their own among them.
     """
-    queries, keys = positions[:, None, :, None], jnp.arange(slots)
+    queries, keys = queries[:, None, :, None], jnp.atleast_2d(keys)[:, None, None, :]
     seen = keys <= queries
     return seen if window is None else seen & (keys > queries - window)

@@ -200,12 +200,13 @@ class Block(nn.Module):
         return y
 
     @nn.compact
-    def __call__(self, x, lora, key, rope, window=None, cache=None, positions=None):
+    def __call__(self, x, lora, key, rope, window=None, cache=None, positions=None, mask=None):
         """`x: [B, T, D]` -> (`[B, T, D]`, cache).
 
         `window` limits the positions that a query sees. With a cache `{'k','v': [B, S, K, E]}`, new
         keys and values are written into it: at `positions: [B, T]`, where a query sees every slot
-        up to its own, or, where there are none, into the first T slots of an empty one.
+        up to its own, or, where there are none, into the first T slots of an empty one. Without
+        one, `positions` and `mask` are those of `hidden_states`.
         """
         config, lora = self.config, lora or {}
         batch, time, _ = x.shape
@@ -217,12 +218,13 @@ class Block(nn.Module):
         v = heads(self.project("v", h, lora, key))
         if cache is not None:
             cache = {name: write(cache[name], new, positions) for name, new in (("k", k), ("v", v))}
-        mask = None
-        if positions is not None:
+        if cache is not None and positions is not None:
             k, v = cache["k"], cache["v"]
-            mask = visible(positions, k.shape[1], window)
+            mask = visible(positions, jnp.arange(k.shape[1]), window)
         elif window is not None:
-            mask = visible(jnp.arange(time)[None], time, window)
+            places = jnp.arange(time)[None] if positions is None else positions
+            near = visible(places, places, window)
+            mask = near if mask is None else mask & near
         attended = self.attention(
             q,
             k,
@@ -257,7 +259,16 @@ class Decoder(nn.Module):
     attention: Callable = attend
 
     @nn.compact
-    def __call__(self, tokens=None, *, embeddings=None, lora=None, dropout_key=None):
+    def __call__(
+        self,
+        tokens=None,
+        *,
+        embeddings=None,
+        positions=None,
+        mask=None,
+        lora=None,
+        dropout_key=None,
+    ):
         config = self.config
         d, v = config.hidden_size, config.vocab_size
         table = self.param("embed", nn.initializers.normal(d**-0.5), (v, d))
@@ -272,7 +283,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, 0),
+            in_axes=(0, 0, nn.broadcast, 0, *[nn.broadcast] * 3),
             length=config.num_hidden_layers,
         )(config, self.dropout, self.attention, name="layers")
         keys = None
@@ -281,8 +292,8 @@ class Decoder(nn.Module):
         windows = None
         if any(config.windows):  # scanned, so layers without one get one that holds everything
             windows = jnp.array([window or x.shape[1] for window in config.windows], jnp.int32)
-        rope = rope_tables(config, jnp.arange(x.shape[1]))
-        x, _ = layers(x, lora or None, keys, rope, windows)
+        rope = rope_tables(config, jnp.arange(x.shape[1]) if positions is None else positions)
+        x, _ = layers(x, lora or None, keys, rope, windows, None, positions, mask)
 
         initial = nn.initializers.zeros if config.rms_norm_offset else nn.initializers.ones
         return rms_norm(x, self.param("final_norm", initial, (d,)), config)
@@ -325,6 +336,8 @@ def hidden_states(
     tokens: Array | None = None,
     *,
     embeddings: Array | None = None,
+    positions: Array | None = None,
+    mask: Array | None = None,
     lora: Mapping | None = None,
     dropout: float = 0.0,
     dropout_key: Array | None = None,
@@ -333,12 +346,20 @@ def hidden_states(
 ) -> Array:
     """Final-norm hidden states `[B, T, D]` of tokens `[B, T]` or of embeddings `[B, T, D]`.
 
+    Several texts may share a row: `positions: [B, T]` says where in its text a token stands, and
+    `mask: [B, 1, T, T]` bool what a query sees, of which windows leave what is near by position.
     `dropout` acts on the input of LoRA branches and only where `dropout_key` is given.
     `remat` names an entry of `REMAT_POLICIES`; `attention` stands in for `models.attention.attend`.
     """
     module = Decoder(config, remat, dropout, attention)
     return module.apply(
-        {"params": params}, tokens, embeddings=embeddings, lora=lora, dropout_key=dropout_key
+        {"params": params},
+        tokens,
+        embeddings=embeddings,
+        positions=positions,
+        mask=mask,
+        lora=lora,
+        dropout_key=dropout_key,
     )
 
 
