@@ -7,8 +7,9 @@ Rank 8 on all seven kernels fits the paper's arithmetic best (Table 13). Once tr
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,15 +18,16 @@ from lorax_gen import files
 from lorax_gen.data.batches import Encoder, mixed_tasks, question_batch
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
+from lorax_gen.evaluation.cost import tuning_step_macs
 from lorax_gen.evaluation.questions import score_questions
 from lorax_gen.hub import find_directory
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.tensors import flatten, read_tensors, unflatten, write_tensors
-from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.experiment import Experiment, RunConfig, over_mesh
 from lorax_gen.training.optimizer import OptimizerConfig
-from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.training.state import State
 from lorax_gen.training.step import Loss, answer_loss
 
@@ -44,14 +46,23 @@ class LoraConfig:
     """Questions per batch, of mixed tasks."""
     answer_length: int | None = None
     """Most answer tokens of a row, its end of text included; no logits are computed beyond."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the edge model; bfloat16 on GPUs and TPUs. What is trained is float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again, per layer: nothing, all but matmuls, everything."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto is splash on TPU, cudnn on GPU, xla elsewhere, and where those do not fit."""
     data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def lora_loss(config: LoraConfig, decoder_config: Any) -> Loss:
-    """L_LM of the frozen edge with the trained LoRA; `frozen` is the edge's parameters."""
+def lora_loss(config: LoraConfig, decoder_config: Any, **options: Any) -> Loss:
+    """L_LM of the frozen edge with the trained LoRA; `frozen` is the edge's parameters.
+
+    Options as of `decoder.hidden_states`.
+    """
 
     def loss(params, stats, frozen, batch, key, axis_name):
         lora = scaled(params, config.alpha / config.rank)
@@ -64,6 +75,7 @@ def lora_loss(config: LoraConfig, decoder_config: Any) -> Loss:
             dropout_key=key if config.dropout else None,
             answer_length=config.answer_length,
             axis_name=axis_name,
+            **options,
         )
         return lm, (stats, {"loss_lm": lm, "accuracy/batch": accuracy})
 
@@ -72,7 +84,9 @@ def lora_loss(config: LoraConfig, decoder_config: Any) -> Loss:
 
 def experiment(config: LoraConfig) -> Experiment:
     """Assembles the run; see `training.loop.fit`."""
-    edge = load_model(config.edge)
+    mesh = make_mesh(config.mesh)
+    shardings = partial(tree_shardings, mesh=mesh) if config.mesh.mode == "jit" else None
+    edge = load_model(config.edge, config.dtype, shardings=shardings)
     world, data = config.data.world(), config.data
     encoder = Encoder(edge.tokenizer)
     seen = [task for task in world.select("seen") if task.family in data.families]
@@ -111,6 +125,13 @@ def experiment(config: LoraConfig) -> Experiment:
             write_tensors(partial / "lora.safetensors", flatten(tree))
             files.write_json(partial / "config.json", {"format": FORMAT, **provenance})
 
+    macs = tuning_step_macs(
+        edge.config,
+        config.batch_size,
+        data.question_length,
+        dict.fromkeys(config.targets, config.rank),
+        answered=config.answer_length,
+    )
     return Experiment(
         init=lambda: (
             init_lora(
@@ -118,12 +139,14 @@ def experiment(config: LoraConfig) -> Experiment:
             ),
             {},
         ),
-        loss=lora_loss(config, edge.config),
+        loss=lora_loss(config, edge.config, **over_mesh(config, mesh)),
         frozen=edge.params,
         batch=batch,
         evaluate=evaluate,
         release=release,
         examples_per_step=config.batch_size,
+        tokens_per_step=config.batch_size * data.question_length,
+        flops_per_step=float(macs.flops),
         run=config.run,
         optimizer=config.optimizer,
         mesh=config.mesh,

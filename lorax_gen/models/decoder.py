@@ -176,12 +176,18 @@ def lora_dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+def unconstrained(x: Array) -> Array:
+    """The states as they are; see `hidden_states`."""
+    return x
+
+
 class Block(nn.Module):
     """One pre-norm transformer layer: attention, then a gated feed-forward network."""
 
     config: DecoderConfig
     dropout: float = 0.0
     attention: Callable = attend
+    constrain: Callable = unconstrained
 
     def norm(self, name: str, x: Array) -> Array:
         initial = nn.initializers.zeros if self.config.rms_norm_offset else nn.initializers.ones
@@ -239,7 +245,8 @@ class Block(nn.Module):
         h = self.norm("mlp_norm", x)
         gate = ACTIVATIONS[config.hidden_act](self.project("gate", h, lora, key))
         h = self.project("down", gate * self.project("up", h, lora, key), lora, key)
-        return x + (self.norm("mlp_post_norm", h) if config.post_norms else h), cache
+        x = x + (self.norm("mlp_post_norm", h) if config.post_norms else h)
+        return self.constrain(x), cache
 
 
 def write(cache: Array, new: Array, positions: Array | None) -> Array:
@@ -257,6 +264,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     dropout: float = 0.0
     attention: Callable = attend
+    constrain: Callable = unconstrained
 
     @nn.compact
     def __call__(
@@ -275,6 +283,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.param("lm_head", INIT, (d, v))
         x = scale_embeddings(table[tokens], config) if embeddings is None else embeddings
+        x = self.constrain(x)
 
         block = Block
         if self.remat != "none":
@@ -285,7 +294,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, 0, *[nn.broadcast] * 3),
             length=config.num_hidden_layers,
-        )(config, self.dropout, self.attention, name="layers")
+        )(config, self.dropout, self.attention, self.constrain, name="layers")
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, config.num_hidden_layers)
@@ -343,6 +352,7 @@ def hidden_states(
     dropout_key: Array | None = None,
     remat: str = "none",
     attention: Callable = attend,
+    constrain: Callable = unconstrained,
 ) -> Array:
     """Final-norm hidden states `[B, T, D]` of tokens `[B, T]` or of embeddings `[B, T, D]`.
 
@@ -350,8 +360,9 @@ def hidden_states(
     `mask: [B, 1, T, T]` bool what a query sees, of which windows leave what is near by position.
     `dropout` acts on the input of LoRA branches and only where `dropout_key` is given.
     `remat` names an entry of `REMAT_POLICIES`; `attention` stands in for `models.attention.attend`.
+    `constrain` is called on the states between layers, to say where on a mesh they lie.
     """
-    module = Decoder(config, remat, dropout, attention)
+    module = Decoder(config, remat, dropout, attention, constrain)
     return module.apply(
         {"params": params},
         tokens,

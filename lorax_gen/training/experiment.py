@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from lorax_gen.errors import UserError
+from lorax_gen.models.decoder import unconstrained
+from lorax_gen.training.attention import make_attention
 from lorax_gen.training.optimizer import OptimizerConfig
-from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.sharding import MeshConfig, keep_rows
 from lorax_gen.training.state import State
 from lorax_gen.training.step import Batch, Loss
 
@@ -92,3 +96,12 @@ class Experiment:
     mesh: MeshConfig
     tokens_per_step: int | None = None
     flops_per_step: float | None = None
+
+
+def over_mesh(config: Any, mesh: Mesh) -> dict[str, Any]:
+    """The options of `decoder.hidden_states` that a method's config and its mesh ask for."""
+    return {
+        "remat": config.remat,
+        "attention": make_attention(config.attention, mesh),
+        "constrain": keep_rows(mesh) if config.mesh.mode == "jit" else unconstrained,
+    }

@@ -19,8 +19,7 @@ from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import embed, kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.training import hosts
-from lorax_gen.training.attention import make_attention
-from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.experiment import Experiment, RunConfig, over_mesh
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.training.state import State
@@ -150,8 +149,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
             spec,
             microbatches=config.microbatches,
             answer_length=config.answer_length,
-            remat=config.remat,
-            attention=make_attention(config.attention, mesh),
+            **over_mesh(config, mesh),
         ),
         frozen={"cloud": cloud.params, "edge": edge.params},
         batch=batch,

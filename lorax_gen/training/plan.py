@@ -37,7 +37,8 @@ from lorax_gen.models import presets
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.families import abstract_params, read_config
 from lorax_gen.training import hlo, memory
-from lorax_gen.training.attention import BLOCK, make_attention
+from lorax_gen.training.attention import BLOCK
+from lorax_gen.training.experiment import over_mesh
 from lorax_gen.training.lora_gen import LoraGenConfig
 from lorax_gen.training.optimizer import make_optimizer
 from lorax_gen.training.sharding import BATCH_AXES, make_mesh, tree_shardings
@@ -260,8 +261,7 @@ def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
         work.spec,
         microbatches=config.microbatches,
         answer_length=config.answer_length,
-        remat=config.remat,
-        attention=make_attention(config.attention, work.mesh),
+        **over_mesh(config, work.mesh),
     )
     step = make_train_step(loss, make_optimizer(config.optimizer, config.run.steps))
     places = jax.tree.map(lambda leaf: leaf.sharding, work.state)

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_gen.data.batches import Encoder, document_batch, pretraining_batch
+from lorax_gen.data.batches import LESSON_LENGTH, Encoder, document_batch, pretraining_batch
 from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.data.world import FAMILIES, World, make_world, vocabulary
+from lorax_gen.evaluation.cost import tuning_step_macs
 from lorax_gen.evaluation.questions import answers_right, in_batches
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig
@@ -19,7 +20,7 @@ from lorax_gen.models.huggingface import Model, save_model
 from lorax_gen.tokenizers import word_level
 from lorax_gen.training.experiment import Experiment, RunConfig
 from lorax_gen.training.optimizer import OptimizerConfig
-from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.sharding import MeshConfig, keep_rows, make_mesh
 from lorax_gen.training.state import State
 from lorax_gen.training.step import pretraining_loss
 
@@ -92,14 +93,19 @@ def experiment(config: PretrainConfig) -> Experiment:
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
         save_model(directory, Model(shape, state["params"], tokenizer), provenance)
 
+    groups = [(config.lessons, LESSON_LENGTH), (config.exercises, config.document_length)]
+    in_place = config.mesh.mode == "jit"
+    constrain = keep_rows(make_mesh(config.mesh)) if in_place else decoder.unconstrained
     return Experiment(
         init=lambda: (decoder.init_params(jax.random.key(config.run.seed), shape), {}),
-        loss=pretraining_loss(shape),
+        loss=pretraining_loss(shape, constrain=constrain),
         frozen={},
         batch=batch,
         evaluate=evaluate,
         release=release,
         examples_per_step=config.lessons + config.exercises,
+        tokens_per_step=sum(rows * length for rows, length in groups),
+        flops_per_step=float(sum(tuning_step_macs(shape, *group).flops for group in groups)),
         run=config.run,
         optimizer=config.optimizer,
         mesh=config.mesh,

@@ -121,6 +121,22 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return place(batch, jax.tree.map(lambda _: rows, batch))
 
 
+def keep_rows(mesh: Mesh, axis: int = 0) -> Callable[[jax.Array], jax.Array]:
+    """A function that holds activations to the rows of their devices, whole in all other axes.
+
+    Left to itself, XLA splits states as the weights are split that they meet, and sends them to
+    and fro. Where the rows do not divide over the devices, it is left to itself.
+    """
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    spec = NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
+
+    def constrain(x: jax.Array) -> jax.Array:
+        whole = x.ndim > axis and x.shape[axis] % shards == 0
+        return jax.lax.with_sharding_constraint(x, spec) if whole else x
+
+    return constrain
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Host arrays, or arrays that lie elsewhere, onto the devices.
 

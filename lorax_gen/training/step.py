@@ -117,13 +117,16 @@ def answer_nll(
     return nll.sum(0), right.all(0)
 
 
-def pretraining_loss(config: DecoderConfig, remat: str = "none") -> Loss:
-    """Causal-LM loss on the documents of one or more groups of a batch, groups in equal parts."""
+def pretraining_loss(config: DecoderConfig, **options: Any) -> Loss:
+    """Causal-LM loss on the documents of one or more groups of a batch, groups in equal parts.
+
+    Options as of `decoder.hidden_states`.
+    """
 
     def loss(params, stats, frozen, batch, key, axis_name):
         del frozen, key
         parts = {
-            name: answer_loss(params, config, group, axis_name=axis_name, remat=remat)
+            name: answer_loss(params, config, group, axis_name=axis_name, **options)
             for name, group in batch.items()
         }
         total = sum(nll for nll, _ in parts.values()) / len(parts)
@@ -171,6 +174,7 @@ def generator_loss(
     answer_length: int | None = None,
     remat: str = "none",
     attention: Callable = attend,
+    constrain: Callable = decoder.unconstrained,
 ) -> Loss:
     """Eq. 10: L = L_LM + L_cv. `frozen` is `{'cloud': params, 'edge': params}`.
 
@@ -182,10 +186,10 @@ def generator_loss(
         after the other, each computed again in the backward pass. The router, its BatchNorm and
         eq. 9 still see the whole batch, so the gradients are those of the whole batch.
       answer_length: see `answer_nll`.
-      remat, attention: see `decoder.hidden_states`.
+      remat, attention, constrain: see `decoder.hidden_states`.
     """
     config = spec.generator
-    options = {"remat": remat, "attention": attention}
+    options = {"remat": remat, "attention": attention, "constrain": constrain}
 
     def loss(params, stats, frozen, batch, key, axis_name):
         dropout_key, gumbel_key = jax.random.split(key)
