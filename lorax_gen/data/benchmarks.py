@@ -1,0 +1,325 @@
+"""The benchmarks that a model is scored on: one declarative record each.
+
+Texts are those of lm-evaluation-harness 0.4.13, so that log-likelihoods can be compared with it
+item by item: a question is `context`, one per choice or one for all, and `continuation`, scored
+behind it. Adding a benchmark is adding a record to `BENCHMARKS` and, where its rows have columns
+of their own, a function to `questions.py` that names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lorax_gen.data import questions
+from lorax_gen.data.hub_rows import HubData, load_hub_rows
+from lorax_gen.data.questions import Question
+from lorax_gen.data.readers import Row, parse_row, read_rows
+from lorax_gen.errors import UserError
+
+HARNESS_SEED = 1234  # what lm-evaluation-harness seeds its few-shot draws with
+BETWEEN = "\n\n"
+QA = "Question: {question}\nAnswer:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """How the questions of a benchmark are found, worded and scored."""
+
+    name: str
+    """As in lm-evaluation-harness, and in front of the names of local files."""
+    title: str
+    """Head of its column in the paper's tables."""
+    description: str
+    """What a system prompt says of the task."""
+    template: str
+    """The context, from the fields of a question; a line whose field is empty is left out."""
+    hub: HubData
+    columns: Callable[[Row], Row]
+    """Names the hub's columns as `Question` does."""
+    prepare: Callable[[Question], Question] = lambda question: question
+    """Cleans what was read, from the hub or from a file."""
+    blank: str = ""
+    """What a choice is put in place of: then the text behind it is scored, once per choice."""
+    parts: tuple[str, ...] = ()
+    """Splits of local files that stand in for `train` where it is not there as a whole."""
+    unseen: bool = False
+    """Never trained on: it measures how well unseen tasks are served."""
+
+    def contexts(self, question: Question) -> tuple[str, ...]:
+        """What stands before the continuation: one text for all choices, or one per choice."""
+        if self.blank:
+            before, _ = self._around_blank(question)
+            return tuple(before + choice for choice in question.choices)
+        fields = dataclasses.asdict(question)
+        lines = [(line, line.format(**fields)) for line in self.template.split("\n")]
+        return ("\n".join(text for line, text in lines if text or not line),)
+
+    def continuations(self, question: Question) -> tuple[str, ...]:
+        """What is scored, one text per choice, with the space that parts it from the context."""
+        if self.blank:
+            _, behind = self._around_blank(question)
+            return (f" {behind}",) * len(question.choices)
+        return tuple(f" {choice}" for choice in question.choices)
+
+    def pair(self, question: Question) -> tuple[str, str]:
+        """The context and the continuation of the right choice."""
+        contexts = self.contexts(question)
+        right = question.answer
+        return contexts[right if len(contexts) > 1 else 0], self.continuations(question)[right]
+
+    def solved(self, question: Question) -> str:
+        """The question with its right answer, as a shot shows it."""
+        return "".join(self.pair(question))
+
+    def check(self, question: Question) -> Question:
+        """The question itself; UserError where the template needs what it lacks."""
+        if self.blank and not self._around_blank(question)[1]:
+            raise UserError(f"nothing stands behind the blank {self.blank!r}, so nothing is scored")
+        return question
+
+    def complete(self, question: Question) -> bool:
+        """Whether no field of the template is empty: some rows of BoolQ come without a passage."""
+        fields = dataclasses.asdict(question)
+        return all(line.format(**fields) for line in self.template.split("\n"))
+
+    def _around_blank(self, question: Question) -> tuple[str, str]:
+        before, blank, behind = question.question.partition(self.blank)
+        if not blank:
+            raise UserError(f"the question has no blank {self.blank!r}")
+        return before, behind.strip()
+
+
+# Revisions are commits of the hub's repositories, all of them parquet files.
+_ARC = "210d026faf9955653af8916fad021475a3f00453"
+_TEST = {"train": "train", "test": "test"}
+_VALIDATION = {"train": "train", "test": "validation"}
+
+BENCHMARKS: dict[str, Benchmark] = {
+    record.name: record
+    for record in (
+        Benchmark(
+            name="arc_challenge",
+            title="ARC-c",
+            description="Answer a question of a school science exam. These are the hard ones: "
+            "think the facts through and choose the statement that answers the question best.",
+            template=QA,
+            hub=HubData("allenai/ai2_arc", "ARC-Challenge", _ARC, _TEST),
+            columns=questions.lettered("question"),
+        ),
+        Benchmark(
+            name="arc_easy",
+            title="ARC-e",
+            description="Answer a question of a school science exam with the one statement that "
+            "is right.",
+            template=QA,
+            hub=HubData("allenai/ai2_arc", "ARC-Easy", _ARC, _TEST),
+            columns=questions.lettered("question"),
+        ),
+        Benchmark(
+            name="openbookqa",
+            title="OBQA",
+            description="Complete a statement or answer a question with elementary science facts "
+            "and common knowledge.",
+            template="{question}",
+            hub=HubData(
+                "allenai/openbookqa", "main", "388097ea7776314e93a529163e0fea805b8a6454", _TEST
+            ),
+            columns=questions.lettered("question_stem"),
+        ),
+        Benchmark(
+            name="boolq",
+            title="BoolQ",
+            description="Read the passage, then answer the question about it with yes or no.",
+            template="{passage}\nQuestion: {question}?\nAnswer:",
+            # Not google/boolq, whose passages lack the title of the page.
+            hub=HubData(
+                "aps/super_glue", "boolq", "3de24cf8022e94f4ee4b9d55a6f539891524d646", _VALIDATION
+            ),
+            columns=questions.boolq,
+        ),
+        Benchmark(
+            name="social_iqa",
+            title="SIQA",
+            description="Read about a situation among people and answer what they want, feel, "
+            "need or do, and why.",
+            template="Q: {context} {question}\nA:",
+            # No full commit hash of this one could be confirmed: the default branch.
+            hub=HubData("lighteval/siqa", None, None, _VALIDATION),
+            columns=questions.social_iqa,
+        ),
+        Benchmark(
+            name="hellaswag",
+            title="HellaS",
+            description="Go on with the description of what somebody does: choose the ending that "
+            "would follow in real life.",
+            template="{question}",
+            hub=HubData(
+                "Rowan/hellaswag", None, "218ec52e09a7e7462a5400043bb9a69a41d06b76", _VALIDATION
+            ),
+            columns=questions.hellaswag,
+            prepare=questions.without_markup,
+            parts=("train_part",),
+            unseen=True,
+        ),
+        Benchmark(
+            name="winogrande",
+            title="WinoG",
+            description="Find out which of two names or things a sentence speaks of, so that the "
+            "sentence makes sense.",
+            template="{question}",
+            hub=HubData(
+                "allenai/winogrande",
+                "winogrande_xl",
+                "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+                _VALIDATION,
+            ),
+            columns=questions.winogrande,
+            blank="_",
+            parts=("train_xl", "train_l", "train_debiased"),
+            unseen=True,
+        ),
+        Benchmark(
+            name="piqa",
+            title="PIQA",
+            description="Somebody wants to reach a goal in the physical world: choose the solution "
+            "that works.",
+            template=QA,
+            hub=HubData(
+                "baber/piqa", None, "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", _VALIDATION
+            ),
+            columns=questions.piqa,
+            unseen=True,
+        ),
+    )
+}
+REASONING = tuple(BENCHMARKS)  # in the order of the paper's tables
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The record of a name. UserError where there is none, with the nearest names."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    titles = {record.title.lower(): record.name for record in BENCHMARKS.values()}
+    near = difflib.get_close_matches(name.lower(), [*BENCHMARKS, *titles], n=3, cutoff=0.4)
+    near = list(dict.fromkeys(titles.get(found, found) for found in near))
+    advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(BENCHMARKS)}"
+    raise UserError(f"unknown benchmark {name!r}; {advice}")
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_questions(
+    benchmark: Benchmark, split: str, directory: Path | None = None
+) -> list[Question]:
+    """All questions of a split, in the order of the data set.
+
+    `test` is the split that the benchmark is scored on (the validation split of most), `train`
+    where shots and training samples come from. With a `directory` they are read from the file
+    `<name>.<split>` in or below it, `.jsonl`, `.jsonl.gz` or `.parquet`, in the form of
+    `questions.py`; other splits are whatever files are there. Without one they come from the
+    hub, at the revision of the record.
+
+    A local file of HellaSwag in the project's own form is cleaned like the hub's rows, but the
+    begun sentence at the end of its question is not capitalised: where it begins is not known.
+
+    Raises UserError where there is no such split, a row is malformed (with file and line), or the
+    hub cannot be reached.
+    """
+    if directory is None:
+        if split not in benchmark.hub.splits:
+            raise UserError(
+                f"{benchmark.name} on the hub has no split {split!r}; "
+                f"there are {', '.join(benchmark.hub.splits)}"
+            )
+        rows = load_hub_rows(benchmark.name, benchmark.hub, split)
+    else:
+        rows = read_rows(_find_file(benchmark, split, Path(directory)))
+    found = []
+    for place, row in rows:
+        name = f"{benchmark.name}-{split}-{len(found)}"
+        found.append(parse_row(place, row, lambda row, name=name: _question(benchmark, row, name)))
+    if not found:
+        raise UserError(f"{benchmark.name} has no questions in its split {split!r}")
+    return found
+
+
+def _question(benchmark: Benchmark, row: Row, name: str) -> Question:
+    question = questions.read_question(row, benchmark.columns, name)
+    return benchmark.check(benchmark.prepare(question))
+
+
+def _find_file(benchmark: Benchmark, split: str, directory: Path) -> Path:
+    if not directory.is_dir():
+        raise UserError(f"no such data directory: {directory}")
+    endings = (".jsonl", ".jsonl.gz", ".parquet")
+    for name in (split, *(benchmark.parts if split == "train" else ())):
+        wanted = {f"{benchmark.name}.{name}{ending}" for ending in endings}
+        found = sorted(p for p in directory.rglob(f"{benchmark.name}.*") if p.name in wanted)
+        if len(found) > 1:
+            raise UserError(
+                f"several files hold {benchmark.name}'s split {name!r}: "
+                f"{', '.join(map(str, found))}; keep one"
+            )
+        if found:
+            return found[0]
+    others = sorted(p.name for p in directory.rglob(f"{benchmark.name}.*"))
+    raise UserError(
+        f"no file {benchmark.name}.{split}.jsonl, .jsonl.gz or .parquet in or below {directory}, "
+        + (f"which has {', '.join(others)}" if others else f"nor any other of {benchmark.name}")
+    )
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def harness_shots(
+    benchmark: Benchmark,
+    train: Sequence[Question],
+    count: int,
+    items: Sequence[Question],
+    seed: int = HARNESS_SEED,
+) -> list[list[Question]]:
+    """The `count` shots that lm-evaluation-harness draws for each of `items`, in their order.
+
+    One generator serves all items, so those of an item depend on how many stand before it. Where
+    the harness scores the validation split it draws one shot more than it needs and drops the
+    item itself, should it be among them.
+
+    Raises UserError where `train` is too small.
+    """
+    if not count:
+        return [[] for _ in items]
+    spare = int(benchmark.hub.splits["test"] != "test")
+    if len(train) < count + spare:
+        raise UserError(f"{count} shots of {benchmark.name} need more than {len(train)} questions")
+    rng, pool, shots = random.Random(seed), list(train), []
+    for item in items:
+        drawn = rng.sample(pool, count + spare)
+        if spare:
+            drawn = [shot for shot in drawn if not _same(shot, item)][:count]
+        if len(drawn) < count:
+            drawn = rng.sample([shot for shot in pool if not _same(shot, item)], count)
+        shots.append(drawn)
+    return shots
+
+
+def _same(a: Question, b: Question) -> bool:
+    return dataclasses.replace(a, id="") == dataclasses.replace(b, id="")
+
+
+def few_shot(
+    benchmark: Benchmark, shots: Sequence[Question], question: Question
+) -> tuple[str, ...]:
+    """The contexts of a question with solved shots in front, blank lines between."""
+    solved = [benchmark.solved(shot) for shot in shots]
+    return tuple(BETWEEN.join([*solved, context]) for context in benchmark.contexts(question))
+
+
+def system_prompt(benchmark: Benchmark, shots: Sequence[Question]) -> str:
+    """What the cloud reads: what the task is, then solved shots, blank lines between."""
+    return BETWEEN.join([benchmark.description, *(benchmark.solved(shot) for shot in shots)])

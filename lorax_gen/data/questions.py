@@ -1,0 +1,160 @@
+"""One multiple-choice question, and how the rows of published data sets become one.
+
+A row is in the project's own form (`question`, `choices` as a list, `answer` as an index, and
+`id`, `passage` or `context` where there are any) or has the columns of the data set on the hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from lorax_gen.data.readers import Row, text_of
+from lorax_gen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One item. Raises UserError for an empty question or choice, or an answer out of range."""
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index of the right choice."""
+    passage: str = ""
+    """What BoolQ asks about; empty where it is not at hand."""
+    context: str = ""
+    """The situation that a question of SocialIQA is about."""
+
+    def __post_init__(self):
+        if not self.question.strip():
+            raise UserError("the question is empty")
+        if len(self.choices) < 2:
+            raise UserError(f"{len(self.choices)} choices; a question needs two or more")
+        for i, choice in enumerate(self.choices):
+            if not choice.strip():
+                raise UserError(f"choice {i} is empty")
+        if not 0 <= self.answer < len(self.choices):
+            raise UserError(
+                f"answer {self.answer} is out of range: {len(self.choices)} choices have the "
+                f"indices 0 to {len(self.choices) - 1}"
+            )
+
+    @property
+    def right(self) -> str:
+        """The text of the right choice."""
+        return self.choices[self.answer]
+
+
+def read_question(row: Row, columns: Callable[[Row], Row], default_id: str) -> Question:
+    """The question of a row; `columns` brings the hub's columns to the names of `Question`."""
+    own = isinstance(row.get("choices"), list)
+    fields = row if own else columns(row)
+    answer = fields["answer"]
+    if isinstance(answer, bool) or not isinstance(answer, int):
+        raise UserError(f"answer should be the index of a choice, not {answer!r}")
+    choices = fields["choices"]
+    if not all(isinstance(choice, str) for choice in choices):
+        raise UserError(f"choices should be strings, not {choices!r}")
+    name = fields.get("id", row.get("id", default_id))
+    return Question(
+        id=str(name),
+        question=text_of(fields, "question"),
+        choices=tuple(choices),
+        answer=answer,
+        passage=text_of(fields, "passage", ""),
+        context=text_of(fields, "context", ""),
+    )
+
+
+# --- columns of the data sets on the hub ---------------------------------------------------------
+
+
+def lettered(column: str) -> Callable[[Row], Row]:
+    """ARC and OpenBookQA: choices `{text, label}`, and `answerKey` is one of the labels."""
+
+    def columns(row: Row) -> Row:
+        labels, key = list(row["choices"]["label"]), row["answerKey"].strip()
+        if key not in labels:
+            raise UserError(f"answerKey {key!r} is none of the labels {', '.join(labels)}")
+        return {
+            "question": row[column],
+            "choices": row["choices"]["text"],
+            "answer": labels.index(key),
+        }
+
+    return columns
+
+
+def boolq(row: Row) -> Row:
+    """BoolQ of SuperGLUE: `label` 1 says yes."""
+    fields = {"question": row["question"], "choices": ("no", "yes"), "answer": row["label"]}
+    numbered = {"id": f"boolq-{row['idx']}"} if "idx" in row else {}
+    return fields | numbered | {"passage": row.get("passage") or ""}
+
+
+def social_iqa(row: Row) -> Row:
+    """SocialIQA: `label` counts the three answers from 1."""
+    return {
+        "context": row["context"],
+        "question": row["question"],
+        "choices": (row["answerA"], row["answerB"], row["answerC"]),
+        "answer": int(row["label"]) - 1,
+    }
+
+
+def hellaswag(row: Row) -> Row:
+    """HellaSwag: the activity, what happened, and the begun sentence that the endings go on with.
+
+    The begun sentence is capitalised, as the harness does it.
+    """
+    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    numbered = {"id": f"hellaswag-{row['ind']}"} if "ind" in row else {}
+    return numbered | {
+        "question": f"{row['activity_label']}: {context}",
+        "choices": tuple(row["endings"]),
+        "answer": int(row["label"]),
+    }
+
+
+def winogrande(row: Row) -> Row:
+    """WinoGrande: `answer` counts the two options from 1."""
+    return {
+        "question": row["sentence"],
+        "choices": (row["option1"], row["option2"]),
+        "answer": int(row["answer"]) - 1,
+    }
+
+
+def piqa(row: Row) -> Row:
+    """PIQA: a goal and two solutions."""
+    return {
+        "question": row["goal"],
+        "choices": (row["sol1"], row["sol2"]),
+        "answer": row["label"],
+    }
+
+
+# --- cleaning ------------------------------------------------------------------------------------
+
+_MARKUP = re.compile(r"\[.*?\]")
+
+
+def without_markup(question: Question) -> Question:
+    """HellaSwag's texts without what is left of WikiHow's markup, as the harness cleans them.
+
+    The marker ` [title]` becomes a full stop, other brackets go with what is in them, and pairs of
+    spaces become one space.
+    """
+
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return _MARKUP.sub("", text).replace("  ", " ")
+
+    return dataclasses.replace(
+        question,
+        question=clean(question.question),
+        choices=tuple(clean(choice) for choice in question.choices),
+    )
