@@ -8,21 +8,18 @@ the prompt for the edge and for the cloud model.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.data.batches import Encoder, pad_rows
+from lorax_gen.data.batches import Encoder
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.data.tasks import behind_prompt
+from lorax_gen.evaluation.latency import measure_latency
 from lorax_gen.evaluation.questions import score_questions, score_specialised
 from lorax_gen.method.lora import Tree
-from lorax_gen.models.decoding import generate
 from lorax_gen.models.huggingface import Model
 
 METHODS = {
@@ -148,33 +145,7 @@ def served(system: System, method: str) -> Model:
 
 
 def latency_ms(model: Model, texts: Sequence[str], runs: int, rng: np.random.Generator) -> float:
-    """Median milliseconds from a question's tokens to its answer, one question at a time.
-
-    Greedy decoding of one token with a cache, rows padded to a multiple of 8, so that there are
-    few programs to compile; each is run once before it is timed.
-    """
+    """Median milliseconds per question, of `runs` drawn questions."""
     encoder = Encoder(model.tokenizer)
-    chosen = [encoder.ids(texts[i]) for i in rng.integers(0, len(texts), runs)]
-    times, warm = [], set()
-    for ids in chosen:
-        padded = -(-len(ids) // 8) * 8
-        tokens = jnp.asarray(pad_rows([ids], padded, encoder.pad_id, "a question"))
-        lengths = jnp.asarray([len(ids)], jnp.int32)
-
-        def answer(tokens=tokens, lengths=lengths):
-            return generate(
-                model.decoding_params,
-                model.config,
-                tokens,
-                lengths,
-                max_new_tokens=1,
-                stop_ids=model.stop_ids,
-            )
-
-        if padded not in warm:
-            jax.block_until_ready(answer())
-            warm.add(padded)
-        start = time.perf_counter()
-        jax.block_until_ready(answer())
-        times.append(1e3 * (time.perf_counter() - start))
-    return float(np.median(times))
+    drawn = [encoder.ids(texts[i]) for i in rng.integers(0, len(texts), runs)]
+    return measure_latency(model, drawn).median

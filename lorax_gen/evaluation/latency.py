@@ -1,0 +1,133 @@
+"""Time and memory of one question at a time, as a user at a device waits for it.
+
+A question goes to the device, a greedy answer comes back to the host: the clock stops when its
+tokens are there. Lengths are padded to a few sizes, whose programs have run before one is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_gen.data.batches import bucket, pad_rows
+from lorax_gen.errors import UserError
+from lorax_gen.models.decoding import generate
+from lorax_gen.models.huggingface import Model
+
+SMALLEST = 8  # tokens that a question is padded to at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Milliseconds per question: half of the questions took at most `median`, nine in ten `p90`."""
+
+    median: float
+    p90: float
+    questions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The most bytes at a time on one device.
+
+    Attributes:
+      measured: of all that the process has held there so far; otherwise what the compiled program
+        needs, weights included, as on platforms that do not tell.
+    """
+
+    peak_bytes: int
+    measured: bool
+
+
+def measure_latency(
+    model: Model,
+    questions: Sequence[Sequence[int]],
+    *,
+    new_tokens: int = 1,
+    lora: Mapping | None = None,
+) -> Latency:
+    """Times the questions one by one, in their order.
+
+    Args:
+      questions: token ids, each question of at least one.
+      new_tokens: length of an answer; a stop token ends it earlier.
+      lora: a LoRA tree that is not merged, or None.
+
+    Raises UserError where there is no question, or one with its answer is beyond the model.
+    """
+    if not questions:
+        raise UserError("no question to time; give at least one")
+    answer = answerer(model, new_tokens, lora)
+    rows = [padded(model, ids, new_tokens) for ids in questions]
+    for tokens in {tokens.shape: (tokens, lengths) for tokens, lengths in rows}.values():
+        answer(*tokens)
+    times = []
+    for tokens, lengths in rows:
+        start = time.perf_counter()
+        answer(tokens, lengths)
+        times.append(1e3 * (time.perf_counter() - start))
+    return Latency(float(np.median(times)), float(np.percentile(times, 90)), len(times))
+
+
+def peak_memory(
+    model: Model, tokens: int, *, new_tokens: int = 1, lora: Mapping | None = None
+) -> Memory:
+    """Of the device that answers questions of up to `tokens` tokens, after it has answered one.
+
+    Raises UserError where that is beyond the model.
+    """
+    question = padded(model, [0] * tokens, new_tokens)
+    device = jax.local_devices()[0]
+    if "peak_bytes_in_use" in (device.memory_stats() or {}):
+        answerer(model, new_tokens, lora)(*question)
+        return Memory(int(device.memory_stats()["peak_bytes_in_use"]), measured=True)
+    compiled = generate.lower(
+        model.decoding_params,
+        model.config,
+        *map(jnp.asarray, question),
+        max_new_tokens=new_tokens,
+        stop_ids=model.stop_ids,
+        lora=lora,
+    ).compile()
+    sizes = compiled.memory_analysis()
+    program = sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    moved = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return Memory(program + moved, measured=False)
+
+
+def answerer(
+    model: Model, new_tokens: int, lora: Mapping | None
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The function from a question's tokens `[1, T]` and length `[1]` to its answer `[1, N]`."""
+
+    def answer(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.asarray(
+            generate(
+                model.decoding_params,
+                model.config,
+                tokens,
+                lengths,
+                max_new_tokens=new_tokens,
+                stop_ids=model.stop_ids,
+                lora=lora,
+            )
+        )
+
+    return answer
+
+
+def padded(model: Model, ids: Sequence[int], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """A question as `[1, T]` int32, T one of a few sizes, and its length `[1]`."""
+    room = model.config.max_position_embeddings - new_tokens
+    if not 0 < len(ids) <= room:
+        raise UserError(
+            f"a question of {len(ids)} tokens and {new_tokens} new ones: expected at least one "
+            f"token, and {room + new_tokens} in all, the positions of the model"
+        )
+    length = min(bucket(len(ids), SMALLEST), room)
+    return pad_rows([ids], length, 0, "a question"), np.array([len(ids)], np.int32)
