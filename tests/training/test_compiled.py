@@ -9,10 +9,12 @@ import pytest
 
 from lorax_gen.data.batches import generator_batch
 from lorax_gen.data.sources import WorldConfig
+from lorax_gen.training import hlo
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.sharding import (
     MeshConfig,
     init_sharded,
+    keep_rows,
     make_mesh,
     put_batch,
     tree_shardings,
@@ -21,6 +23,7 @@ from lorax_gen.training.state import init_state
 from lorax_gen.training.step import generator_loss, make_train_step
 
 LAYERS = 3  # no other dimension of the tiny system has this size
+PROMPTS = 20  # nor the numbers of prompts that a device, or several together, can have
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +39,26 @@ def system(tiny_world_system, random_params):
     return tiny_world_system._replace(cloud=cloud, edge=edge, spec=spec, params=params, stats=stats)
 
 
-@pytest.fixture(scope="module")
-def compiled(system):
+def compile_step(system, mesh, prompts: int = PROMPTS) -> str:
     """HLO of the step on 8 devices, frozen weights and trainables in shards."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shape, encoder = WorldConfig(), system.encoder
     batch = generator_batch(
-        system.world.select("seen"), encoder, encoder, seed=0, step=0, prompts=8, queries=1,
+        system.world.select("seen"), encoder, encoder, seed=0, step=0, prompts=prompts, queries=1,
         prompt_length=shape.prompt_length, question_length=shape.question_length,
     )  # fmt: skip
     optimizer = make_optimizer(OptimizerConfig(), 10)
     with jax.set_mesh(mesh):
         state = init_sharded(lambda: init_state(system.params, system.stats, optimizer, 0), mesh)
         frozen = jax.device_put(system.frozen, tree_shardings(system.frozen, mesh))
-        step = make_train_step(generator_loss(system.spec), optimizer)
+        loss = generator_loss(system.spec, constrain=keep_rows(mesh))
+        step = make_train_step(loss, optimizer)
         jitted = jax.jit(step, donate_argnums=0)
         return jitted.lower(state, frozen, put_batch(batch, mesh)).compile().as_text()
+
+
+@pytest.fixture(scope="module")
+def compiled(system):
+    return compile_step(system, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
 
 def shapes(hlo: str, operation: str) -> set[tuple[int, ...]]:
@@ -65,7 +72,17 @@ def test_weights_are_gathered_one_layer_at_a_time(compiled):
     """Frozen kernels and pools lie stacked over layers; no gather brings a whole stack together."""
     gathered = shapes(compiled, "all-gather")
     assert gathered, "kernels in shards must be gathered to be used"
-    assert not [shape for shape in gathered if len(shape) >= 3 and shape[0] == LAYERS]
+    of_prompts = {PROMPTS, PROMPTS // 2, PROMPTS // 4}  # states and gates may come together
+    weights = [shape for shape in gathered if not of_prompts & {*shape}]
+    assert not [shape for shape in weights if len(shape) >= 3 and shape[0] == LAYERS]
+
+
+def test_only_gradients_are_added_up_over_devices(system):
+    """Where weights are split over `fsdp`, states keep to their rows: no sum of activations."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    sent = hlo.collectives(compile_step(system, mesh, prompts=32))["all-reduce"].bytes
+    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(system.params))
+    assert sent < 1.1 * (2 * 7 / 8) * gradients
 
 
 def test_no_weight_is_built_into_the_program(compiled):
