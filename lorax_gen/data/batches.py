@@ -16,31 +16,40 @@ import numpy as np
 from lorax_gen.data.tasks import Task
 from lorax_gen.data.world import Piece, World, exercise, lesson
 from lorax_gen.errors import UserError
+from lorax_gen.tokenizers import encode
 
 Batch = dict[str, np.ndarray]
 LESSON_LENGTH = 7  # tongue, attribute, thing, colon, answer, and the ends of the text
 
 
 class Encoder:
-    """A tokenizer with a memory: question and answer pairs recur, prompts mostly do not."""
+    """A tokenizer with a memory: question and answer pairs recur, prompts mostly do not.
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    `bos` is that of `tokenizers.encode`: None leaves it to the tokenizer what stands in front.
+    """
+
+    def __init__(self, tokenizer, bos: bool | None = None):
+        self.tokenizer, self.bos = tokenizer, bos
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.row = lru_cache(maxsize=1 << 16)(self._row)
-        self.ids = lru_cache(maxsize=1 << 16)(self._ids)
+        self.ids = lru_cache(maxsize=1 << 16)(self.encode)
 
-    def _ids(self, text: str) -> list[int]:
-        """Token ids of a text, with whatever the tokenizer puts in front of one."""
-        return self.tokenizer(text)["input_ids"]
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; `ids` is the same, remembered."""
+        return encode(self.tokenizer, text, bos=self.bos)
+
+    def joined(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Ids of context + continuation + end of text, and the index where the latter begins.
+
+        The continuation brings what parts it from the context. Both are encoded together and split
+        at the token count of the context, whose trailing white space belongs to the continuation.
+        """
+        together = self.encode(context + continuation)
+        return [*together, self.tokenizer.eos_token_id], len(self.encode(context.rstrip()))
 
     def _row(self, question: str, answer: str) -> tuple[list[int], int]:
-        """Ids of question + answer + end of text, and the index where the answer begins.
-
-        Both are encoded together and split at the question's token count.
-        """
-        together = self.ids(f"{question} {answer}")
-        return [*together, self.tokenizer.eos_token_id], len(self.ids(question))
+        """Ids of a question, a space and its answer; see `joined`."""
+        return self.joined(question, f" {answer}")
 
 
 def bucket(size: int, smallest: int = 32) -> int:
@@ -90,6 +99,18 @@ def question_batch(
     Raises UserError for a row longer than `length`, or one with more than `answer_length` marks.
     """
     rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
+    return answer_batch(rows, starts, length, encoder.pad_id, whole, answer_length)
+
+
+def answer_batch(
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    length: int,
+    pad_id: int,
+    whole: bool = False,
+    answer_length: int | None = None,
+) -> Batch:
+    """As `question_batch`, of rows of ids and the index where the answer of each begins."""
     answer = np.zeros((len(rows), length), bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         answer[i, 0 if whole else start : len(row)] = True
@@ -98,7 +119,7 @@ def question_batch(
         raise UserError(
             f"an answer of {longest} tokens is longer than answer_length={answer_length}; raise it"
         )
-    return {"tokens": pad_rows(rows, length, encoder.pad_id, "a question"), "answer": answer}
+    return {"tokens": pad_rows(rows, length, pad_id, "a question"), "answer": answer}
 
 
 def mixed_tasks(rng: np.random.Generator, tasks: Sequence[Task], count: int) -> list[Task]:
