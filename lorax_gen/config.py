@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,17 +16,38 @@ from lorax_gen.errors import UserError
 T = TypeVar("T")
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = "") -> T:
     """A config dataclass from plain values, nested ones included.
+
+    Where a field may be one of several dataclasses, it is the one that knows most of the keys.
+
+    Args:
+      where: what the values come from, for messages; `prefix` is that of the keys, such as `data.`.
 
     Raises UserError for an unknown key (naming the nearest known one) or a value of a wrong type.
     """
-    _reject_unknown(cls, values, where)
+    _reject_unknown(cls, values, where, prefix)
+    for name, classes in _choices(cls).items():
+        if name in values:
+            known = [sum(f.name in values[name] for f in dataclasses.fields(c)) for c in classes]
+            chosen = classes[known.index(max(known))]
+            values = {**values, name: from_dict(chosen, values[name], where, f"{prefix}{name}.")}
     hooks = {float: _to_float, tuple[str, ...]: _to_names}
     try:
         return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
     except (dacite.DaciteError, TypeError, ValueError) as error:
+        if prefix and isinstance(error, dacite.DaciteFieldError):
+            error.update_path(prefix.rstrip("."))
         raise UserError(f"{where}: {error}") from None
+
+
+def _choices(cls: type) -> dict[str, list[type]]:
+    """The fields of a dataclass that may be one of several dataclasses, and these."""
+    unions = {
+        name: [c for c in typing.get_args(hint) if dataclasses.is_dataclass(c)]
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+    return {name: classes for name, classes in unions.items() if len(classes) > 1}
 
 
 def _to_float(value: Any) -> Any:
@@ -44,8 +66,7 @@ def _to_names(value: Any) -> Any:
 
 
 def _reject_unknown(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must map names to values")
+    _must_map(values, where, prefix)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
@@ -53,8 +74,15 @@ def _reject_unknown(cls: type, values: dict[str, Any], where: str, prefix: str =
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
             raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
         nested = fields[key].default_factory
-        if dataclasses.is_dataclass(nested):
+        if key in _choices(cls):
+            _must_map(value, where, f"{prefix}{key}.")
+        elif dataclasses.is_dataclass(nested):
             _reject_unknown(nested, value, where, f"{prefix}{key}.")
+
+
+def _must_map(values: Any, where: str, prefix: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must map names to values")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -20,11 +20,25 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Here:
+    path: str = ""
+    length: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class There:
+    host: str = ""
+    ports: tuple[int, ...] = ()
+    length: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Outer:
     steps: int = 3
     kind: Literal["one", "two"] = "one"
     fast: bool = False
     inner: Inner = dataclasses.field(default_factory=Inner)
+    place: Here | There = dataclasses.field(default_factory=Here)
 
 
 def read(text):
@@ -43,6 +57,14 @@ def test_a_rate_is_a_float_however_it_is_written(number):
     assert isinstance(read("inner: {rate: 2}").inner.rate, float)
 
 
+def test_keys_tell_which_of_several_dataclasses_a_field_is():
+    assert read("place: {length: 3}").place == Here(length=3)
+    assert read("place: {path: a}").place == Here("a")
+    assert read("place: {host: b, length: 3}").place == There("b", length=3)
+    again = configs.to_yaml(configs.to_dict(Outer(place=There())))
+    assert read(again) == Outer(place=There())
+
+
 def test_names_are_a_tuple():
     assert read("inner: {names: [c, d]}").inner.names == ("c", "d")
     assert read("inner: {names: gate}").inner.names == ("gate",)
@@ -52,11 +74,14 @@ def test_names_are_a_tuple():
     "text, message",
     [
         ("step: 1", "unknown key step; did you mean steps?"),
-        ("colour: red", "unknown key colour; known: steps, kind, fast, inner"),
+        ("colour: red", "unknown key colour; known: steps, kind, fast, inner, place"),
         ("1: 2", "unknown key 1; known"),
         ("inner: {rates: 1}", "unknown key inner.rates; did you mean inner.rate?"),
         ("inner: [rate]", "inner must map names to values"),
         ("inner:", "inner must map names to values"),
+        ("place: {hots: b, ports: [1]}", "unknown key place.hots; did you mean place.host?"),
+        ("place: 3", "place must map names to values"),
+        ("place: {host: 3}", 'field "place.host"'),
         ("steps: many", "steps"),
         ("steps: 1.5", "steps"),
         ("steps: '3'", "steps"),
