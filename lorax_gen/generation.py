@@ -28,7 +28,9 @@ advance = partial(
 )(decoding.advance)
 
 
-def generate_text(model: Model, texts: Sequence[str], **options) -> list[str]:
+def generate_text(
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], **options
+) -> list[str]:
     """The continuations of texts, all in one batch, without special tokens.
 
     Options as of `stream_text`.
@@ -41,7 +43,7 @@ def generate_text(model: Model, texts: Sequence[str], **options) -> list[str]:
 
 def stream_text(
     model: Model,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 16,
     temperature: float = 0.0,
@@ -59,6 +61,7 @@ def stream_text(
     is held back.
 
     Args:
+      texts: or their token ids, to which nothing is added.
       temperature: 0 is greedy; above, `top_k` and `top_p` restrict what is drawn, and `seed` says
         what it is: row i of two calls draws the same.
       stop: strings that end a text and are not part of it; so do the model's `stop_ids`.
@@ -76,7 +79,9 @@ def stream_text(
     if chat:
         rows = [chat_ids(model.tokenizer, text, system) for text in texts]
     else:
-        rows = [encode(model.tokenizer, text) for text in texts]
+        rows = [
+            encode(model.tokenizer, text) if isinstance(text, str) else [*text] for text in texts
+        ]
     check_rows(rows, texts, max_new_tokens, model)
     rows += [rows[-1]] * (bucket(len(rows), 1) - len(rows))
     lora = jax.tree.map(lambda x: pad_examples(x, len(texts), len(rows)), lora)

@@ -339,6 +339,13 @@ def test_each_text_is_continued_as_if_alone(model):
     assert generate_text(model, TEXTS + TEXTS[::-1][:2], **options) == alone + alone[::-1][:2]
 
 
+def test_token_ids_are_continued_as_they_are(model):
+    ids = [model.tokenizer(text)["input_ids"] for text in TEXTS]
+    assert generate_text(model, ids) == generate_text(model, TEXTS)
+    bare = generate_text(model, [row[1:] for row in ids])  # without the <bos> of every text
+    assert bare != generate_text(model, TEXTS)
+
+
 def test_a_row_draws_the_same_in_a_batch_of_any_size(model):
     options = {"max_new_tokens": 10, "temperature": 2.0}
     three = generate_text(model, TEXTS, **options)

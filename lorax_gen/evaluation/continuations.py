@@ -1,0 +1,86 @@
+"""Many texts continued by a model: longest first, in batches of few shapes.
+
+Dimensions: N texts, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from lorax_gen.data.batches import bucket
+from lorax_gen.errors import UserError
+from lorax_gen.generation import generate_text
+from lorax_gen.method.lora import Tree
+from lorax_gen.models.huggingface import Model
+
+TOKENS_PER_BATCH = 8192
+
+
+def continue_texts(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    most_rows: int | None = None,
+    lora: Callable[[list[int]], Tree | None] = lambda indices: None,
+    on_batch: Callable[[list[int], list[str]], None] = lambda indices, texts: None,
+    seed: int = 0,
+    **options,
+) -> list[str]:
+    """The continuation of each row of token ids, in their order.
+
+    Args:
+      tokens_per_batch: B times the cache slots of a row, at most, where a single row fits.
+      most_rows: B at most.
+      lora: the LoRA tree of a batch, or None, of the indices of its rows.
+      on_batch: called with the indices of a batch and what was written, as soon as it is.
+      seed: of what is drawn; no two batches draw the same.
+      options: of `generation.stream_text`.
+    """
+    texts = [""] * len(rows)
+    for number, indices in enumerate(
+        batches([len(row) for row in rows], max_new_tokens, tokens_per_batch, most_rows)
+    ):
+        written = generate_text(
+            model,
+            [rows[i] for i in indices],
+            max_new_tokens=max_new_tokens,
+            lora=lora(indices),
+            seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
+            **options,
+        )
+        for i, text in zip(indices, written, strict=True):
+            texts[i] = text
+        on_batch(indices, written)
+    return texts
+
+
+def batches(
+    lengths: Sequence[int], new_tokens: int, tokens_per_batch: int, most_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Indices of rows by falling length, a power of two of them at a time as long as there are."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        slots = bucket(lengths[order[start]]) + bucket(new_tokens)
+        count = max(tokens_per_batch // slots, 1)
+        count = 1 << (min(count, most_rows or count).bit_length() - 1)
+        yield order[start : start + count]
+        start += count
+
+
+def room_for(model: Model, new_tokens: int) -> int:
+    """Tokens that may stand before `new_tokens` new ones.
+
+    Raises UserError where there is none.
+    """
+    room = model.config.max_position_embeddings - new_tokens
+    if room < 1:
+        raise UserError(
+            f"{new_tokens} new tokens leave no room for a text in the "
+            f"{room + new_tokens} positions of the model; ask for fewer"
+        )
+    return room
