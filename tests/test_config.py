@@ -28,7 +28,7 @@ class Here:
 @dataclasses.dataclass(frozen=True)
 class There:
     host: str = ""
-    ports: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
     length: int = 2
 
 
@@ -79,7 +79,7 @@ def test_names_are_a_tuple():
         ("inner: {rates: 1}", "unknown key inner.rates; did you mean inner.rate?"),
         ("inner: [rate]", "inner must map names to values"),
         ("inner:", "inner must map names to values"),
-        ("place: {hots: b, ports: [1]}", "unknown key place.hots; did you mean place.host?"),
+        ("place: {hots: b, names: [c]}", "unknown key place.hots; did you mean place.host?"),
         ("place: 3", "place must map names to values"),
         ("place: {host: 3}", 'field "place.host"'),
         ("steps: many", "steps"),
