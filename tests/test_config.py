@@ -126,7 +126,8 @@ def test_a_config_survives_yaml(tmp_path):
     config = Outer(steps=7, kind="two", fast=True, inner=Inner(2e-5, ("x",)))
     values = configs.to_dict(config)
     assert values == {
-        "steps": 7, "kind": "two", "fast": True, "inner": {"rate": 2e-5, "names": ["x"]}
+        "steps": 7, "kind": "two", "fast": True, "inner": {"rate": 2e-5, "names": ["x"]},
+        "place": {"path": "", "length": 1},
     }  # fmt: skip
     text = configs.to_yaml(values)
     assert text.startswith("steps: 7\nkind: two\n")
