@@ -1,0 +1,316 @@
+"""A model of ours as lm-evaluation-harness asks models: the class behind `--model lorax_gen`.
+
+Texts become tokens as in lm-eval's own `hf` backend, so that the numbers are the same. Choices of a
+question are scored together (`evaluation.choices`), texts are continued in batches of like lengths
+(`evaluation.continuations`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from lorax_gen.artifacts.export import lora_of
+from lorax_gen.artifacts.generator import load_generator
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation.choices import TOKENS_PER_BATCH, ChoiceItem, score_items
+from lorax_gen.evaluation.continuations import continue_texts, room_for
+from lorax_gen.models.huggingface import Model, load_model
+from lorax_gen.specialize import specialize
+from lorax_gen.tokenizers import encode
+
+log = logging.getLogger(__name__)
+
+Ids = list[int]
+Pair = tuple[Ids, Ids]
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "auto": None}
+# What tasks ask for that changes nothing, under the names of transformers' generation.
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": 1}
+
+
+class HarnessModel(TemplateLM):
+    """`--model lorax_gen`; the arguments are those of `--model_args`.
+
+    Args:
+      edge: the model that answers: a directory, a shipped one or a hub name.
+      card: a task card or a PEFT adapter directory, merged into the edge first.
+      prompt: specialise the edge to this text first, or to that of a file (`@FILE`).
+      cloud, generator: what reads the prompt; a card needs the generator that it was made with.
+      dtype: of the parameters: float32, bfloat16, float16, or auto: as in the file.
+      max_length: most tokens read at a time; by default the positions of the model. What is longer
+        loses its beginning, and is counted in a warning.
+      tokens_per_batch: tokens that the device works on at a time; more on larger devices.
+      batch_size: most texts to continue at a time; lm-eval's default of 1, and auto, leave it to
+        `tokens_per_batch`.
+      add_bos_token: whether texts begin with BOS; None leaves it to the tokenizer, as lm-eval's own
+        `hf` does. Its releases before 0.4.4, and the paper, have none for LLaMA.
+      max_batch_size, device: lm-eval passes them; jax has its own devices, and they are ignored.
+    """
+
+    def __init__(
+        self,
+        edge: str = "world/edge",
+        card: str | None = None,
+        prompt: str | None = None,
+        cloud: str = "world/cloud",
+        generator: str = "world/generator",
+        dtype: str = "float32",
+        max_length: int | None = None,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        batch_size: int | str = 1,
+        add_bos_token: bool | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **unknown: Any,
+    ):
+        super().__init__()
+        refuse_unknown(unknown)
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+        model = load_model(edge, DTYPES[dtype])
+        positions = model.config.max_position_embeddings
+        if max_length is not None and not 0 < max_length <= positions:
+            raise UserError(f"max_length is {max_length}: choose from 1 to the model's {positions}")
+        model = specialised(model, card, prompt, cloud, generator)
+        config = dataclasses.replace(model.config, max_position_embeddings=max_length or positions)
+        self.model = dataclasses.replace(model, config=config)
+        self.tokenizer = model.tokenizer
+        self.add_bos_token = add_bos_token
+        self.tokens_per_batch = tokens_per_batch
+        self.most_rows = None if str(batch_size).startswith("auto") else int(batch_size)
+        if self.most_rows == 1:
+            self.most_rows = None
+
+    # --- what lm-eval asks about the model -------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: BOS, or the end of text."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else first
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into lm-eval's results about the model."""
+        leaves = jax.tree.leaves(self.model.params)
+        return {
+            "model_num_parameters": sum(leaf.size for leaf in leaves),
+            "model_dtype": str(self.model.params["embed"].dtype),
+            "model_sha": self.model.fingerprint,
+        }
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat, up to where the answer begins, or goes on if one has begun."""
+        if not self.tokenizer.chat_template:
+            raise UserError("this tokenizer has no chat template; leave out --apply_chat_template")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Ids:
+        """Token ids, where `add_special_tokens` leaves it open with BOS as `add_bos_token` says."""
+        bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and string.startswith(
+            self.tokenizer.decode([self.prefix_token_id])
+        ):
+            bos = False  # a chat template has put it there
+        return encode(self.tokenizer, string, bos=bos)
+
+    # --- what lm-eval asks the model -------------------------------------------------------------
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """`(log-likelihood, whether greedy decoding would write it)` of each continuation."""
+        pairs = [self.encode_request(*request.args) for request in requests]
+        questions = [(request.task_name, request.doc_id) for request in requests]
+        return self.score(
+            pairs,
+            questions,
+            disable_tqdm,
+            lambda i, answer: self.cache_hook.add_partial(
+                "loglikelihood", requests[i].args, answer
+            ),
+        )
+
+    def encode_request(self, context: str, continuation: str) -> Pair:
+        """Ids of a context, which is at least one token, and of its continuation."""
+        if context:
+            return self._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        if ids[:1] == [self.prefix_token_id]:
+            return ids[:1], ids[1:]
+        return [self.prefix_token_id], ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, Ids, Ids]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        return self.score([pair for _, *pair in requests], range(len(requests)), disable_tqdm)
+
+    def score(
+        self,
+        pairs: Sequence[Pair],
+        questions: Sequence[Any],
+        quiet: bool,
+        on_answer: Callable[[int, tuple[float, bool]], None] = lambda i, answer: None,
+    ) -> list[tuple[float, bool]]:
+        """The answers to pairs; adjacent ones of the same question are scored together."""
+        groups = [
+            list(group)
+            for _, group in itertools.groupby(range(len(pairs)), key=lambda i: questions[i])
+        ]
+        items = [ChoiceItem(tuple(map(tuple, (pairs[i] for i in group)))) for group in groups]
+        answers: list[Any] = [None] * len(pairs)
+        with tqdm(total=len(pairs), disable=quiet, desc="log-likelihoods") as bar:
+
+            def on_batch(indices, scores):
+                for index, score in zip(indices, scores, strict=True):
+                    found = zip(score.loglikelihoods, score.greedy, strict=True)
+                    for i, (loglikelihood, greedy) in zip(groups[index], found, strict=True):
+                        answers[i] = float(loglikelihood), bool(greedy)
+                        on_answer(i, answers[i])
+                        bar.update()
+
+            scores = score_items(
+                self.model, items, tokens_per_batch=self.tokens_per_batch, on_batch=on_batch
+            )
+        warn_of_cuts(sum(score.truncated > 0 for score in scores), "questions", self.max_length)
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-likelihood of each text, every token seen behind as many as the model reads."""
+        windows, counts = [], []
+        for (text,) in (request.args for request in requests):
+            found = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            )
+            before = len(windows)
+            windows += [(None, *make_disjoint_window(window)) for window in found]
+            counts.append(len(windows) - before)
+        parts = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        totals = []
+        for request, count in zip(requests, counts, strict=True):
+            totals.append(sum(part for part, _ in itertools.islice(parts, count)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each text, up to one of its strings `until`."""
+        texts, cut = [""] * len(requests), 0
+        alike: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="continuations") as bar:
+            for indices in alike.values():
+                options = generation_options(requests[indices[0]].args[1])
+                room = room_for(self.model, options["max_new_tokens"])
+                rows = [self.tok_encode(requests[i].args[0]) for i in indices]
+                cut += sum(len(row) > room for row in rows)
+
+                def on_batch(places, written, indices=indices):
+                    for place, text in zip(places, written, strict=True):
+                        i = indices[place]
+                        texts[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                        bar.update()
+
+                continue_texts(
+                    self.model,
+                    [row[-room:] for row in rows],
+                    tokens_per_batch=self.tokens_per_batch,
+                    most_rows=self.most_rows,
+                    on_batch=on_batch,
+                    **options,
+                )
+        warn_of_cuts(cut, "texts", self.max_length)
+        return texts
+
+
+def specialised(
+    model: Model, card: str | None, prompt: str | None, cloud: str, generator: str
+) -> Model:
+    """The model with a card or adapter merged, or specialised to a prompt, or as it is."""
+    from lorax_gen.cli import read_prompt
+
+    if card is not None and prompt is not None:
+        raise UserError("card and prompt both say what to specialise to; give one of them")
+    if card is not None:
+        tree, *_ = lora_of(card, model, lambda: load_generator(generator))
+        return model.merged(tree)
+    if prompt is not None:
+        maker = load_generator(generator)
+        return specialize(read_prompt(prompt), load_model(cloud), model, maker).merge(model, maker)
+    return model
+
+
+def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
+    """Options of `stream_text` for those of a task.
+
+    Raises UserError for one that would change the result and that we do not have.
+    """
+    asked = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
+    sampled = asked.pop("do_sample") and asked.get("temperature", 1.0) > 0
+    options = {
+        "stop": [string for string in asked.pop("until") if string],
+        "max_new_tokens": asked.pop("max_gen_toks"),
+    }
+    temperature, top_k, top_p = (asked.pop(key, None) for key in ("temperature", "top_k", "top_p"))
+    if sampled:
+        options |= {
+            "temperature": 1.0 if temperature is None else temperature,
+            "top_k": top_k or None,  # 0 restricts nothing
+            "top_p": top_p,
+            "seed": int(asked.pop("seed", 0)),
+        }
+    for key, value in asked.items():
+        if key != "seed" and NEUTRAL.get(key) != value:
+            raise UserError(
+                f"generation asks for {key}={value!r}, which lorax_gen does not know; it knows "
+                "until, max_gen_toks, do_sample, temperature, top_k, top_p and seed"
+            )
+    return options
+
+
+def refuse_unknown(unknown: dict[str, Any]) -> None:
+    """UserError for an argument of the model that there is none of, with the nearest name."""
+    names = list(inspect.signature(HarnessModel.__init__).parameters)[1:-1]
+    for key in unknown:
+        near = difflib.get_close_matches(key, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        raise UserError(f"--model_args: unknown key {key}; {hint}")
+
+
+def warn_of_cuts(count: int, what: str, limit: int) -> None:
+    if count:
+        log.warning("%d %s are longer than %d tokens and lost their beginning", count, what, limit)
