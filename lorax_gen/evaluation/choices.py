@@ -78,9 +78,9 @@ class ChoiceScores:
 def encode_pair(tokenizer: Any, context: str, continuation: str, bos: bool) -> tuple[Ids, Ids]:
     """Ids of a context and of its continuation, by the rule of lm-evaluation-harness.
 
-    Both are encoded together and split at the token count of the context alone, whose trailing
-    spaces belong to the continuation. With `bos` one BOS stands in front. An empty context is BOS,
-    or the end of text in tokenizers that have none.
+    The continuation is what both, encoded together, have behind the token count of the context
+    alone, whose trailing spaces belong to the continuation. With `bos` one BOS stands in front. An
+    empty context is BOS, or the end of text in tokenizers that have none.
     """
     (pair,) = encode_pairs(tokenizer, [(context, continuation)], bos)
     return pair
@@ -106,8 +106,7 @@ def encode_pairs(
     out = []
     for context, together in zip(stripped, whole, strict=True):
         if context:
-            count = len(ids(context))
-            out.append((ids(together)[:count], ids(together)[count:]))
+            out.append((ids(context), ids(together)[len(ids(context)) :]))
         else:
             found = ids_of[together]
             out.append(([prefix], found[1:] if found[:1] == [prefix] else found))
