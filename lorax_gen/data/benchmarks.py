@@ -22,6 +22,7 @@ from lorax_gen.errors import UserError
 
 HARNESS_SEED = 1234  # what lm-evaluation-harness seeds its few-shot draws with
 BETWEEN = "\n\n"
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")  # of local files
 QA = "Question: {question}\nAnswer:"
 
 
@@ -147,8 +148,9 @@ BENCHMARKS: dict[str, Benchmark] = {
             description="Read about a situation among people and answer what they want, feel, "
             "need or do, and why.",
             template="Q: {context} {question}\nA:",
-            # No full commit hash of this one could be confirmed: the default branch.
-            hub=HubData("lighteval/siqa", None, None, _VALIDATION),
+            hub=HubData(
+                "lighteval/siqa", None, "54c6a1f8cb6daf4f5abf24a601852612fb35eb25", _VALIDATION
+            ),
             columns=questions.social_iqa,
         ),
         Benchmark(
@@ -253,24 +255,36 @@ def _question(benchmark: Benchmark, row: Row, name: str) -> Question:
     return benchmark.check(benchmark.prepare(question))
 
 
+def has_split(benchmark: Benchmark, split: str, directory: Path) -> bool:
+    """Whether a directory holds a file of a split."""
+    return bool(_find_files(benchmark, split, Path(directory)))
+
+
+def _find_files(benchmark: Benchmark, split: str, directory: Path) -> list[Path]:
+    """The files of a split, or those of the first part that stands in for it."""
+    for name in (split, *(benchmark.parts if split == "train" else ())):
+        wanted = {f"{benchmark.name}.{name}{ending}" for ending in ENDINGS}
+        found = sorted(p for p in directory.rglob(f"{benchmark.name}.*") if p.name in wanted)
+        if found:
+            return found
+    return []
+
+
 def _find_file(benchmark: Benchmark, split: str, directory: Path) -> Path:
     if not directory.is_dir():
         raise UserError(f"no such data directory: {directory}")
-    endings = (".jsonl", ".jsonl.gz", ".parquet")
-    for name in (split, *(benchmark.parts if split == "train" else ())):
-        wanted = {f"{benchmark.name}.{name}{ending}" for ending in endings}
-        found = sorted(p for p in directory.rglob(f"{benchmark.name}.*") if p.name in wanted)
-        if len(found) > 1:
-            raise UserError(
-                f"several files hold {benchmark.name}'s split {name!r}: "
-                f"{', '.join(map(str, found))}; keep one"
-            )
-        if found:
-            return found[0]
-    others = sorted(p.name for p in directory.rglob(f"{benchmark.name}.*"))
+    found = _find_files(benchmark, split, directory)
+    if len(found) > 1:
+        raise UserError(
+            f"several files hold the split {split!r} of {benchmark.name}: "
+            f"{', '.join(map(str, found))}; keep one"
+        )
+    if found:
+        return found[0]
+    others = ", ".join(sorted(p.name for p in directory.rglob(f"{benchmark.name}.*")))
     raise UserError(
-        f"no file {benchmark.name}.{split}.jsonl, .jsonl.gz or .parquet in or below {directory}, "
-        + (f"which has {', '.join(others)}" if others else f"nor any other of {benchmark.name}")
+        f"no file {benchmark.name}.{split}.jsonl, .jsonl.gz or .parquet in or below {directory}; "
+        + (f"of {benchmark.name} there is {others}" if others else "put one there")
     )
 
 

@@ -16,8 +16,8 @@ class HubData:
     path: str
     """`organisation/name` of the repository."""
     config: str | None
-    revision: str | None
-    """A commit, so that the rows never change; None is the default branch, which may."""
+    revision: str
+    """A commit: the rows never change."""
     splits: Mapping[str, str]
     """The hub's name of our `train` and `test`."""
 

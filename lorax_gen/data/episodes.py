@@ -1,0 +1,114 @@
+"""Training samples of real tasks: a system prompt for the cloud, bare questions for the edge.
+
+A `Source` turns data into episodes; `mixture.Mixture` draws batches from several of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lorax_gen.data.benchmarks import BETWEEN, Benchmark
+from lorax_gen.data.questions import Question
+from lorax_gen.data.unseen import refuse_name
+from lorax_gen.errors import UserError
+
+Pair = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One system prompt and what is asked under it."""
+
+    task: str
+    """Name of the task: a batch holds two different ones at least."""
+    instruction: str
+    """What the system prompt says of the task."""
+    shots: tuple[str, ...]
+    """Solved examples behind it; the last ones go first where a prompt is too long."""
+    questions: tuple[Pair, ...]
+    """`(input, answer)`, the answer with what parts it from the input."""
+
+    @property
+    def prompt(self) -> str:
+        """What the cloud reads."""
+        return BETWEEN.join([self.instruction, *self.shots])
+
+    def without_last_shot(self) -> Episode:
+        """The episode with a shorter prompt."""
+        return dataclasses.replace(self, shots=self.shots[:-1])
+
+
+class Source(Protocol):
+    """Training data of one kind."""
+
+    name: str
+    tasks: int
+    """How many different tasks its episodes belong to."""
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+
+    def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
+        """Sample `index` with up to `shots` shots and exactly `queries` questions.
+
+        A function of its arguments alone: what is drawn is drawn from `rng`.
+        """
+
+    def texts(self) -> Iterator[str]:
+        """All texts that episodes are made of, for the guard against unseen questions."""
+
+
+class QuestionSource:
+    """Multi-shot samples of a benchmark's training split.
+
+    Sample i asks question i, bare, in the words that evaluation scores. Its prompt is the
+    benchmark's description and shots drawn from the same split, never a question that is asked.
+    Shots are complete: BoolQ's questions without a passage are asked but not shown, unless none
+    has one.
+
+    Raises UserError for an unseen benchmark.
+    """
+
+    def __init__(self, benchmark: Benchmark, train: Sequence[Question]):
+        refuse_name(benchmark.name)
+        if benchmark.unseen:
+            raise UserError(f"{benchmark.name} is an unseen benchmark: never trained on")
+        self.name, self.tasks = benchmark.name, 1
+        self.benchmark, self.train = benchmark, train
+        complete = [i for i, question in enumerate(train) if benchmark.complete(question)]
+        self.pool = complete or list(range(len(train)))
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
+        others = draw(rng, len(self.train), queries + 1)
+        asked = cycled([index, *(i for i in others if i != index)], queries)
+        questions = [self.benchmark.pair(self.train[i]) for i in asked]
+        # By their text, not by their index: SocialIQA asks a question with other choices again.
+        contexts = {context for context, _ in questions}
+        shown = (self.train[self.pool[i]] for i in draw(rng, len(self.pool), shots + queries))
+        solved = [self.benchmark.pair(question) for question in shown]
+        return Episode(
+            task=self.name,
+            instruction=self.benchmark.description,
+            shots=tuple("".join(pair) for pair in solved if pair[0] not in contexts)[:shots],
+            questions=tuple(questions),
+        )
+
+    def texts(self) -> Iterator[str]:
+        return (self.benchmark.solved(question) for question in self.train)
+
+
+def draw(rng: np.random.Generator, size: int, count: int) -> list[int]:
+    """`count` different indices below `size`, or all of them where there are fewer."""
+    return rng.choice(size, min(count, size), replace=False).tolist()
+
+
+def cycled(items: Sequence, count: int) -> list:
+    """The first `count` items, from the start again where there are fewer."""
+    return [items[i % len(items)] for i in range(count)]

@@ -1,0 +1,266 @@
+"""Instruction sets as training samples: Alpaca's triples and Natural Instructions' tasks.
+
+The edge reads every input in the same frame, `Input: ...` and `Output:` below it, and so do the
+shots of a prompt: the prompt shows what the edge is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from lzma import LZMAError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax_gen.data.episodes import Episode, Pair, cycled, draw
+from lorax_gen.data.hub_rows import HubData, load_hub_rows
+from lorax_gen.data.readers import Row, parse_row, read_rows, text_of
+from lorax_gen.data.unseen import refuse_name
+from lorax_gen.errors import UserError
+
+ALPACA = HubData(
+    "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"train": "train"}
+)
+# What triples without an input say in its place, letters only.
+NO_INPUT = {"noinput", "noinputs", "noinputneeded", "noinputrequired", "none", "na"}
+ASSISTANT = (
+    "You are an assistant. Each input asks you for something. Carry it out, and answer with the "
+    "result."
+)
+
+
+def framed(text: str, output: str) -> Pair:
+    """An input as the edge reads it, and the output behind it."""
+    return f"Input: {text.strip()}\nOutput:", f" {output.strip()}"
+
+
+# --- triples -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Triple:
+    """An instruction, what it is to be applied to, which may be nothing, and the result."""
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is no input: nothing, or words that say so."""
+        letters = "".join(letter for letter in self.input.lower() if letter.isalpha())
+        return not self.input.strip() or letters in NO_INPUT
+
+
+def load_triples(path: Path | None = None) -> list[Triple]:
+    """Triples of a file (`.jsonl`, `.json` or `.parquet`), or Alpaca's own from the hub.
+
+    Raises UserError for a malformed row, with file and line, or where the hub is out of reach.
+    """
+    rows = read_rows(Path(path)) if path else load_hub_rows("alpaca", ALPACA, "train")
+    return [parse_row(place, row, _triple) for place, row in rows]
+
+
+def _triple(row: Row) -> Triple:
+    return Triple(text_of(row, "instruction"), text_of(row, "input", ""), text_of(row, "output"))
+
+
+class TripleSource:
+    """Samples of triples.
+
+    A triple with an input is a task: its instruction is the system prompt, without shots, and its
+    input the question. A triple without one is a user's request, of a task that all of them share:
+    the prompt says what an assistant does and shows other requests as shots, the edge reads the
+    instruction. (Behind a prompt that holds all there is to say the edge would be asked nothing.)
+
+    Triples without an instruction or an output are left out; `left_out` says how many.
+    """
+
+    def __init__(self, triples: Sequence[Triple], name: str = "alpaca"):
+        refuse_name(name)
+        self.name = name
+        self.triples = [t for t in triples if t.instruction.strip() and t.output.strip()]
+        self.left_out = len(triples) - len(self.triples)
+        self.requests = [i for i, triple in enumerate(self.triples) if triple.bare]
+        self.tasks = len({self._task(triple) for triple in self.triples})
+
+    def __len__(self) -> int:
+        return len(self.triples)
+
+    def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
+        triple = self.triples[index]
+        if not triple.bare:
+            pair = framed(triple.input, triple.output)
+            return Episode(self._task(triple), triple.instruction.strip(), (), (pair,) * queries)
+        drawn = [self.requests[i] for i in draw(rng, len(self.requests), shots + queries)]
+        others = [self._request(i) for i in drawn if i != index]
+        asked = cycled([self._request(index), *others[: queries - 1]], queries)
+        solved = ["".join(pair) for pair in others[queries - 1 :]][:shots]
+        return Episode(self._task(triple), ASSISTANT, tuple(solved), tuple(asked))
+
+    def texts(self) -> Iterator[str]:
+        return (f"{t.instruction} {t.input} {t.output}" for t in self.triples)
+
+    def _request(self, index: int) -> Pair:
+        return framed(self.triples[index].instruction, self.triples[index].output)
+
+    def _task(self, triple: Triple) -> str:
+        return self.name if triple.bare else f"{self.name}: {triple.instruction}"
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class NaturalTask:
+    """A task of Natural Instructions: what it is, solved examples, and instances."""
+
+    name: str
+    definition: str
+    examples: tuple[Pair, ...]
+    """`(input, output)`, the positive ones."""
+    instances: tuple[tuple[str, tuple[str, ...]], ...]
+    """An input and its right outputs, one or more."""
+    source: str = ""
+    """What the task says of itself besides: titles, data sets it was made from."""
+
+
+def load_tasks(
+    path: Path, only: Sequence[str] = ("*",), leave_out: Sequence[str] = ()
+) -> list[NaturalTask]:
+    """Tasks of an archive (`.tar`, `.tar.gz`, `.tar.xz`) or of a directory of `.json` files.
+
+    Version 1 and version 2 of the format, in the order of their names. `only` and `leave_out` are
+    patterns such as `*winogrande*` for the names of files without their ending.
+
+    Raises UserError where something cannot be read or is malformed, with the file.
+    """
+    path, tasks = Path(path), []
+    for file, data in _members(path, only, leave_out):
+        place = f"{path}, {file}" if path.is_file() else str(path / file)
+        try:
+            row = json.loads(data)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{place}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: expected an object, not a {type(row).__name__}")
+        name = Path(file).stem
+        tasks.append(parse_row(place, row, lambda row, name=name: _natural_task(name, row)))
+    if not tasks:
+        raise UserError(f"{path} holds no task that {', '.join(only)} names")
+    return sorted(tasks, key=lambda task: task.name)
+
+
+def _members(path: Path, only, leave_out) -> Iterator[tuple[str, bytes]]:
+    def wanted(file: str) -> bool:
+        def named(patterns) -> bool:
+            return any(fnmatch.fnmatch(Path(file).stem, pattern) for pattern in patterns)
+
+        return file.endswith(".json") and named(only) and not named(leave_out)
+
+    if path.is_dir():
+        for file in sorted(path.rglob("*.json")):
+            if wanted(file.name):
+                yield str(file.relative_to(path)), file.read_bytes()
+        return
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and wanted(member.name):
+                    yield member.name, archive.extractfile(member).read()
+    except (OSError, EOFError, tarfile.TarError, LZMAError) as error:
+        raise UserError(
+            f"cannot read {path} ({error}); expected a tar archive or a directory of tasks"
+        ) from None
+
+
+def _natural_task(name: str, row: Row) -> NaturalTask:
+    examples = row.get("Examples", row)["Positive Examples"]
+    definition = row["Definition"]
+    definition = " ".join(definition) if isinstance(definition, list) else definition
+    about = {k: v for k, v in row.items() if k not in ("Instances", "Examples")}
+    about = {k: v for k, v in about.items() if not k.endswith("Examples")}
+    return NaturalTask(
+        name=name,
+        definition=definition.strip(),
+        examples=tuple((text_of(e, "input"), _outputs(e)[0]) for e in examples),
+        instances=tuple((text_of(i, "input"), _outputs(i)) for i in row["Instances"]),
+        source=json.dumps(about),
+    )
+
+
+def _outputs(row: dict[str, Any]) -> tuple[str, ...]:
+    found = row["output"]
+    found = [found] if isinstance(found, str) else found
+    if not found or not all(isinstance(output, str) for output in found):
+        raise UserError(f"output should be a text or a list of texts, not {found!r}")
+    return tuple(found)
+
+
+class NaturalSource:
+    """Samples of tasks: definition and positive examples for the cloud, an instance for the edge.
+
+    Of each task at most `per_task` instances are taken, evenly spaced: None takes all, and the
+    largest task decides what is learned. Where an instance has several right outputs one is drawn.
+    Instances without an input or an output are left out; `left_out` says how many.
+
+    Raises UserError where a task was made from an unseen benchmark.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[NaturalTask],
+        per_task: int | None = None,
+        name: str = "natural_instructions",
+    ):
+        self.name = name
+        if per_task is not None and per_task < 1:
+            raise UserError(f"per_task is {per_task}; it must be at least 1")
+        self.samples: list[tuple[NaturalTask, int]] = []
+        self.left_out = 0
+        for task in tasks:
+            refuse_name(task.name, task.source, task.definition)
+            whole = [i for i, (text, outputs) in enumerate(task.instances) if _whole(text, outputs)]
+            self.left_out += len(task.instances) - len(whole)
+            count = len(whole) if per_task is None else min(per_task, len(whole))
+            self.samples += [(task, whole[i * len(whole) // count]) for i in range(count)]
+        self.tasks = len({task.name for task, _ in self.samples})
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
+        task, first = self.samples[index]
+        others = [i for i in draw(rng, len(task.instances), queries) if i != first]
+        others = [i for i in others if _whole(*task.instances[i])]
+        asked = cycled([first, *others], queries)
+        inputs = {task.instances[i][0] for i in asked}
+        shown = [task.examples[i] for i in draw(rng, len(task.examples), len(task.examples))]
+        solved = ["".join(framed(*example)) for example in shown if example[0] not in inputs]
+        return Episode(
+            task=task.name,
+            instruction=task.definition,
+            shots=tuple(solved[:shots]),
+            questions=tuple(self._question(task, i, rng) for i in asked),
+        )
+
+    def texts(self) -> Iterator[str]:
+        for task in {task.name: task for task, _ in self.samples}.values():
+            yield " ".join([task.definition, *(text for pair in task.examples for text in pair)])
+        for task, i in self.samples:
+            text, outputs = task.instances[i]
+            yield " ".join([text, *outputs])
+
+    def _question(self, task: NaturalTask, i: int, rng: np.random.Generator) -> Pair:
+        text, outputs = task.instances[i]
+        full = [output for output in outputs if output.strip()]
+        return framed(text, full[int(rng.integers(len(full)))])
+
+
+def _whole(text: str, outputs: Sequence[str]) -> bool:
+    return bool(text.strip()) and any(output.strip() for output in outputs)

@@ -1,0 +1,260 @@
+"""Batches drawn from several sources, as a pure function of (seed, step).
+
+An epoch takes every sample of a source `weight` times, a fraction of a time by drawing, in an order
+seeded with [seed, epoch]; step s takes the s-th slice of the epochs laid end to end. So a run is
+resumed by asking for its next step, and every host can compute any batch.
+
+Dimensions: P prompts, Q queries per prompt, B = P * Q rows, T time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from lorax_gen.data.batches import Batch, Encoder, answer_batch, pad_rows
+from lorax_gen.data.episodes import Episode, Source
+from lorax_gen.data.unseen import refuse_name, refuse_unseen
+from lorax_gen.errors import UserError
+
+ATTEMPTS = 100  # samples drawn in place of one that does not fit, before giving up
+Rows = list[tuple[list[int], int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A tokenised episode."""
+
+    task: str
+    prompt: list[int]
+    rows: Rows
+    """Of each question: ids, and where the answer begins."""
+
+
+class Mixture:
+    """Sources with weights, and how batches are made of them.
+
+    `counts` says what was done to samples since the object was made, and `summary()` in a line:
+    shots that a source does not have, shots left out because a prompt was too long, samples dropped
+    because they were too long even so, samples replaced because a batch would have held a single
+    task. A sample that is dropped is replaced by another of its source. Asking for a step twice
+    counts twice.
+
+    Args:
+      sources, weights: how often each source's samples are taken in an epoch.
+      prompts, queries: prompts of a batch, and questions asked under each.
+      shots, min_shots: solved examples of a prompt, drawn between the two; None: always `shots`.
+      prompt_length, question_length, answer_length: most tokens of a prompt, of a question with
+        its answer, and of an answer with the end of text; None: as long as fits.
+      whole: mark the whole row for the loss, not only the answer.
+      buckets: lengths that prompts are padded to, the longest last: one program is compiled each.
+      question_buckets: the same for questions.
+      unseen: texts of unseen benchmarks; a source that holds one is refused.
+
+    Raises UserError where a source is, or holds, an unseen benchmark; where all there is is a
+    single task; and where numbers make no sense.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        cloud_encoder: Encoder,
+        edge_encoder: Encoder,
+        *,
+        seed: int,
+        prompts: int,
+        queries: int,
+        shots: int,
+        prompt_length: int,
+        question_length: int,
+        answer_length: int | None = None,
+        whole: bool = False,
+        buckets: Sequence[int] = (),
+        question_buckets: Sequence[int] = (),
+        min_shots: int | None = None,
+        unseen: Sequence[str] = (),
+    ):
+        self.sources, self.cloud, self.edge = tuple(sources), cloud_encoder, edge_encoder
+        self.seed, self.prompts, self.queries, self.whole = seed, prompts, queries, whole
+        self.shots, self.min_shots = shots, shots if min_shots is None else min_shots
+        self.question_length, self.answer_length = question_length, answer_length
+        self.buckets = _checked_buckets("buckets", buckets, prompt_length)
+        self.question_buckets = _checked_buckets(
+            "question_buckets", question_buckets, question_length
+        )
+        self._check(weights, unseen)
+        self.counts: Counter[str] = Counter()
+        self.copies = [int(weight) for weight in weights]
+        self.drawn = [
+            round((weight - int(weight)) * len(source))
+            for weight, source in zip(weights, self.sources, strict=True)
+        ]
+        self.samples_per_epoch = sum(
+            copies * len(source) + drawn
+            for copies, drawn, source in zip(self.copies, self.drawn, self.sources, strict=True)
+        )
+        if not self.samples_per_epoch:
+            raise UserError("an epoch of the mixture holds no sample; raise the weights")
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def batch(self, step: int) -> Batch:
+        """`prompt: [P, T]`, `prompt_lengths: [P]`, and `tokens` and `answer: [B, T]` of a step.
+
+        Row b of the questions belongs to prompt b // Q. Some two of the prompts are of different
+        tasks.
+        """
+        first = step * self.prompts
+        samples = [self._sample(first + i) for i in range(self.prompts)]
+        if len({sample.task for sample in samples}) < 2:
+            samples[-1] = self._of_another_task(samples[-1].task, first + self.prompts - 1)
+        self.counts["samples"] += self.prompts
+        prompts = [sample.prompt for sample in samples]
+        rows, starts = zip(*(row for sample in samples for row in sample.rows), strict=True)
+        length = _smallest(self.buckets, max(map(len, prompts)))
+        return {
+            "prompt": pad_rows(prompts, length, self.cloud.pad_id, "a prompt"),
+            "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
+            **answer_batch(
+                rows,
+                starts,
+                _smallest(self.question_buckets, max(map(len, rows))),
+                self.edge.pad_id,
+                self.whole,
+                self.answer_length,
+            ),
+        }
+
+    def summary(self) -> str:
+        """One line of what was drawn, shortened, dropped and replaced."""
+        c = self.counts
+        return (
+            f"{c['samples']:,} samples; {c['shots missing']:,} shots that their sources do not "
+            f"have; {c['shots left out']:,} shots left out of "
+            f"{c['prompts shortened']:,} prompts that were too long; dropped for their length: "
+            f"{c['dropped: prompt']:,} prompts, {c['dropped: question']:,} questions, "
+            f"{c['dropped: answer']:,} answers; {c['replaced to mix']:,} replaced to mix tasks"
+        )
+
+    # --- drawing ---
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """`[samples_per_epoch, 2]` int32: source and index of each sample of an epoch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        parts = []
+        for i, source in enumerate(self.sources):
+            some = rng.permutation(len(source))[: self.drawn[i]]
+            taken = np.concatenate([np.tile(np.arange(len(source)), self.copies[i]), some])
+            parts.append(np.stack([np.full(len(taken), i), taken], 1).astype(np.int32))
+        order = np.concatenate(parts)
+        return order[rng.permutation(len(order))]
+
+    def _rng(self, position: int, purpose: int) -> np.random.Generator:
+        # Never 0: trailing zeros would give the generator of the epoch's order.
+        epoch, offset = divmod(position, self.samples_per_epoch)
+        return np.random.default_rng([self.seed, epoch, offset, purpose + 1])
+
+    def _sample(self, position: int) -> Sample:
+        """The sample of a position, or the first of its source that fits in its place."""
+        epoch, offset = divmod(position, self.samples_per_epoch)
+        which, index = self._order(epoch)[offset].tolist()
+        return self._fitting(which, index, position, 0)
+
+    def _fitting(self, which: int, index: int, position: int, purpose: int) -> Sample:
+        source = self.sources[which]
+        for attempt in range(ATTEMPTS):
+            rng = self._rng(position, purpose + attempt)
+            if attempt:
+                index = int(rng.integers(len(source)))
+            shots = int(rng.integers(self.min_shots, self.shots + 1))
+            episode = source.episode(index, rng, shots, self.queries)
+            sample = self._fit(episode)
+            if sample is not None:
+                self.counts["shots missing"] += shots - len(episode.shots)
+                return sample
+        raise UserError(
+            f"{ATTEMPTS} samples of {source.name} in a row are too long for prompt_length="
+            f"{self.buckets[-1]}, question_length={self.question_length} and answer_length="
+            f"{self.answer_length}; raise them or leave the source out"
+        )
+
+    def _of_another_task(self, task: str, position: int) -> Sample:
+        """A sample of any source that is not of `task`."""
+        for attempt in range(ATTEMPTS):
+            purpose = ATTEMPTS * (attempt + 1)  # behind those of the sample that it replaces
+            rng = self._rng(position, purpose)
+            which = attempt % len(self.sources)
+            index = int(rng.integers(len(self.sources[which])))
+            sample = self._fitting(which, index, position, purpose)
+            if sample.task != task:
+                self.counts["replaced to mix"] += 1
+                return sample
+        raise UserError(f"found nothing to mix with {task!r}; add a source")
+
+    # --- fitting ---
+
+    def _fit(self, episode: Episode) -> Sample | None:
+        """The episode tokenised, with fewer shots where it needs; None, counted, if too long."""
+        if not episode.prompt.strip():
+            raise UserError(f"a prompt of {episode.task!r} is empty")
+        rows = [self.edge.joined(*pair) for pair in episode.questions]
+        if any(len(ids) > self.question_length for ids, _ in rows):
+            return self._dropped("question")
+        marked = [len(ids) - max(1, 0 if self.whole else start) for ids, start in rows]
+        if self.answer_length is not None and max(marked) > self.answer_length:
+            return self._dropped("answer")
+        prompt, left_out = self.cloud.encode(episode.prompt), 0
+        while len(prompt) > self.buckets[-1] and episode.shots:
+            episode, left_out = episode.without_last_shot(), left_out + 1
+            prompt = self.cloud.encode(episode.prompt)
+        if len(prompt) > self.buckets[-1]:
+            return self._dropped("prompt")
+        self.counts["shots left out"] += left_out
+        self.counts["prompts shortened"] += bool(left_out)
+        return Sample(episode.task, prompt, rows)
+
+    def _dropped(self, what: str) -> None:
+        self.counts[f"dropped: {what}"] += 1
+
+    def _check(self, weights: Sequence[float], unseen: Sequence[str]) -> None:
+        if len(weights) != len(self.sources):
+            raise UserError(f"{len(self.sources)} sources but {len(weights)} weights")
+        for source, weight in zip(self.sources, weights, strict=True):
+            refuse_name(source.name)
+            if not len(source):
+                raise UserError(f"{source.name} holds no sample")
+            if not 0 < weight < float("inf"):
+                raise UserError(f"the weight of {source.name} is {weight}; it must be above 0")
+            if unseen:
+                refuse_unseen(source.texts(), unseen, source.name)
+        if sum(source.tasks for source in self.sources) < 2:
+            names = ", ".join(source.name for source in self.sources) or "no source"
+            raise UserError(
+                f"the mixture holds a single task ({names}): the router's BatchNorm needs several "
+                "in a batch; add a source"
+            )
+        if self.prompts < 2 or self.queries < 1:
+            raise UserError(
+                f"prompts={self.prompts} and queries={self.queries}: a batch needs two prompts or "
+                "more, so that it mixes tasks, and a question each"
+            )
+        if not 0 <= self.min_shots <= self.shots:
+            raise UserError(f"min_shots={self.min_shots} must lie between 0 and {self.shots}")
+
+
+def _checked_buckets(name: str, buckets: Sequence[int], longest: int) -> tuple[int, ...]:
+    """`buckets`, or three that double up to `longest`, which the last one must be."""
+    if longest < 1:
+        raise UserError(f"a length of {longest} tokens is none")
+    found = tuple(buckets) or tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
+    if list(found) != sorted(set(found)) or found[0] < 1 or found[-1] != longest:
+        raise UserError(f"{name} {found} must rise from 1 or more to the longest, {longest}")
+    return found
+
+
+def _smallest(buckets: tuple[int, ...], size: int) -> int:
+    return next(bucket for bucket in buckets if size <= bucket)
