@@ -280,6 +280,7 @@ def train(name: str, overrides: list[str]) -> int:
         default=options(config),
         args=overrides,
         prog=f"lorax-gen train {name}",
+        config=(tyro.conf.AvoidSubcommands,),  # the config's file says which data it has
     )
     initialize(parsed.hosts)
     resolved = {"method": method, **configs.to_dict(parsed.config)}
@@ -319,7 +320,11 @@ def plan(name: str, overrides: list[str]) -> int:
     )
     options.__doc__ = Plan.__doc__
     parsed: Any = tyro.cli(
-        options, default=options(config), args=overrides, prog=f"lorax-gen plan {name}"
+        options,
+        default=options(config),
+        args=overrides,
+        prog=f"lorax-gen plan {name}",
+        config=(tyro.conf.AvoidSubcommands,),
     )
     target = parsed.target
     if target.output is not None:

@@ -32,7 +32,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = ""
             known = [sum(f.name in values[name] for f in dataclasses.fields(c)) for c in classes]
             chosen = classes[known.index(max(known))]
             values = {**values, name: from_dict(chosen, values[name], where, f"{prefix}{name}.")}
-    hooks = {float: _to_float, tuple[str, ...]: _to_names}
+    hooks = {float: _to_float, tuple[str, ...]: _to_names, tuple[int, ...]: _to_tuple}
     try:
         return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
     except (dacite.DaciteError, TypeError, ValueError) as error:
@@ -62,7 +62,7 @@ def _to_names(value: Any) -> Any:
     """The tuple that YAML writes as a list, or, where it is of one name, as that name."""
     if isinstance(value, str):
         return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return _to_tuple(value)
 
 
 def _reject_unknown(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
@@ -78,6 +78,10 @@ def _reject_unknown(cls: type, values: dict[str, Any], where: str, prefix: str =
             _must_map(value, where, f"{prefix}{key}.")
         elif dataclasses.is_dataclass(nested):
             _reject_unknown(nested, value, where, f"{prefix}{key}.")
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _must_map(values: Any, where: str, prefix: str) -> None:

@@ -115,7 +115,7 @@ def linear_experiment(run: RunConfig, batch=None) -> Experiment:
         batch=batch or make_batch,
         evaluate=lambda state: {"error": abs(state["params"]["w"] - 1).max()},
         release=release,
-        examples_per_step=8,
+        work=lambda batch: {"examples": 8},
         run=run,
         optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0),
         mesh=MeshConfig(),

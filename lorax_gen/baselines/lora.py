@@ -132,6 +132,11 @@ def experiment(config: LoraConfig) -> Experiment:
         dict.fromkeys(config.targets, config.rank),
         answered=config.answer_length,
     )
+    work = {
+        "examples": config.batch_size,
+        "tokens": config.batch_size * data.question_length,
+        "flops": macs.flops,
+    }
     return Experiment(
         init=lambda: (
             init_lora(
@@ -144,9 +149,7 @@ def experiment(config: LoraConfig) -> Experiment:
         batch=batch,
         evaluate=evaluate,
         release=release,
-        examples_per_step=config.batch_size,
-        tokens_per_step=config.batch_size * data.question_length,
-        flops_per_step=float(macs.flops),
+        work=lambda batch: work,
         run=config.run,
         optimizer=config.optimizer,
         mesh=config.mesh,

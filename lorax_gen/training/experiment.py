@@ -78,10 +78,10 @@ class Experiment:
       evaluate: metrics of a state, by name. It and `release` read `params`, `stats` and `step`,
         over several processes as numpy arrays; there all evaluate, and the first one releases.
       release: writes what the run is for into an empty directory, with its provenance.
-      examples_per_step: rows that one step trains on.
-      tokens_per_step: that the models read in one step; None: not reported.
-      flops_per_step: of the useful work of one step on all devices together, for MFU; None: not
-        reported.
+      work: what one step on a batch takes, by name: `examples` that it trains on, `tokens` that the
+        models read, and `flops` of the useful work on all devices together, for MFU. What is
+        left out is not reported.
+      counts: what was done to the data so far, by name; it is logged as `data/<name>`.
     """
 
     init: Callable[[], tuple[Any, Any]]
@@ -90,12 +90,11 @@ class Experiment:
     batch: Callable[[int], Batch]
     evaluate: Callable[[State], dict[str, float]]
     release: Callable[[State, Path, dict[str, Any]], None]
-    examples_per_step: int
+    work: Callable[[Batch], dict[str, float]]
     run: RunConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
-    tokens_per_step: int | None = None
-    flops_per_step: float | None = None
+    counts: Callable[[], dict[str, int]] = dict
 
 
 def over_mesh(config: Any, mesh: Mesh) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def train(
     places = sharding.tree_shardings(experiment.frozen, mesh)
     frozen = sharding.place(experiment.frozen, places)
     schedule = optimizer.make_schedule(experiment.optimizer, run.steps)
-    clock, router = watch.Clock(experiment, list(mesh.devices.flat)), watch.RouterWatch()
+    clock, router = watch.Clock(experiment.work, list(mesh.devices.flat)), watch.RouterWatch()
     window = run.profile_window if hosts.is_first() else None
     profiler = watch.Profiler(window, run_dir / "profile")
     bar = tqdm(
@@ -139,6 +139,7 @@ def train(
             stop = hosts.vote(max(stopped, default=0), mesh)
             profiler.before(done, state)
             state, metrics = train_step(state, frozen, batch)
+            clock.count(batch)
             bar.update()
             write_pending()  # those of the step before: the device is busy meanwhile
             profiler.behind(done, state)
@@ -146,6 +147,7 @@ def train(
             evaluating = last or done % run.evaluate_every == 0
             if done % run.log_every == 0 or last:
                 more = {"learning_rate": schedule(step), **clock.read(done), **watch.memory()}
+                more |= {f"data/{name}": count for name, count in experiment.counts().items()}
                 pending = (done, {**metrics, **more})
             if evaluating or stop or done % run.checkpoint_every == 0:
                 write_pending()  # a checkpoint must not be there before the rows that lead to it

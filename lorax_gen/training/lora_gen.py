@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from lorax_gen.artifacts.generator import save_generator
+from lorax_gen.artifacts.generator import Generator, save_generator
 from lorax_gen.data.batches import Encoder, generator_batch
-from lorax_gen.data.sources import WorldConfig
+from lorax_gen.data.sources import MixtureConfig, WorldConfig
 from lorax_gen.evaluation.cost import train_step_macs
 from lorax_gen.evaluation.questions import score_specialised
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import embed, kernel_shapes
-from lorax_gen.models.huggingface import load_model
+from lorax_gen.models.huggingface import Model, load_model
 from lorax_gen.training import hosts
 from lorax_gen.training.experiment import Experiment, RunConfig, over_mesh
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.training.state import State
-from lorax_gen.training.step import GeneratorSpec, generator_loss
+from lorax_gen.training.step import Batch, GeneratorSpec, generator_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,6 @@ class LoraGenConfig:
     """Prompts per batch; each batch mixes tasks."""
     queries_per_prompt: int = 4
     """Questions asked under each prompt; the cloud reads a prompt once for all of them."""
-    max_shots: int = 0
-    """Solved examples in a prompt: from none up to this many."""
     loss: Literal["answer", "sequence"] = "answer"
     """L_LM on the answer's tokens, or on the whole sequence that the edge model sees."""
     answer_length: int | None = None
@@ -54,7 +53,7 @@ class LoraGenConfig:
     """What the backward pass computes again, per layer: nothing, all but matmuls, everything."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """auto is splash on TPU, cudnn on GPU, xla elsewhere, and where those do not fit."""
-    data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    data: WorldConfig | MixtureConfig = dataclasses.field(default_factory=WorldConfig)
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -68,9 +67,8 @@ def experiment(config: LoraGenConfig) -> Experiment:
     load = partial(load_model, dtype=config.dtype, shardings=shardings)
     cloud, edge = load(config.cloud), load(config.edge)
     spec = GeneratorSpec(config.generator, cloud.config, edge.config)
-    world, data = config.data.world(), config.data
-    cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
-    seen = [task for task in world.select("seen") if task.family in data.families]
+    of_kind = world_data if isinstance(config.data, WorldConfig) else mixture_data
+    data = of_kind(config, cloud, edge, spec)
     key = jax.random.key(config.run.seed)
     # On the host: within `init`, which is compiled, all embeddings would become a constant.
     start = hosts.gather(embed(cloud.params, cloud.config, cloud.tokenizer.eos_token_id))
@@ -86,6 +84,67 @@ def experiment(config: LoraGenConfig) -> Experiment:
             cloud_embedding=start,
         )
 
+    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
+        save_generator(
+            directory,
+            config.generator,
+            state["params"],
+            state["stats"],
+            cloud=cloud.config,
+            edge=edge.config,
+            provenance=provenance,
+        )
+
+    def work(batch: dict[str, np.ndarray]) -> dict[str, float]:
+        (prompts, prompt_length), (rows, length) = batch["prompt"].shape, batch["tokens"].shape
+        macs = train_step_macs(
+            spec,
+            prompts=prompts,
+            queries=config.queries_per_prompt,
+            prompt_length=prompt_length,
+            length=length,
+            answered=min(config.answer_length or length, length - 1),
+        )
+        tokens = prompts * prompt_length + rows * length
+        return {"examples": rows, "tokens": tokens, "flops": macs.flops}
+
+    return Experiment(
+        init=init,
+        loss=generator_loss(
+            spec,
+            microbatches=config.microbatches,
+            answer_length=config.answer_length,
+            **over_mesh(config, mesh),
+        ),
+        frozen={"cloud": cloud.params, "edge": edge.params},
+        batch=data.batch,
+        evaluate=data.evaluate,
+        counts=data.counts,
+        release=release,
+        work=work,
+        run=config.run,
+        optimizer=config.optimizer,
+        mesh=config.mesh,
+    )
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """What an `Experiment` wants of its data, under the same names."""
+
+    batch: Callable[[int], Batch]
+    evaluate: Callable[[State], dict[str, float]]
+    counts: Callable[[], dict[str, int]] = dict
+
+
+def world_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: GeneratorSpec) -> Data:
+    """The embedded world: accuracy of seen and unseen tasks, by family."""
+    world, data = config.data.world(), config.data
+    cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
+    seen = [task for task in world.select("seen") if task.family in data.families]
+
     def batch(step: int) -> dict[str, np.ndarray]:
         return generator_batch(
             seen,
@@ -97,7 +156,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
             queries=config.queries_per_prompt,
             prompt_length=data.prompt_length,
             question_length=data.question_length,
-            max_shots=config.max_shots,
+            max_shots=data.max_shots,
             whole=config.loss == "sequence",
             answer_length=config.answer_length,
         )
@@ -124,42 +183,24 @@ def experiment(config: LoraGenConfig) -> Experiment:
             result[f"accuracy/{split}"] = float(np.mean(shares))
         return result
 
-    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
-        save_generator(
-            directory,
-            config.generator,
-            state["params"],
-            state["stats"],
-            cloud=cloud.config,
-            edge=edge.config,
-            provenance=provenance,
-        )
+    return Data(batch, evaluate)
 
-    macs = train_step_macs(
-        spec,
+
+def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: GeneratorSpec) -> Data:
+    """Real tasks: accuracy on benchmarks, each question under a prompt of its own."""
+    data = config.data
+    mixture = data.mixture(
+        Encoder(cloud.tokenizer),
+        Encoder(edge.tokenizer, bos=edge.scoring_bos),  # rows as evaluation scores them
+        seed=config.run.seed,
         prompts=config.prompts,
         queries=config.queries_per_prompt,
-        prompt_length=data.prompt_length,
-        length=data.question_length,
-        answered=config.answer_length,
+        whole=config.loss == "sequence",
+        answer_length=config.answer_length,
     )
-    return Experiment(
-        init=init,
-        loss=generator_loss(
-            spec,
-            microbatches=config.microbatches,
-            answer_length=config.answer_length,
-            **over_mesh(config, mesh),
-        ),
-        frozen={"cloud": cloud.params, "edge": edge.params},
-        batch=batch,
-        evaluate=evaluate,
-        release=release,
-        examples_per_step=config.prompts * config.queries_per_prompt,
-        tokens_per_step=config.prompts
-        * (data.prompt_length + config.queries_per_prompt * data.question_length),
-        flops_per_step=float(macs.flops),
-        run=config.run,
-        optimizer=config.optimizer,
-        mesh=config.mesh,
-    )
+
+    def evaluate(state: State) -> dict[str, float]:
+        generator = Generator(config.generator, state["params"], state["stats"], {})
+        raise NotImplementedError
+
+    return Data(mixture.batch, evaluate, lambda: mixture.counts)

@@ -94,6 +94,11 @@ def experiment(config: PretrainConfig) -> Experiment:
         save_model(directory, Model(shape, state["params"], tokenizer), provenance)
 
     groups = [(config.lessons, LESSON_LENGTH), (config.exercises, config.document_length)]
+    work = {
+        "examples": config.lessons + config.exercises,
+        "tokens": sum(rows * length for rows, length in groups),
+        "flops": sum(tuning_step_macs(shape, *group).flops for group in groups),
+    }
     in_place = config.mesh.mode == "jit"
     constrain = keep_rows(make_mesh(config.mesh)) if in_place else decoder.unconstrained
     return Experiment(
@@ -103,9 +108,7 @@ def experiment(config: PretrainConfig) -> Experiment:
         batch=batch,
         evaluate=evaluate,
         release=release,
-        examples_per_step=config.lessons + config.exercises,
-        tokens_per_step=sum(rows * length for rows, length in groups),
-        flops_per_step=float(sum(tuning_step_macs(shape, *group).flops for group in groups)),
+        work=lambda batch: work,
         run=config.run,
         optimizer=config.optimizer,
         mesh=config.mesh,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from lorax_gen import files
 from lorax_gen.errors import UserError
 from lorax_gen.training import hosts
-from lorax_gen.training.experiment import Experiment
+from lorax_gen.training.step import Batch
 
 # --- the log -------------------------------------------------------------------------------------
 
@@ -130,28 +132,28 @@ def peak_flops(device_kind: str) -> float | None:
 class Clock:
     """How fast steps go, between one reading and the next."""
 
-    def __init__(self, experiment: Experiment, devices: list[jax.Device]):
-        self.per_step = {"examples": experiment.examples_per_step}
-        if experiment.tokens_per_step is not None:
-            self.per_step["tokens"] = experiment.tokens_per_step
+    def __init__(self, work: Callable[[Batch], dict[str, float]], devices: list[jax.Device]):
+        self.work = work
         peak = peak_flops(devices[0].device_kind)
-        self.full_speed = None  # seconds of a step that did nothing but its FLOPs, at the peak
-        if peak is not None and experiment.flops_per_step is not None:
-            self.full_speed = experiment.flops_per_step / (peak * len(devices))
+        self.peak = None if peak is None else peak * len(devices)
 
     def restart(self, step: int) -> None:
         """Leaves out what lies behind, such as an evaluation."""
-        self.since, self.time = step, time.perf_counter()
+        self.since, self.time, self.done = step, time.perf_counter(), Counter()
+
+    def count(self, batch: Batch) -> None:
+        """Takes note of a step on a batch."""
+        self.done.update(self.work(batch))
 
     def read(self, step: int) -> dict[str, float]:
         """Seconds per step, examples and tokens per second, MFU; those that are known."""
-        steps, seconds = step - self.since, time.perf_counter() - self.time
+        done, steps, seconds = self.done, step - self.since, time.perf_counter() - self.time
         self.restart(step)
+        flops = done.pop("flops", None)
         rates = {"step_time": seconds / steps}
-        for name, count in self.per_step.items():
-            rates[f"{name}_per_second"] = count * steps / seconds
-        if self.full_speed is not None:
-            rates["mfu"] = self.full_speed * steps / seconds
+        rates |= {f"{name}_per_second": count / seconds for name, count in done.items()}
+        if self.peak is not None and flops is not None:
+            rates["mfu"] = flops / (self.peak * seconds)
         return rates
 
 

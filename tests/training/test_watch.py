@@ -105,9 +105,10 @@ def test_the_peak_of_a_device_is_known_by_its_kind(kind, peak):
 def test_rates_are_of_the_steps_since_they_were_read(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watch.time, "perf_counter", lambda: now[0])
-    experiment = SimpleNamespace(examples_per_step=16, tokens_per_step=1000, flops_per_step=989e12)
-    clock = Clock(experiment, [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 4)
+    clock = Clock(lambda batch: batch, [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 4)
     clock.restart(10)
+    for tokens in (500, 1500, 1000, 1000, 1000):
+        clock.count({"examples": 16, "tokens": tokens, "flops": 989e12})
     now[0] += 2.0
     assert clock.read(15) == pytest.approx({
         "step_time": 0.4, "examples_per_second": 40, "tokens_per_second": 2500, "mfu": 0.625,
@@ -119,9 +120,9 @@ def test_rates_are_of_the_steps_since_they_were_read(monkeypatch):
 
 
 def test_what_is_not_known_is_not_reported():
-    experiment = linear_experiment(RunConfig())
-    clock = Clock(dataclasses.replace(experiment, flops_per_step=1e9), jax.devices("cpu"))
+    clock = Clock(lambda batch: {"examples": 8, "flops": 1e9}, jax.devices("cpu"))
     clock.restart(0)
+    clock.count({})
     assert set(clock.read(1)) == {"step_time", "examples_per_second"}
 
 
@@ -136,7 +137,8 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
 
 def test_tokens_are_counted_where_an_experiment_says_how_many(tmp_path):
     made = linear_experiment(RunConfig(steps=2, log_every=1))
-    fit(dataclasses.replace(made, tokens_per_step=80), tmp_path / "run", {})
+    work = lambda batch: {"examples": 8, "tokens": 80}  # noqa: E731
+    fit(dataclasses.replace(made, work=work), tmp_path / "run", {})
     for row in (row for row in rows_of(tmp_path / "run") if "loss" in row):
         rates = row["tokens_per_second"], row["examples_per_second"]
         assert rates[0] == pytest.approx(10 * rates[1], rel=1e-4)
