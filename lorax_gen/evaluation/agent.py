@@ -1,0 +1,239 @@
+"""GPT4Tools: an edge model answers requests for tools, with the tools in its context or without.
+
+    full                the whole instruction is in the edge's context
+    request             the edge reads the request alone
+    lora_gen            as `request`, with a LoRA that the cloud made of the rest of the instruction
+    lora_gen_shuffled   as `lora_gen`, of the instruction of another item: the control
+
+What is compared, by `agent_metrics.score_answer`: the whole right answer, which goes on behind the
+tool's observation up to the reply, and what greedy decoding wrote up to "Observation:", which the
+tool would write. In the test set a right answer uses at most one tool, so nothing that is asked for
+comes behind it. The original's own evaluation does not stop: its models imagine the observation and
+go on, and pay for a second call (`stop=()` does the same).
+
+Dimensions: B rows, L edge layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from lorax_gen.artifacts.generator import Generator
+from lorax_gen.data.agent import AgentItem, full_prompt
+from lorax_gen.data.batches import Encoder
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation.agent_metrics import ToolScores, mean_scores, score_answer
+from lorax_gen.evaluation.continuations import TOKENS_PER_BATCH, continue_texts, room_for
+from lorax_gen.evaluation.gates import gates_of_prompts
+from lorax_gen.evaluation.item_log import ItemLog, Row
+from lorax_gen.method.generator import lora_from_gates
+from lorax_gen.models.huggingface import Model
+from lorax_gen.tensors import tree_hash
+
+Mode = Literal["full", "request", "lora_gen", "lora_gen_shuffled"]
+MAX_NEW_TOKENS = 512
+STOP = ("Observation:",)
+REQUEST = "previous conversation, new input, and the reminder to use tools behind it"
+SEES = {"full": "the whole instruction"} | dict.fromkeys(get_args(Mode)[1:], REQUEST)
+lora_of_gates = partial(jax.jit, static_argnames="config")(lora_from_gates)
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentSystem:
+    """The edge model, and what makes LoRAs for it where a mode asks for them."""
+
+    edge: Model
+    cloud: Model | None = None
+    generator: Generator | None = None
+
+
+def evaluate_agent(
+    system: AgentSystem,
+    items: Sequence[AgentItem],
+    mode: Mode,
+    *,
+    path: Path | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    stop: Sequence[str] = STOP,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    seed: int = 0,
+    progress: Callable[[int], object] = lambda items: None,
+) -> dict[str, Any]:
+    """Has the edge answer all items and scores the answers.
+
+    Args:
+      path: of a JSONL file of the items' results; where it has some, they are not computed again.
+      tokens_per_batch: rows times tokens, read and written, that the device works on at a time.
+      seed: of who gets whose prompt in the control.
+      progress: called with the number of items finished since the last call.
+
+    Returns:
+      the report of `summary`.
+
+    Raises UserError where the mode lacks a model, ids are not unique, or the file at `path` was
+    made otherwise.
+    """
+    check(system, items, mode)
+    done: dict[str, Row] = {}
+    log = None
+    if path is not None:
+        log = ItemLog(path, settings(system, items, mode, max_new_tokens, stop, seed))
+        done = {row["id"]: row for row in log.rows}
+    progress(sum(item.id in done for item in items))
+    prompts = prompts_read(items, mode, seed)
+    left = [i for i, item in enumerate(items) if item.id not in done]
+    if left:
+        start = time.perf_counter()
+        encoder, room = Encoder(system.edge.tokenizer), room_for(system.edge, max_new_tokens)
+        todo = [items[i] for i in left]
+        whole = [encoder.ids(full_prompt(item)) for item in todo]
+        seen = whole if mode == "full" else [encoder.ids(item.request) for item in todo]
+        lora = {}
+        if prompts:
+            lora["lora"] = lora_maker(system, [prompts[i] for i in left], tokens_per_batch)
+
+        def on_batch(indices: list[int], texts: list[str]) -> None:
+            nonlocal start
+            now = time.perf_counter()
+            seconds, start = (now - start) / len(indices), now
+            rows = [
+                {
+                    "id": todo[i].id,
+                    "written": text,
+                    "edge_tokens": min(len(seen[i]), room),
+                    "full_tokens": len(whole[i]),
+                    "cut_tokens": max(len(seen[i]) - room, 0),
+                    "seconds": round(seconds, 4),
+                    **dataclasses.asdict(score_answer(todo[i].output, text)),
+                }
+                for i, text in zip(indices, texts, strict=True)
+            ]
+            if log is not None:
+                log.append(rows)
+            done.update({row["id"]: row for row in rows})
+            progress(len(rows))
+
+        continue_texts(
+            system.edge,
+            [ids[-room:] for ids in seen],
+            max_new_tokens=max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
+            on_batch=on_batch,
+            stop=stop,
+            **lora,
+        )
+    return summary(mode, [done[item.id] for item in items])
+
+
+def summary(mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
+    """The report of items' results.
+
+    scores          {score: mean} of `agent_metrics.ToolScores`, and their `average`
+    edge_tokens     read by the edge per item, mean
+    compression     tokens of the whole instructions / tokens read by the edge
+    edge_sees       which part of the instruction that is
+    items, cut_items    counted; those that are cut off on the left, for the model is too short
+    seconds         of all items together, compilation included
+    """
+    names = [field.name for field in dataclasses.fields(ToolScores)]
+    mean = mean_scores(ToolScores(*(row[name] for name in names)) for row in rows)
+    seen = sum(row["edge_tokens"] for row in rows)
+    return {
+        "mode": mode,
+        "items": len(rows),
+        "scores": dataclasses.asdict(mean) | {"average": mean.average},
+        "edge_tokens": seen / len(rows),
+        "compression": sum(row["full_tokens"] for row in rows) / seen,
+        "edge_sees": SEES[mode],
+        "cut_items": sum(row["cut_tokens"] > 0 for row in rows),
+        "seconds": sum(row["seconds"] for row in rows),
+    }
+
+
+# --- what the cloud reads ------------------------------------------------------------------------
+
+
+def prompts_read(items: Sequence[AgentItem], mode: Mode, seed: int) -> list[str]:
+    """The prompt that the cloud reads for each item; none where it reads nothing.
+
+    Raises UserError where prompts should be shuffled and all are the same.
+    """
+    if mode not in ("lora_gen", "lora_gen_shuffled"):
+        return []
+    prompts = [item.prompt for item in items]
+    if mode == "lora_gen":
+        return prompts
+    different = list(dict.fromkeys(prompts))
+    if len(different) < 2:
+        raise UserError("all items have the same prompt: there is nothing to shuffle")
+    order = np.random.default_rng(seed).permutation(len(different))
+    # Each gets that of the next one in a random order, so none its own.
+    others = {different[i]: different[j] for i, j in zip(order, np.roll(order, 1), strict=True)}
+    return [others[prompt] for prompt in prompts]
+
+
+def lora_maker(
+    system: AgentSystem, prompts: Sequence[str], tokens_per_batch: int
+) -> Callable[[list[int]], Mapping]:
+    """The function from indices of prompts to the LoRA tree of these rows, `[L, B, ...]`.
+
+    Raises UserError where a prompt is longer than the cloud model.
+    """
+    cloud, edge, generator = system.cloud, system.edge, system.generator
+    rows = [Encoder(cloud.tokenizer).ids(prompt) for prompt in prompts]
+    limit = cloud.config.max_position_embeddings - edge.config.num_hidden_layers
+    longest = max(map(len, rows))
+    if longest > limit:
+        raise UserError(f"a prompt of {longest} tokens is longer than the cloud's limit of {limit}")
+    gates = gates_of_prompts(rows, cloud, edge.config, generator, tokens_per_batch=tokens_per_batch)
+
+    def lora(indices: list[int]) -> Mapping:
+        return lora_of_gates(generator.params["pool"], gates[indices], config=generator.config)
+
+    return lora
+
+
+# --- what must hold ------------------------------------------------------------------------------
+
+
+def check(system: AgentSystem, items: Sequence[AgentItem], mode: Mode) -> None:
+    if mode not in get_args(Mode):
+        raise UserError(f"mode is {mode!r}: choose one of {', '.join(get_args(Mode))}")
+    if not items:
+        raise UserError("no items to evaluate; give at least one")
+    if len({item.id for item in items}) < len(items):
+        raise UserError("two items have the same id, by which results are kept; make them differ")
+    if mode.startswith("lora_gen") and (system.cloud is None or system.generator is None):
+        raise UserError(f"mode {mode} needs a cloud model and a generator; give both")
+
+
+def settings(
+    system: AgentSystem,
+    items: Sequence[AgentItem],
+    mode: Mode,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    seed: int,
+) -> Row:
+    """What results depend on."""
+    generator = system.generator
+    row = {
+        "mode": mode,
+        "edge": system.edge.fingerprint,
+        "max_new_tokens": max_new_tokens,
+        "stop": list(stop),
+    }
+    if mode.startswith("lora_gen"):
+        row["cloud"] = system.cloud.name  # hashing so large a model would take minutes
+        row["generator"] = tree_hash({"params": generator.params, "stats": generator.stats})
+    if mode == "lora_gen_shuffled":
+        row |= {"seed": seed, "items": len(items)}
+    return row
