@@ -244,10 +244,13 @@ def score_items(
       on_batch: called with finished items, their indices and scores, while the device computes the
         next batch.
 
-    Raises UserError where an item has no choices, a context or a continuation has no tokens, or a
-    continuation is longer than the model.
+    Raises UserError where an item has no choices, a context or a continuation has no tokens, a
+    continuation is longer than the model, or `max_length` is.
     """
-    limit = max_length or model.config.max_position_embeddings
+    positions = model.config.max_position_embeddings
+    limit = positions if max_length is None else max_length
+    if not 0 < limit <= positions:
+        raise UserError(f"max_length={limit}: choose from 1 to the model's {positions} positions")
     results = [Pending(item, limit) for item in items]
     rows = [
         row

@@ -148,26 +148,34 @@ class RowBatch:
 
 
 def make_batches(rows: Sequence[Row], tokens_per_batch: int, shards: int = 1) -> list[RowBatch]:
-    """All rows in batches of few shapes, the longest first: what does not fit fails at once.
-
-    Rows are padded to one of `padded_lengths`. The batches of a length are of one size, and rows
-    are dealt out so that every shard makes about as many predictions.
-    """
+    """All rows in batches of few shapes, the longest first: what does not fit fails at once."""
     lengths = np.array([len(row.tokens) for row in rows])
     counts = np.array([len(row.targets) for row in rows])
-    batches, sizes = [], [0, *padded_lengths(lengths, tokens_per_batch)]
+    batches = []
+    for length, share, parts in deal(lengths, counts, tokens_per_batch, shards):
+        predictions = max(int(counts[group].sum()) for groups in parts for group in groups)
+        for groups in parts:
+            own = tuple(tuple(rows[i] for i in group) for group in groups)
+            batches.append(RowBatch(own, share * shards, length, predictions))
+    return batches
+
+
+def deal(
+    lengths: np.ndarray, weights: np.ndarray, tokens_per_batch: int, shards: int = 1
+) -> Iterator[tuple[int, int, list[list[np.ndarray]]]]:
+    """Deals rows out to batches: yields `(length, share, parts)`, the longest first.
+
+    `parts` are the batches whose rows are padded to `length`, one of `padded_lengths`; of each, the
+    indices of the rows of every shard, at most `share` of them and all of about the same weight.
+    """
+    sizes = [0, *padded_lengths(lengths, tokens_per_batch)]
     for shorter, length in reversed(list(itertools.pairwise(sizes))):
         chosen = np.flatnonzero((lengths > shorter) & (lengths <= length))
-        chosen = chosen[np.argsort(-counts[chosen], kind="stable")]
+        chosen = chosen[np.argsort(-weights[chosen], kind="stable")]
         most = max(tokens_per_batch // length // shards, 1)  # rows of a shard
-        parts = -(-len(chosen) // (most * shards))
-        groups = [chosen[i :: parts * shards] for i in range(parts * shards)]
-        predictions = max(int(counts[group].sum()) for group in groups)
-        share = len(groups[0])
-        for i in range(parts):
-            own = tuple(tuple(rows[j] for j in group) for group in groups[i::parts])
-            batches.append(RowBatch(own, share * shards, int(length), predictions))
-    return batches
+        count = -(-len(chosen) // (most * shards))
+        groups = [chosen[i :: count * shards] for i in range(count * shards)]
+        yield length, len(groups[0]), [groups[i::count] for i in range(count)]
 
 
 def padded_lengths(lengths: np.ndarray, tokens_per_batch: int) -> list[int]:

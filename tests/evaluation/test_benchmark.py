@@ -1,0 +1,360 @@
+"""A benchmark gets the numbers that its items have one by one, in every mode, in one go or two."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lorax_gen import specialize
+from lorax_gen.data.batches import Encoder
+from lorax_gen.data.benchmarks import Benchmark, few_shot, harness_shots, system_prompt
+from lorax_gen.data.hub_rows import HubData
+from lorax_gen.data.questions import Question
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation import benchmark as module
+from lorax_gen.evaluation.benchmark import Setting, System, evaluate_benchmark
+from lorax_gen.evaluation.choices import encode_items, score_items
+from lorax_gen.evaluation.cost import generator_macs, prefill_macs
+from lorax_gen.evaluation.gates import gates_of_prompts
+from lorax_gen.training.sharding import MeshConfig, make_mesh
+from tests.tiny import PROMPTS, make_generator
+
+N = 24
+SMALL = {"tokens_per_batch": 128}  # several batches
+
+
+def make_benchmark(name, description, template="{question} :", **options):
+    hub = HubData(name, None, None, {"train": "train", "test": "validation"})
+    return Benchmark(name, name, description, template, hub, columns=dict, **options)
+
+
+SORTING = make_benchmark("sorting", "Grade each thing by its color and say the grade in tikaish .")
+COUNTING = make_benchmark("counting", "Look at the place of each thing .", blank="_")
+
+
+@pytest.fixture(scope="module")
+def words(tiny_world_system):
+    names = sorted({word for task in tiny_world_system.world.tasks for q, _ in task.questions
+                    for word in q.split()})  # fmt: skip
+    return [word for word in names if word.isalpha()]
+
+
+@pytest.fixture(scope="module")
+def make_questions(words):
+    def make(count, seed, blank=""):
+        rng = np.random.default_rng(seed)
+        draw = lambda n: " ".join(rng.choice(words, n))  # noqa: E731
+        return [
+            Question(
+                id=f"q{seed}-{i}",
+                question=f"{draw(rng.integers(1, 9))} {blank} {draw(2)}",
+                choices=tuple(draw(rng.integers(1, 4)) for _ in range(rng.integers(2, 5))),
+                answer=int(rng.integers(0, 2)),
+            )
+            for i in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def questions(make_questions):
+    return make_questions(N, 0)
+
+
+@pytest.fixture(scope="module")
+def train(make_questions):
+    return make_questions(30, 1)
+
+
+@pytest.fixture(scope="module")
+def system(tiny_world_system):
+    generator = make_generator(tiny_world_system)
+    return System(tiny_world_system.edge, tiny_world_system.cloud, generator)
+
+
+@pytest.fixture(scope="module")
+def other(make_questions):
+    return COUNTING, make_questions(30, 2, blank="_")
+
+
+def rows_of(path):
+    """Items of a file by their index; the settings in front are no item."""
+    first, *lines = map(json.loads, path.read_text().splitlines())
+    assert set(first) == {"settings"}
+    return {row["index"]: row for row in lines}
+
+
+def likelihoods(path):
+    rows = rows_of(path)
+    return [rows[i]["loglikelihoods"] for i in sorted(rows)]
+
+
+def assert_near(found, expected, atol=1e-4):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+# --- the edge alone ------------------------------------------------------------------------------
+
+
+def test_accuracies_are_those_of_the_items(system, questions, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    result = evaluate_benchmark(SORTING, questions, Setting(), system, path=path, **SMALL)
+    rows = rows_of(path)
+    assert sorted(rows) == list(range(N))
+    texts = [(SORTING.contexts(q), SORTING.continuations(q)) for q in questions]
+    items = encode_items(system.edge, texts)
+    for i, score in enumerate(score_items(system.edge, items)):
+        row, question = rows[i], questions[i]
+        np.testing.assert_allclose(row["loglikelihoods"], score.loglikelihoods, atol=1e-5)
+        assert row["pred"] == score.loglikelihoods.argmax()
+        per_character = score.loglikelihoods / [len(choice) for choice in question.choices]
+        assert row["pred_norm"] == per_character.argmax()
+        assert row["id"] == question.id and row["answer"] == question.answer
+        assert row["acc"] == (row["pred"] == question.answer)
+        assert row["context_tokens"] == len(items[i].choices[0][0])
+    acc = np.array([rows[i]["acc"] for i in range(N)])
+    norm = np.array([rows[i]["acc_norm"] for i in range(N)])
+    assert 0 < acc.sum() < N and (acc != norm).any()
+    assert (result.acc, result.acc_norm) == (acc.mean(), norm.mean())
+    assert result.acc_stderr == pytest.approx(acc.std(ddof=1) / N**0.5)
+    assert result.acc_norm_stderr == pytest.approx(norm.std(ddof=1) / N**0.5)
+    assert (result.n, result.scored, result.truncated) == (N, N, 0)
+    tokens = [rows[i]["context_tokens"] for i in range(N)]
+    assert result.context_tokens == pytest.approx(np.mean(tokens))
+    flops = [prefill_macs(system.edge.config, count, logits=1).flops for count in tokens]
+    assert result.flops == pytest.approx(np.mean(flops))
+    assert (result.prompt_tokens, result.cloud_flops, result.shots) == (0, 0, 0)
+
+
+def test_shots_stand_before_the_question(system, questions, train, tmp_path):
+    setting = Setting("icl", shots=2)
+    result = evaluate_benchmark(
+        SORTING, questions, setting, system, train=train, path=tmp_path / "icl.jsonl"
+    )
+    drawn = harness_shots(SORTING, train, 2, questions)
+    texts = [
+        (few_shot(SORTING, shots, question), SORTING.continuations(question))
+        for shots, question in zip(drawn, questions, strict=True)
+    ]
+    expected = score_items(system.edge, encode_items(system.edge, texts))
+    assert_near(likelihoods(tmp_path / "icl.jsonl"), [s.loglikelihoods for s in expected])
+    assert result.context_tokens == np.mean([s.context_tokens for s in expected])
+    assert result.shots == 2
+
+
+def test_contexts_longer_than_the_model_are_cut_and_counted(system, questions, train):
+    short = dataclasses.replace(system, max_length=24)
+    setting = Setting("icl", shots=3)
+    result = evaluate_benchmark(SORTING, questions, setting, short, train=train)
+    whole = evaluate_benchmark(SORTING, questions, setting, system, train=train)
+    assert 0 < result.truncated <= N and whole.truncated == 0
+    assert result.context_tokens <= 24 < whole.context_tokens
+
+
+def test_a_choice_in_the_sentence_is_scored_by_what_follows_it(system, other, tmp_path):
+    benchmark, questions = other
+    path = tmp_path / "blank.jsonl"
+    result = evaluate_benchmark(benchmark, questions, Setting(), system, path=path)
+    assert result.acc == result.acc_norm  # the same text is scored behind every choice
+    question, row = questions[0], rows_of(path)[0]
+    before, behind = question.question.split("_")
+    texts = [([f"{before}{choice}"], [behind]) for choice in question.choices]
+    expected = score_items(system.edge, encode_items(system.edge, texts))
+    found = [score.loglikelihoods[0] for score in expected]
+    np.testing.assert_allclose(row["loglikelihoods"], found, atol=1e-4)
+
+
+# --- with the cloud ------------------------------------------------------------------------------
+
+
+def test_every_item_is_answered_with_the_lora_of_its_own_prompt(system, questions, train, tmp_path):
+    path = tmp_path / "lora_gen.jsonl"
+    result = evaluate_benchmark(
+        SORTING, questions, Setting("lora_gen", 2), system, train=train, path=path, **SMALL
+    )
+    rows, drawn = rows_of(path), harness_shots(SORTING, train, 2, questions)
+    prompts = [system_prompt(SORTING, shots) for shots in drawn]
+    for i in (0, 7):
+        card = specialize(prompts[i], system.cloud, system.edge, system.generator)
+        own = dataclasses.replace(system, edge=card.merge(system.edge, system.generator))
+        evaluate_benchmark(
+            SORTING, questions[i : i + 1], Setting("card"), own, path=tmp_path / f"{i}.jsonl"
+        )
+        assert_near([rows[i]["loglikelihoods"]], likelihoods(tmp_path / f"{i}.jsonl"), 1e-3)
+    counts = [len(Encoder(system.cloud.tokenizer).ids(prompt)) for prompt in prompts]
+    assert [rows[i]["prompt_tokens"] for i in range(N)] == counts
+    assert result.prompt_tokens == np.mean(counts)
+    spec = system.generator.spec(system.cloud.config, system.edge.config)
+    flops = [generator_macs(spec, count).flops for count in counts]
+    assert result.cloud_flops == pytest.approx(np.mean(flops))
+    assert result.context_tokens < result.prompt_tokens  # the shots are not in the edge's context
+
+
+def test_controls_change_what_the_cloud_reads_and_nothing_else(
+    system, questions, train, other, tmp_path
+):
+    options = {"train": train, "other": other}
+    found = {}
+    for mode in ("lora_gen", "shuffled", "empty", "random", "plain"):
+        path = tmp_path / f"{mode}.jsonl"
+        evaluate_benchmark(SORTING, questions, Setting(mode, 1), system, path=path, **options)
+        found[mode] = np.concatenate(likelihoods(path))
+    for one in found:
+        for two in set(found) - {one}:
+            assert np.abs(found[one] - found[two]).max() > 1e-2, (one, two)
+
+
+def read_by_cloud(system, questions, train, other, mode, shots=1):
+    return module.prompts_of(SORTING, questions, Setting(mode, shots), system, train, other)
+
+
+def test_the_cloud_reads_what_the_control_says(system, questions, train, other):
+    own, shuffled, empty, drawn = (
+        [prompt.ids for prompt in read_by_cloud(system, questions, train, other, mode)]
+        for mode in ("lora_gen", "shuffled", "empty", "random")
+    )
+    encoder = Encoder(system.cloud.tokenizer)
+    shots = harness_shots(COUNTING, other[1], 1, questions)
+    assert shuffled == [encoder.ids(system_prompt(COUNTING, each)) for each in shots]
+    assert empty == [encoder.ids("")] * N
+    assert list(map(len, drawn)) == list(map(len, own))
+    special = set(system.cloud.tokenizer.all_special_ids)
+    for a, b in zip(own, drawn, strict=True):
+        assert a[0] == b[0]  # BOS
+        assert not special & set(b[1:])
+    assert len(set(map(tuple, drawn))) == N
+    assert drawn == [
+        prompt.ids for prompt in read_by_cloud(system, questions, train, other, "random")
+    ]
+
+
+def test_prompts_longer_than_the_cloud_are_cut_and_counted(system, questions, train):
+    short = dataclasses.replace(system, max_length=20)
+    prompts = read_by_cloud(short, questions, train, None, "lora_gen", 3)
+    whole = read_by_cloud(system, questions, train, None, "lora_gen", 3)
+    layers = system.edge.config.num_hidden_layers
+    for cut, prompt in zip(prompts, whole, strict=True):
+        assert cut.ids == prompt.ids[-(20 - layers) :]
+        assert cut.truncated == len(prompt.ids) - (20 - layers) > 0
+    result = evaluate_benchmark(SORTING, questions, Setting("lora_gen", 3), short, train=train)
+    assert result.prompts_truncated == N
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)], ids=["alone", "mesh"])
+def test_gates_of_many_prompts_are_those_of_each(system, mesh):
+    mesh = mesh and make_mesh(MeshConfig(*mesh), jax.devices()[:8])
+    cards = specialize(PROMPTS, system.cloud, system.edge, system.generator)
+    expected = [card.dense_gates(system.generator.config.n_experts) for card in cards]
+    encoder, order, done = Encoder(system.cloud.tokenizer), [0, 1, 2, 1, 0] * 4, []
+    found = gates_of_prompts(
+        [encoder.ids(PROMPTS[i]) for i in order],
+        system.cloud,
+        system.edge.config,
+        system.generator,
+        tokens_per_batch=32,
+        mesh=mesh,
+        progress=done.append,
+    )
+    np.testing.assert_allclose(found, [expected[i] for i in order], atol=1e-5)
+    assert sum(done) == len(order)
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+class Interrupting:
+    """A bar that stops the run at the second batch of questions, as Ctrl-C would."""
+
+    def reset(self, total):
+        self.batches = 0
+
+    def set_description(self, text):
+        self.text = text
+
+    def update(self, count):
+        self.batches += count > 0
+        if self.batches == 2 and self.text == SORTING.name:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", ["plain", "lora_gen"])
+def test_an_interrupted_run_goes_on_where_it_was(mode, system, questions, train, tmp_path):
+    options = {"train": train, **SMALL}
+    setting = Setting(mode, 1)
+    whole = evaluate_benchmark(
+        SORTING, questions, setting, system, path=tmp_path / "whole.jsonl", **options
+    )
+    path = tmp_path / "part.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_benchmark(
+            SORTING, questions, setting, system, path=path, bar=Interrupting(), **options
+        )
+    done = rows_of(path)
+    assert 0 < len(done) < N
+    path.write_bytes(path.read_bytes() + b'{"index": 1, "logli')
+    resumed = evaluate_benchmark(SORTING, questions, setting, system, path=path, **options)
+    assert resumed.scored == N - len(done)
+    assert {i: row for i, row in rows_of(path).items() if i in done} == done
+    assert_near(likelihoods(path), likelihoods(tmp_path / "whole.jsonl"))
+    varying = {"scored": N, "seconds": whole.seconds}
+    assert dataclasses.replace(resumed, **varying) == whole
+    again = evaluate_benchmark(SORTING, questions, setting, system, path=path, **options)
+    assert again.scored == 0 and dataclasses.replace(again, **varying) == whole
+
+
+def test_another_run_does_not_go_on_in_the_file(system, questions, train, other, tmp_path):
+    path = tmp_path / "items.jsonl"
+    setting = Setting("lora_gen", 1)
+    evaluate_benchmark(SORTING, questions[:3], setting, system, train=train, path=path)
+    before = path.read_bytes()
+    answer = dataclasses.replace(questions[0], answer=1 - questions[0].answer)
+    lora = {"up": {"a": np.ones((2, 32, 1), "f"), "b": np.ones((2, 1, 64), "f")}}
+    edge = dataclasses.replace(system, edge=system.edge.merged(lora))
+    shorter = dataclasses.replace(system, max_length=100)
+    for message, change in {
+        "shots 1, this one has 2": {"setting": Setting("lora_gen", 2)},
+        "mode 'lora_gen', this one has 'random'": {"setting": Setting("random", 1)},
+        "seed 1234, this one has 5": {"setting": Setting("lora_gen", 1, seed=5)},
+        "questions '": {"questions": [answer, *questions[1:3]]},
+        "train '": {"train": train[1:]},
+        "edge '": {"system": edge},
+        "max_length None, this one has 100": {"system": shorter},
+    }.items():
+        asked = {"questions": questions[:3], "setting": setting, "system": system, "train": train}
+        with pytest.raises(UserError, match=message):
+            evaluate_benchmark(SORTING, path=path, **(asked | change))
+    assert path.read_bytes() == before
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_what_a_mode_lacks_is_said(system, questions, train, other):
+    bare = System(system.edge)
+    for message, mode, options in (
+        ("lora_gen needs a cloud model and a generator", "lora_gen", {"system": bare}),
+        ("shuffled needs another benchmark", "shuffled", {"system": system}),
+        ("3 shots of sorting need more than 0", "icl", {"system": bare, "train": []}),
+    ):
+        asked = {"train": train} | options
+        with pytest.raises(UserError, match=message):
+            evaluate_benchmark(SORTING, questions, Setting(mode, 3), **asked)
+    with pytest.raises(UserError, match="sorting has no questions"):
+        evaluate_benchmark(SORTING, [], Setting(), bare)
+    with pytest.raises(UserError, match="unknown mode 'few'; choose one of plain, icl"):
+        Setting("few")
+    with pytest.raises(UserError, match="shots=-1: choose 0 or more"):
+        Setting("icl", -1)
+
+
+def test_scores_that_are_no_numbers_are_refused(system, questions):
+    edge = system.edge
+    broken = dataclasses.replace(
+        edge, params={**edge.params, "final_norm": edge.params["final_norm"] * np.nan}
+    )
+    with pytest.raises(UserError, match=r"q0-\d+: a log-likelihood is nan"):
+        evaluate_benchmark(SORTING, questions, Setting(), System(broken))
