@@ -47,6 +47,8 @@ class Benchmark:
     """What a choice is put in place of: then the text behind it is scored, once per choice."""
     parts: tuple[str, ...] = ()
     """Splits of local files that stand in for `train` where it is not there as a whole."""
+    numbered: bool = False
+    """Whether the hub's rows carry a number that tells those apart whose texts are the same."""
     unseen: bool = False
     """Never trained on: it measures how well unseen tasks are served."""
 
@@ -141,6 +143,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                 "aps/super_glue", "boolq", "3de24cf8022e94f4ee4b9d55a6f539891524d646", _VALIDATION
             ),
             columns=questions.boolq,
+            numbered=True,
         ),
         Benchmark(
             name="social_iqa",
@@ -163,6 +166,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                 "Rowan/hellaswag", None, "218ec52e09a7e7462a5400043bb9a69a41d06b76", _VALIDATION
             ),
             columns=questions.hellaswag,
+            numbered=True,
             prepare=questions.without_markup,
             parts=("train_part",),
             unseen=True,
@@ -311,19 +315,19 @@ def harness_shots(
     spare = int(benchmark.hub.splits["test"] != "test")
     if len(train) < count + spare:
         raise UserError(f"{count} shots of {benchmark.name} need more than {len(train)} questions")
+
+    def same(a: Question, b: Question) -> bool:
+        return a == (b if benchmark.numbered else dataclasses.replace(b, id=a.id))
+
     rng, pool, shots = random.Random(seed), list(train), []
     for item in items:
         drawn = rng.sample(pool, count + spare)
         if spare:
-            drawn = [shot for shot in drawn if not _same(shot, item)][:count]
+            drawn = [shot for shot in drawn if not same(shot, item)][:count]
         if len(drawn) < count:
-            drawn = rng.sample([shot for shot in pool if not _same(shot, item)], count)
+            drawn = rng.sample([shot for shot in pool if not same(shot, item)], count)
         shots.append(drawn)
     return shots
-
-
-def _same(a: Question, b: Question) -> bool:
-    return dataclasses.replace(a, id="") == dataclasses.replace(b, id="")
 
 
 def few_shot(
