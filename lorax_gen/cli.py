@@ -186,24 +186,64 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Compare the methods on the world's tasks and print the table of the demo."""
+    """Score models on tasks and print a table: methods by tasks, and what a question costs.
 
+    TASK is world (the shipped world's tasks, the default), reasoning (the paper's eight
+    benchmarks), the name of one of them such as arc_easy or hellaswag, or gpt4tools. With --run-dir
+    the results of single items are kept as they come: an interrupted evaluation goes on with the
+    same command.
+
+    Modes of benchmarks: plain (the bare question), icl (behind solved shots), lora_gen (the edge
+    specialised for each question by a prompt of its own) and its controls shuffled, empty, random;
+    with --card, card. Of gpt4tools: full, request, lora_gen, lora_gen_shuffled.
+
+    Examples:
+      lorax-gen evaluate
+      lorax-gen evaluate reasoning --edge org/name --modes plain icl --run-dir runs/base
+      lorax-gen evaluate boolq piqa --data-dir DIR --cloud A --edge B --generator runs/x/released
+    """
+
+    tasks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TASK ...")] = (
+        "world",
+    )
+    modes: tuple[str, ...] = ()
+    """How questions are put; default plain, icl and lora_gen, or for gpt4tools full, request and
+    lora_gen. The world always compares all methods."""
     cloud: str = "world/cloud"
-    """Cloud model directory."""
+    """Cloud model: a directory or a hub name."""
     edge: str = "world/edge"
-    """Edge model directory."""
+    """Edge model: a directory or a hub name."""
     generator: str = "world/generator"
     """Generator directory."""
+    card: Path | None = None
+    """A task card or PEFT adapter directory, merged into the edge for mode card."""
     lora: str | None = None
-    """Directory of a released LoRA baseline; the shipped one if the edge is the shipped one."""
+    """The world only: a released LoRA baseline; the shipped one if the edge is the shipped one."""
+    shots: int = 5
+    """Solved examples in a prompt, for modes that have any."""
+    limit: int | None = None
+    """Questions of each benchmark, the first ones; all where it is not given."""
+    data_dir: Path | None = None
+    """Where data files lie, at any depth; else benchmarks are loaded from the hub."""
+    run_dir: Path | None = None
+    """Where results are kept: report.json, a CSV, and a JSONL of single items for each mode."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters; bfloat16 on GPUs and TPUs."""
+    tokens_per_batch: int = 4096
+    """Tokens that the device works on at a time; more on GPUs and TPUs."""
+    max_new_tokens: int = 512
+    """gpt4tools only: longest answer."""
+    fsdp: int = 1
+    """Devices that weights are split over; questions are split over these and what is left."""
+    tensor: int = 1
+    """Devices that heads and feed-forward width are split over."""
     split: Literal["unseen", "seen"] = "unseen"
-    """Tasks to ask about."""
+    """The world only: tasks to ask about."""
     questions: int = 16
-    """Questions asked per task."""
-    seed: int = 0
-    """Seed of wordings and questions."""
-    output: Path | None = None
-    """Also write the report as JSON to this new file."""
+    """The world only: questions asked per task."""
+    seed: int | None = None
+    """Of shots, of wordings and of the controls; default: that of lm-evaluation-harness's shots,
+    and 0 in the world."""
 
 
 Command = (
@@ -453,26 +493,100 @@ def verify(command: Verify) -> int:
 
 
 def evaluate(command: Evaluate) -> int:
+    tasks = command.tasks
+    if "world" in tasks and len(tasks) > 1:
+        raise UserError("world is evaluated by itself; leave out the other tasks, or it")
+    if tasks == ("world",):
+        return evaluate_world(command)
+    return evaluate_real(command)
+
+
+def evaluate_world(command: Evaluate) -> int:
     from lorax_gen import files
     from lorax_gen.data.sources import WorldConfig
     from lorax_gen.demo import load_system, print_table, progress
-    from lorax_gen.evaluation.report import evaluate_world
+    from lorax_gen.evaluation import report as world
 
-    if command.output is not None:
-        files.must_be_new(command.output)
     lora = command.lora or ("world/lora" if command.edge == "world/edge" else None)
     system = load_system(command.cloud, command.edge, command.generator, lora)
-    report = evaluate_world(
+    report = world.evaluate_world(
         system,
         WorldConfig(),
         split=command.split,
         questions=command.questions,
-        seed=command.seed,
+        seed=command.seed or 0,
         progress=progress,
     )
     print_table(report)
-    if command.output is not None:
-        files.write_json(command.output, report)
+    if command.run_dir is not None:
+        command.run_dir.mkdir(parents=True, exist_ok=True)
+        files.write_json(command.run_dir / "report.json", report)
+    return 0
+
+
+def evaluate_real(command: Evaluate) -> int:
+    import jax
+    from tqdm import tqdm
+
+    import lorax_gen
+    from lorax_gen.artifacts.export import lora_of
+    from lorax_gen.data.agent import load_agent
+    from lorax_gen.data.benchmarks import REASONING, find_benchmark
+    from lorax_gen.evaluation import suite
+    from lorax_gen.evaluation.benchmark import BY_CLOUD, System
+    from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
+
+    groups = {"reasoning": REASONING}
+    names = list(dict.fromkeys(n for task in command.tasks for n in groups.get(task, (task,))))
+    agent = names == ["gpt4tools"]
+    if "gpt4tools" in names and not agent:
+        raise UserError("gpt4tools is evaluated by itself; leave out the other tasks, or it")
+    if agent and command.data_dir is None:
+        raise UserError("gpt4tools has no copy on the hub; give --data-dir with its files")
+    if not agent:
+        for name in names:
+            find_benchmark(name)
+    usual = ("full", "request", "lora_gen") if agent else ("plain", "icl", "lora_gen")
+    modes = command.modes or (*usual, *(("card",) if command.card and not agent else ()))
+    if "card" in modes and command.card is None:
+        raise UserError("mode card needs --card, a task card or a PEFT adapter directory")
+
+    mesh = place = None
+    if len(jax.devices()) > 1:
+        mesh = make_mesh(MeshConfig(fsdp=command.fsdp, tensor=command.tensor))
+        place = functools.partial(tree_shardings, mesh=mesh)
+    load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=place)
+    generator = functools.cache(lambda: lorax_gen.load_generator(command.generator))
+    system = System(load(command.edge))
+    if any(mode in (*BY_CLOUD, "lora_gen_shuffled") for mode in modes):
+        system = dataclasses.replace(system, cloud=load(command.cloud), generator=generator())
+    options = {
+        "run_dir": command.run_dir,
+        "tokens_per_batch": command.tokens_per_batch,
+        "bar": tqdm(unit="question", leave=False, disable=not sys.stderr.isatty()),
+    }
+    if agent:
+        items = load_agent("test", command.data_dir)[: command.limit]
+        options["max_new_tokens"] = command.max_new_tokens
+        suite.print_agent(suite.evaluate_agent_suite(system, items, modes, **options))
+        return 0
+    card = None
+    if command.card is not None:
+        tree, *_ = lora_of(command.card, system.edge, generator)
+        card = system.edge.merged(tree)
+    report = suite.evaluate_suite(
+        system,
+        names,
+        modes,
+        card=card,
+        shots=command.shots,
+        seed=command.seed,
+        limit=command.limit,
+        directory=command.data_dir,
+        mesh=mesh,
+        **options,
+    )
+    suite.print_suite(report)
     return 0
 
 

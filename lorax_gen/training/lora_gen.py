@@ -11,9 +11,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from lorax_gen.artifacts.generator import Generator, save_generator
+from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
 from lorax_gen.data.batches import Encoder, generator_batch
+from lorax_gen.data.benchmarks import find_benchmark, load_questions
 from lorax_gen.data.sources import MixtureConfig, WorldConfig
+from lorax_gen.evaluation.benchmark import Setting, System, evaluate_benchmark
 from lorax_gen.evaluation.cost import train_step_macs
 from lorax_gen.evaluation.questions import score_specialised
 from lorax_gen.method.generator import GeneratorConfig, init_generator
@@ -199,8 +201,40 @@ def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: Generat
         answer_length=config.answer_length,
     )
 
+    records = [find_benchmark(name) for name in data.evaluate_on]
+    asked = {
+        record.name: load_questions(record, "test", data.root)[: data.evaluate_questions]
+        for record in records
+    }
+    train = {
+        record.name: load_questions(record, "train", data.root) if data.evaluate_shots else []
+        for record in records
+    }
+    shapes = {"cloud": model_shape(cloud.config), "edge": model_shape(edge.config)}
+    mesh = make_mesh(config.mesh) if config.mesh.mode == "jit" else None
+
     def evaluate(state: State) -> dict[str, float]:
-        generator = Generator(config.generator, state["params"], state["stats"], {})
-        raise NotImplementedError
+        generator = Generator(config.generator, state["params"], state["stats"], {"shapes": shapes})
+        system = System(edge, cloud, generator)
+        result: dict[str, float] = {}
+        for record in records:
+            found = evaluate_benchmark(
+                record,
+                asked[record.name],
+                Setting("lora_gen", data.evaluate_shots),
+                system,
+                train=train[record.name],
+                mesh=mesh,
+            )
+            result[f"accuracy/{record.name}"] = found.acc
+        for split in ("seen", "unseen"):
+            accuracies = [
+                result[f"accuracy/{record.name}"]
+                for record in records
+                if record.unseen == (split == "unseen")
+            ]
+            if accuracies:
+                result[f"accuracy/{split}"] = float(np.mean(accuracies))
+        return result
 
     return Data(mixture.batch, evaluate, lambda: mixture.counts)

@@ -1,0 +1,322 @@
+"""Several benchmarks in several modes, as one report: the form of the paper's Tables 2 and 3.
+
+Accuracies are shares; means over benchmarks are arithmetic (AVE) and harmonic (HAR). What a
+question costs is of the edge alone, which is what serves; the cloud reads a prompt once for all
+questions under it and stands in columns of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lorax_gen import files
+from lorax_gen.data.agent import AgentItem, full_prompt
+from lorax_gen.data.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    few_shot,
+    find_benchmark,
+    harness_shots,
+    load_questions,
+)
+from lorax_gen.data.questions import Question
+from lorax_gen.evaluation.agent import evaluate_agent
+from lorax_gen.evaluation.benchmark import Setting, System, evaluate_benchmark
+from lorax_gen.evaluation.choices import TOKENS_PER_BATCH
+from lorax_gen.evaluation.latency import measure_latency, peak_memory
+from lorax_gen.evaluation.metrics import arithmetic_mean, harmonic_mean
+from lorax_gen.models.huggingface import Model
+from lorax_gen.tokenizers import encode
+
+Report = dict[str, Any]
+
+
+def evaluate_suite(
+    system: System,
+    names: Sequence[str],
+    modes: Sequence[str],
+    *,
+    card: Model | None = None,
+    shots: int = 5,
+    seed: int | None = None,
+    limit: int | None = None,
+    directory: Path | None = None,
+    run_dir: Path | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    timed: int = 50,
+    mesh: Mesh | None = None,
+    bar: Any = None,
+) -> Report:
+    """Scores benchmarks in modes; see `evaluation.benchmark`.
+
+    Args:
+      card: the edge with a card merged in, for mode `card`.
+      limit: questions of each benchmark, the first ones; None: all.
+      directory: of data files; None: the hub.
+      run_dir: keeps results of single items, `items/<benchmark>.<mode>.jsonl`, so that the same
+        call goes on where one was interrupted, and `report.json` and `report.csv`; None: nothing.
+      timed: questions whose latency is measured in each mode, after warm-up.
+
+    Raises UserError where a name or mode is unknown, data are missing, or a mode lacks a model.
+    """
+    records = [find_benchmark(name) for name in names]
+    settings = {
+        mode: Setting(mode, shots, **({} if seed is None else {"seed": seed})) for mode in modes
+    }
+    tests = {r.name: load_questions(r, "test", directory)[:limit] for r in records}
+    train: dict[str, list[Question]] = {}
+    if any(setting.shots for setting in settings.values()):
+        train = {r.name: load_questions(r, "train", directory) for r in records}
+    report = about(system) | {"shots": shots, "limit": limit, "modes": {}}
+    for mode, setting in settings.items():
+        served = dataclasses.replace(system, edge=card) if mode == "card" else system
+        results = {}
+        for record in records:
+            path = run_dir / "items" / f"{record.name}.{mode}.jsonl" if run_dir else None
+            other = other_of(record, directory) if mode == "shuffled" else None
+            results[record.name] = evaluate_benchmark(
+                record,
+                tests[record.name],
+                setting,
+                served,
+                train=train.get(record.name, ()),
+                other=other,
+                path=path,
+                tokens_per_batch=tokens_per_batch,
+                mesh=mesh,
+                bar=bar,
+            )
+        accuracies = [result.acc for result in results.values()]
+        contexts = sample_contexts(records, tests, train, setting, timed)
+        report["modes"][mode] = {
+            "benchmarks": {name: dataclasses.asdict(found) for name, found in results.items()},
+            "average": arithmetic_mean(accuracies),
+            "harmonic": harmonic_mean(accuracies),
+            **{
+                name: arithmetic_mean([getattr(found, name) for found in results.values()])
+                for name in ("context_tokens", "prompt_tokens", "flops", "cloud_flops")
+            },
+            **serving_cost(served.edge, contexts),
+        }
+    if run_dir is not None:
+        files.write_json(run_dir / "report.json", report)
+        files.write_text(run_dir / "report.csv", as_csv(report))
+    return report
+
+
+def evaluate_agent_suite(
+    system: System,
+    items: Sequence[AgentItem],
+    modes: Sequence[str],
+    *,
+    run_dir: Path | None = None,
+    max_new_tokens: int = 512,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    timed: int = 20,
+    bar: Any = None,
+) -> Report:
+    """Has tools called in modes; see `evaluation.agent`. Arguments as of `evaluate_suite`."""
+    report = about(system) | {"limit": len(items), "modes": {}}
+    for mode in modes:
+        if bar is not None:
+            bar.reset(total=len(items))
+            bar.set_description(f"gpt4tools, {mode}")
+        found = evaluate_agent(
+            system,
+            items,
+            mode,
+            path=run_dir / "items" / f"gpt4tools.{mode}.jsonl" if run_dir else None,
+            max_new_tokens=max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
+            progress=bar.update if bar is not None else lambda count: None,
+        )
+        texts = [full_prompt(item) if mode == "full" else item.request for item in items[:timed]]
+        report["modes"][mode] = found | serving_cost(system.edge, texts)
+    if run_dir is not None:
+        files.write_json(run_dir / "agent.json", report)
+        files.write_text(run_dir / "agent.csv", agent_csv(report))
+    return report
+
+
+def about(system: System) -> Report:
+    """What was evaluated, by name, on what."""
+    return {
+        "edge": system.edge.name,
+        "cloud": system.cloud.name if system.cloud else None,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("lorax-gen", "jax", "jaxlib")},
+    }
+
+
+def other_of(record: Benchmark, directory: Path | None) -> tuple[Benchmark, list[Question]]:
+    """Whose prompts a benchmark is given in the control: the next one that may be trained on."""
+    order = list(BENCHMARKS.values())
+    start = order.index(record) + 1
+    other = next(r for r in order[start:] + order[:start] if not r.unseen and r != record)
+    return other, load_questions(other, "train", directory)
+
+
+def sample_contexts(
+    records: Sequence[Benchmark],
+    tests: dict[str, list[Question]],
+    train: dict[str, list[Question]],
+    setting: Setting,
+    count: int,
+) -> list[str]:
+    """What the edge reads of `count` questions, from all benchmarks in turn."""
+    texts = []
+    for record in records:
+        questions = tests[record.name][: -(-count // len(records))]
+        shots: list = [[]] * len(questions)
+        if setting.mode == "icl":
+            shots = harness_shots(
+                record, train[record.name], setting.shots, questions, setting.seed
+            )
+        texts += [few_shot(record, s, q)[0] for s, q in zip(shots, questions, strict=True)]
+    return texts[:count]
+
+
+def serving_cost(model: Model, texts: Sequence[str]) -> Report:
+    """Latency of the first token behind texts, one at a time, and memory; see `latency`."""
+    room = model.config.max_position_embeddings - 1
+    rows = [encode(model.tokenizer, text, bos=model.scoring_bos or None)[-room:] for text in texts]
+    rows = [row for row in rows if row]
+    latency = measure_latency(model, rows)
+    memory = peak_memory(model, max(map(len, rows)))
+    return {
+        "latency_ms": {"median": latency.median, "p90": latency.p90, "questions": len(rows)},
+        "memory_bytes": memory.peak_bytes,
+        "memory_measured": memory.measured,
+    }
+
+
+# --- as tables -----------------------------------------------------------------------------------
+
+
+def as_csv(report: Report) -> str:
+    """A line for each mode and benchmark, and one for each mode's means."""
+    lines = []
+    for mode, found in report["modes"].items():
+        for result in found["benchmarks"].values():
+            lines.append({**result, "mode": mode})
+        means = {"benchmark": "AVE", "mode": mode, "acc": found["average"]}
+        lines.append(means | {"latency_ms": found["latency_ms"]["median"]})
+        lines.append({"benchmark": "HAR", "mode": mode, "acc": found["harmonic"]})
+    return to_csv(lines)
+
+
+def agent_csv(report: Report) -> str:
+    """A line for each mode."""
+    lines = []
+    for found in report["modes"].values():
+        plain = {k: v for k, v in found.items() if not isinstance(v, dict)}
+        lines.append(plain | found["scores"] | {"latency_ms": found["latency_ms"]["median"]})
+    return to_csv(lines)
+
+
+def to_csv(lines: Sequence[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+LABELS = {
+    "plain": "edge, no prompt",
+    "icl": "edge, {shots} shots",
+    "card": "edge + card",
+    "lora_gen": "edge + LoRA-Gen",
+    "shuffled": "  other task's prompt",
+    "empty": "  no prompt to the cloud",
+    "random": "  random prompt",
+    "full": "edge, tools in context",
+    "request": "edge, request alone",
+    "lora_gen_shuffled": "  other item's tools",
+}
+
+
+def print_suite(report: Report) -> None:
+    """Accuracies in percent as the paper prints them, then what a question costs."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    modes = report["modes"]
+    names = list(next(iter(modes.values()))["benchmarks"])
+    table = make_table(f"accuracy of {report['edge']}, in percent", "")
+    for name in names:
+        table.add_column(BENCHMARKS[name].title, justify="right")
+    for name in ("AVE", "HAR"):
+        table.add_column(name, justify="right", style="bold")
+    for mode, found in modes.items():
+        shares = [result["acc"] for result in found["benchmarks"].values()]
+        shares += [found["average"], found["harmonic"]]
+        label = LABELS[mode].format(shots=report["shots"])
+        table.add_row(label, *(f"{100 * share:.1f}" for share in shares))
+    table.add_section()
+    first = next(iter(modes.values()))["benchmarks"].values()
+    table.add_row("questions", *(str(result["n"]) for result in first), style="dim")
+    table.add_row(
+        "standard error", *(f"{100 * result['acc_stderr']:.1f}" for result in first), style="dim"
+    )
+    console.print(table)
+    console.print(cost_table(report, "context_tokens"))
+
+
+def print_agent(report: Report) -> None:
+    """The five scores and their average in percent, then what a request costs."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    modes = report["modes"]
+    table = make_table(f"GPT4Tools, {report['edge']}, in percent", "")
+    for name in next(iter(modes.values()))["scores"]:
+        table.add_column(name, justify="right", style="bold" if name == "average" else "")
+    for mode, found in modes.items():
+        table.add_row(LABELS[mode], *(f"{100 * share:.2f}" for share in found["scores"].values()))
+    console.print(table)
+    console.print(cost_table(report, "edge_tokens"))
+    for mode, found in modes.items():
+        console.print(
+            f"{LABELS[mode].strip()}: {found['compression']:.1f} x fewer tokens; "
+            f"the edge sees {found['edge_sees']}"
+        )
+
+
+def cost_table(report: Report, tokens: str) -> Any:
+    """What one question costs the edge, and its prompt the cloud."""
+    table = make_table(f"cost of a question on {report['device']}", "")
+    heads = ["tokens", "ms", "p90 ms", "GiB"]
+    flops = all("flops" in found for found in report["modes"].values())
+    for head in heads + (["GFLOPs", "cloud GFLOPs"] if flops else []):
+        table.add_column(head, justify="right")
+    for mode, found in report["modes"].items():
+        label = LABELS[mode].format(shots=report.get("shots"))
+        time = found["latency_ms"]
+        row = [f"{found[tokens]:.1f}", f"{time['median']:.2f}", f"{time['p90']:.2f}"]
+        row.append(f"{found['memory_bytes'] / 2**30:.3f}")
+        if flops:
+            row += [f"{found['flops'] / 1e9:.3g}", f"{found['cloud_flops'] / 1e9:.3g}"]
+        table.add_row(label, *row)
+    return table
+
+
+def make_table(title: str, head: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
+    )
+    table.add_column(head, no_wrap=True)
+    return table
