@@ -493,12 +493,14 @@ def verify(command: Verify) -> int:
 
 
 def evaluate(command: Evaluate) -> int:
-    tasks = command.tasks
-    if "world" in tasks and len(tasks) > 1:
+    world, run_dir = command.tasks == ("world",), command.run_dir
+    if "world" in command.tasks and not world:
         raise UserError("world is evaluated by itself; leave out the other tasks, or it")
-    if tasks == ("world",):
-        return evaluate_world(command)
-    return evaluate_real(command)
+    if run_dir is not None and run_dir.exists():
+        ours = run_dir.is_dir() and (run_dir / "items").is_dir() and not world
+        if not ours and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+            raise UserError(f"{run_dir} exists and is no evaluation to go on with; choose another")
+    return evaluate_world(command) if world else evaluate_real(command)
 
 
 def evaluate_world(command: Evaluate) -> int:
