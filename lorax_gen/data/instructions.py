@@ -174,8 +174,9 @@ def _members(path: Path, only, leave_out) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and wanted(member.name):
                     yield member.name, archive.extractfile(member).read()
     except (OSError, EOFError, tarfile.TarError, LZMAError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
         raise UserError(
-            f"cannot read {path} ({error}); expected a tar archive or a directory of tasks"
+            f"cannot read {path} ({reason}); expected a tar archive or a directory of tasks"
         ) from None
 
 

@@ -132,6 +132,22 @@ def test_the_answer_mask_marks_the_answer_and_the_end_of_text(world, encoder):
         assert not mask[length:].any()
 
 
+def test_an_answer_brings_what_parts_it_from_its_question(encoder):
+    """And white space at the end of a question belongs to the answer."""
+    for question, answer in (("say it", " red"), ("say it\n", "red"), ("say it ", "red")):
+        assert encoder.joined(question, answer) == encoder.row("say it", "red")
+    ids, start = encoder.joined("apple be", "ll red")
+    assert (text_of(encoder, ids), start) == ("apple bell red", 3)
+
+
+def test_an_encoder_puts_a_bos_in_front_as_it_is_told(encoder):
+    bos, rows = encoder.tokenizer.bos_token_id, {}
+    for told in (None, True, False):
+        rows[told] = Encoder(encoder.tokenizer, bos=told).joined("say it", " red")
+    assert rows[None] == rows[True] == ([bos, *rows[False][0]], rows[False][1] + 1)
+    assert rows[False] == (encoder.tokenizer("say it red <eos>")["input_ids"][1:], 2)
+
+
 def test_prompts_are_padded_on_the_right_and_their_lengths_told(encoder):
     prompts = ["say the color of each thing", "say it"]
     batch = prompt_batch(encoder, prompts, 10)

@@ -3,6 +3,7 @@
 `tests/data/golden/templates.txt` is written anew by `python -m tests.data.test_benchmarks`.
 """
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -142,6 +143,27 @@ def test_hub_rows_read_the_same_from_lines_parquet_and_the_hub(name, tmp_path, m
     record = find_benchmark(name)
     assert load_questions(record, "test") == questions
     assert asked == [(record.hub.path, record.hub.config, record.hub.splits["test"], 40)]
+
+
+def test_datasets_reads_a_repository_of_parquet_files(tmp_path, monkeypatch):
+    """What stands in for the hub is a folder, which the library loads by the same call."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "repository" / "ARC-Easy"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 2)):
+        rows = make_rows("arc_easy", count)
+        write_parquet(folder / f"{split}-00000-of-00001.parquet", rows)
+        write_lines(tmp_path / f"arc_easy.{split}.jsonl", rows)
+    card = "configs:\n- config_name: ARC-Easy\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: ARC-Easy/{split}-*\n" for split in ("train", "test")
+    )
+    (folder.parent / "README.md").write_text(f"---\n{card}---\n")
+    record = find_benchmark("arc_easy")
+    hub = dataclasses.replace(record.hub, path=str(folder.parent))
+    for split in ("train", "test"):
+        found = load_questions(dataclasses.replace(record, hub=hub), split)
+        assert found == load(tmp_path, split=split)
 
 
 def test_rows_of_the_projects_own_form(tmp_path):
