@@ -26,16 +26,15 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from lorax_gen.artifacts.generator import Generator
 from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.data.batches import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent_metrics import ToolScores, mean_scores, score_answer
+from lorax_gen.evaluation.benchmark import System, identity
 from lorax_gen.evaluation.continuations import TOKENS_PER_BATCH, continue_texts, room_for
 from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.item_log import ItemLog, Row
 from lorax_gen.method.generator import lora_from_gates
-from lorax_gen.models.huggingface import Model
 from lorax_gen.tensors import tree_hash
 
 Mode = Literal["full", "request", "lora_gen", "lora_gen_shuffled"]
@@ -46,17 +45,8 @@ SEES = {"full": "the whole instruction"} | dict.fromkeys(get_args(Mode)[1:], REQ
 lora_of_gates = partial(jax.jit, static_argnames="config")(lora_from_gates)
 
 
-@dataclasses.dataclass(frozen=True)
-class AgentSystem:
-    """The edge model, and what makes LoRAs for it where a mode asks for them."""
-
-    edge: Model
-    cloud: Model | None = None
-    generator: Generator | None = None
-
-
 def evaluate_agent(
-    system: AgentSystem,
+    system: System,
     items: Sequence[AgentItem],
     mode: Mode,
     *,
@@ -92,7 +82,10 @@ def evaluate_agent(
     left = [i for i, item in enumerate(items) if item.id not in done]
     if left:
         start = time.perf_counter()
-        encoder, room = Encoder(system.edge.tokenizer), room_for(system.edge, max_new_tokens)
+        encoder, room = (
+            Encoder(system.edge.tokenizer),
+            room_for(system.edge, max_new_tokens, system.max_length),
+        )
         todo = [items[i] for i in left]
         whole = [encoder.ids(full_prompt(item)) for item in todo]
         seen = whole if mode == "full" else [encoder.ids(item.request) for item in todo]
@@ -181,7 +174,7 @@ def prompts_read(items: Sequence[AgentItem], mode: Mode, seed: int) -> list[str]
 
 
 def lora_maker(
-    system: AgentSystem, prompts: Sequence[str], tokens_per_batch: int
+    system: System, prompts: Sequence[str], tokens_per_batch: int
 ) -> Callable[[list[int]], Mapping]:
     """The function from indices of prompts to the LoRA tree of these rows, `[L, B, ...]`.
 
@@ -189,7 +182,9 @@ def lora_maker(
     """
     cloud, edge, generator = system.cloud, system.edge, system.generator
     rows = [Encoder(cloud.tokenizer).ids(prompt) for prompt in prompts]
-    limit = cloud.config.max_position_embeddings - edge.config.num_hidden_layers
+    positions = cloud.config.max_position_embeddings
+    limit = min(system.max_length or positions, positions)
+    limit -= edge.config.num_hidden_layers  # places of the meta tokens
     longest = max(map(len, rows))
     if longest > limit:
         raise UserError(f"a prompt of {longest} tokens is longer than the cloud's limit of {limit}")
@@ -204,7 +199,7 @@ def lora_maker(
 # --- what must hold ------------------------------------------------------------------------------
 
 
-def check(system: AgentSystem, items: Sequence[AgentItem], mode: Mode) -> None:
+def check(system: System, items: Sequence[AgentItem], mode: Mode) -> None:
     if mode not in get_args(Mode):
         raise UserError(f"mode is {mode!r}: choose one of {', '.join(get_args(Mode))}")
     if not items:
@@ -216,7 +211,7 @@ def check(system: AgentSystem, items: Sequence[AgentItem], mode: Mode) -> None:
 
 
 def settings(
-    system: AgentSystem,
+    system: System,
     items: Sequence[AgentItem],
     mode: Mode,
     max_new_tokens: int,
@@ -227,12 +222,13 @@ def settings(
     generator = system.generator
     row = {
         "mode": mode,
-        "edge": system.edge.fingerprint,
+        "edge": identity(system.edge),
+        "max_length": system.max_length,
         "max_new_tokens": max_new_tokens,
         "stop": list(stop),
     }
     if mode.startswith("lora_gen"):
-        row["cloud"] = system.cloud.name  # hashing so large a model would take minutes
+        row["cloud"] = identity(system.cloud)
         row["generator"] = tree_hash({"params": generator.params, "stats": generator.stats})
     if mode == "lora_gen_shuffled":
         row |= {"seed": seed, "items": len(items)}

@@ -72,15 +72,16 @@ def batches(
         start += count
 
 
-def room_for(model: Model, new_tokens: int) -> int:
-    """Tokens that may stand before `new_tokens` new ones.
+def room_for(model: Model, new_tokens: int, max_length: int | None = None) -> int:
+    """Tokens that may stand before `new_tokens` new ones, where the model reads `max_length`.
 
     Raises UserError where there is none.
     """
-    room = model.config.max_position_embeddings - new_tokens
-    if room < 1:
+    positions = model.config.max_position_embeddings
+    limit = min(max_length or positions, positions)
+    if new_tokens >= limit:
         raise UserError(
-            f"{new_tokens} new tokens leave no room for a text in the "
-            f"{room + new_tokens} positions of the model; ask for fewer"
+            f"{new_tokens} new tokens leave no room for a text in the {limit} positions of the "
+            "model; ask for fewer"
         )
-    return room
+    return limit - new_tokens

@@ -12,7 +12,8 @@ from lorax_gen import generate_text, specialize
 from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import continuations
-from lorax_gen.evaluation.agent import AgentSystem, evaluate_agent, prompts_read
+from lorax_gen.evaluation.agent import evaluate_agent, prompts_read
+from lorax_gen.evaluation.benchmark import System
 from tests.tiny import PROMPTS, make_generator
 
 CALL = "Thought: Do I need to use a tool? Yes\nAction: {}\nAction Input: image/a.png\nObservation:"
@@ -33,7 +34,7 @@ MODES = ("full", "request", "lora_gen", "lora_gen_shuffled")
 
 @pytest.fixture(scope="module")
 def system(tiny_world_system):
-    return AgentSystem(
+    return System(
         tiny_world_system.edge, tiny_world_system.cloud, make_generator(tiny_world_system)
     )
 
@@ -170,9 +171,12 @@ def test_an_interrupted_run_goes_on_where_it_was(system, calls, mode, tmp_path, 
         evaluate_agent(system, ITEMS, mode, path=path, stop=(), **options)
 
 
-def test_what_the_model_has_no_room_for_loses_its_beginning(system, monkeypatch):
-    config = dataclasses.replace(system.edge.config, max_position_embeddings=24)
-    edge = dataclasses.replace(system.edge, config=config)
+@pytest.mark.parametrize("by", ["positions", "max_length"])
+def test_what_the_model_has_no_room_for_loses_its_beginning(system, monkeypatch, by):
+    short = System(system.edge, max_length=24)
+    if by == "positions":
+        config = dataclasses.replace(system.edge.config, max_position_embeddings=24)
+        short = System(dataclasses.replace(system.edge, config=config))
     rows = []
 
     def write(model, asked, **options):
@@ -180,13 +184,13 @@ def test_what_the_model_has_no_room_for_loses_its_beginning(system, monkeypatch)
         return [""] * len(asked)
 
     monkeypatch.setattr(continuations, "generate_text", write)
-    report = evaluate_agent(AgentSystem(edge), ITEMS, "full", max_new_tokens=8)
+    report = evaluate_agent(short, ITEMS, "full", max_new_tokens=8)
     texts = tokens(system, map(full_prompt, ITEMS))
     assert sorted(map(tuple, rows)) == sorted(text[-16:] for text in texts)
     assert report["cut_items"] == sum(len(text) > 16 for text in texts) > 2
     assert report["scores"]["average"] == 0
     with pytest.raises(UserError, match="leave no room"):
-        evaluate_agent(AgentSystem(edge), ITEMS, "full", max_new_tokens=24)
+        evaluate_agent(short, ITEMS, "full", max_new_tokens=24)
 
 
 @pytest.mark.parametrize("mode", ["full", "lora_gen"])
@@ -205,6 +209,13 @@ def test_answers_are_those_of_the_model_specialised_to_the_prompt(system, mode, 
         assert [written[item.id]] == generate_text(model, [text], max_new_tokens=4)
 
 
+def test_a_prompt_too_long_for_the_cloud_is_refused(system, calls):
+    config = dataclasses.replace(system.cloud.config, max_position_embeddings=20)
+    cloud = dataclasses.replace(system.cloud, config=config)
+    with pytest.raises(UserError, match="longer than the cloud's limit of 18"):
+        evaluate_agent(dataclasses.replace(system, cloud=cloud), ITEMS, "lora_gen")
+
+
 @pytest.mark.parametrize(
     "items, mode, message",
     [
@@ -216,4 +227,4 @@ def test_answers_are_those_of_the_model_specialised_to_the_prompt(system, mode, 
 )
 def test_what_cannot_be_run_is_refused(system, items, mode, message):
     with pytest.raises(UserError, match=message):
-        evaluate_agent(AgentSystem(system.edge), items, mode)
+        evaluate_agent(System(system.edge), items, mode)

@@ -72,6 +72,7 @@ def test_options_reach_every_batch(edge, monkeypatch):
 
 def test_new_tokens_need_room(edge):
     positions = edge.config.max_position_embeddings
-    assert room_for(edge, 100) == positions - 100
+    assert room_for(edge, 100) == room_for(edge, 100, 10 * positions) == positions - 100
+    assert room_for(edge, 100, 130) == 30
     with pytest.raises(UserError, match=f"in the {positions} positions"):
         room_for(edge, positions)
