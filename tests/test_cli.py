@@ -467,7 +467,7 @@ def test_evaluate_prints_benchmarks_by_modes_and_goes_on_where_it_stopped(call, 
     assert sum(line.startswith("AVE,") for line in means) == 3
 
     item.write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # as if killed while writing
-    code, again, err = call(*words)
+    code, _, err = call(*words)
     assert (code, err) == (0, "")
     assert sorted(item.read_text().splitlines()[1:]) == sorted(lines[1:])
     assert str(tmp_path) not in (tmp_path / "run" / "report.json").read_text()

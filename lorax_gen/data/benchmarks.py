@@ -259,6 +259,12 @@ def _question(benchmark: Benchmark, row: Row, name: str) -> Question:
     return benchmark.check(benchmark.prepare(question))
 
 
+def load_shots(benchmark: Benchmark, directory: Path | None = None) -> list[Question]:
+    """The training questions that shots are drawn from: the complete ones, or all if none is."""
+    train = load_questions(benchmark, "train", directory)
+    return [question for question in train if benchmark.complete(question)] or train
+
+
 def has_split(benchmark: Benchmark, split: str, directory: Path) -> bool:
     """Whether a directory holds a file of a split."""
     return bool(_find_files(benchmark, split, Path(directory)))

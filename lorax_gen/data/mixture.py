@@ -133,11 +133,11 @@ class Mixture:
         """One line of what was drawn, shortened, dropped and replaced."""
         c = self.counts
         return (
-            f"{c['samples']:,} samples; {c['shots missing']:,} shots that their sources do not "
-            f"have; {c['shots left out']:,} shots left out of "
-            f"{c['prompts shortened']:,} prompts that were too long; dropped for their length: "
-            f"{c['dropped: prompt']:,} prompts, {c['dropped: question']:,} questions, "
-            f"{c['dropped: answer']:,} answers; {c['replaced to mix']:,} replaced to mix tasks"
+            f"{c['samples']:,} samples; {c['shots_missing']:,} shots that their sources do not "
+            f"have; {c['shots_left_out']:,} shots left out of "
+            f"{c['prompts_shortened']:,} prompts that were too long; dropped for their length: "
+            f"{c['dropped_prompts']:,} prompts, {c['dropped_questions']:,} questions, "
+            f"{c['dropped_answers']:,} answers; {c['replaced_to_mix']:,} replaced to mix tasks"
         )
 
     # --- drawing ---
@@ -174,7 +174,7 @@ class Mixture:
             episode = source.episode(index, rng, shots, self.queries)
             sample = self._fit(episode)
             if sample is not None:
-                self.counts["shots missing"] += shots - len(episode.shots)
+                self.counts["shots_missing"] += shots - len(episode.shots)
                 return sample
         raise UserError(
             f"{ATTEMPTS} samples of {source.name} in a row are too long for prompt_length="
@@ -191,7 +191,7 @@ class Mixture:
             index = int(rng.integers(len(self.sources[which])))
             sample = self._fitting(which, index, position, purpose)
             if sample.task != task:
-                self.counts["replaced to mix"] += 1
+                self.counts["replaced_to_mix"] += 1
                 return sample
         raise UserError(f"found nothing to mix with {task!r}; add a source")
 
@@ -213,12 +213,12 @@ class Mixture:
             prompt = self.cloud.encode(episode.prompt)
         if len(prompt) > self.buckets[-1]:
             return self._dropped("prompt")
-        self.counts["shots left out"] += left_out
-        self.counts["prompts shortened"] += bool(left_out)
+        self.counts["shots_left_out"] += left_out
+        self.counts["prompts_shortened"] += bool(left_out)
         return Sample(episode.task, prompt, rows)
 
     def _dropped(self, what: str) -> None:
-        self.counts[f"dropped: {what}"] += 1
+        self.counts[f"dropped_{what}s"] += 1
 
     def _check(self, weights: Sequence[float], unseen: Sequence[str]) -> None:
         if len(weights) != len(self.sources):

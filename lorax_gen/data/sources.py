@@ -56,6 +56,9 @@ class MixtureConfig:
     leave_out: tuple[str, ...] = ()
     """Tasks of Natural Instructions to leave out, as patterns: *winogrande*. Those made from an
     unseen benchmark must be, for they are refused."""
+    per_task: int | None = 1000
+    """Most instances of a task of Natural Instructions, evenly spaced; None: all, and the largest
+    tasks decide what is learned."""
     directory: str = ""
     """Where data files lie, at any depth; empty: they are loaded from the hub."""
     shots: int = 5
@@ -98,7 +101,7 @@ class MixtureConfig:
         """
         names, weights = zip(*map(split_weight, self.sources), strict=True)
         return Mixture(
-            [open_source(name, self.root, self.leave_out) for name in names],
+            [open_source(name, self.root, self.leave_out, self.per_task) for name in names],
             weights,
             cloud,
             edge,
@@ -124,8 +127,13 @@ def split_weight(entry: str) -> tuple[str, float]:
         ) from None
 
 
-def open_source(name: str, directory: Path | None, leave_out: Sequence[str] = ()) -> Source:
-    """The source of a name or path, without the tasks that `leave_out` names.
+def open_source(
+    name: str,
+    directory: Path | None,
+    leave_out: Sequence[str] = (),
+    per_task: int | None = None,
+) -> Source:
+    """The source of a name or path; see `MixtureConfig` for the arguments.
 
     Raises UserError where it is unknown, unseen, or cannot be read.
     """
@@ -144,12 +152,14 @@ def open_source(name: str, directory: Path | None, leave_out: Sequence[str] = ()
     if name == "natural_instructions":
         if directory is None:
             raise UserError("natural_instructions: set data.directory to its archive or folder")
-        return NaturalSource(load_tasks(_find(directory, name, ARCHIVES), leave_out=leave_out))
+        tasks = load_tasks(_find(directory, name, ARCHIVES), leave_out=leave_out)
+        return NaturalSource(tasks, per_task)
     path = Path(name)
     if path.is_dir() or (path.is_file() and name.endswith(ARCHIVES)):
-        return NaturalSource(load_tasks(path, leave_out=leave_out))
+        tasks = load_tasks(path, leave_out=leave_out)
+        return NaturalSource(tasks, per_task, name=path.name.partition(".")[0])
     if path.is_file():
-        return TripleSource(load_triples(path))
+        return TripleSource(load_triples(path), name=path.name.partition(".")[0])
     known = [record.name for record in BENCHMARKS.values() if not record.unseen]
     raise UserError(
         f"unknown source {name!r}: neither a file nor one of {', '.join([*known, *SETS])}"

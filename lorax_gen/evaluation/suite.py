@@ -27,6 +27,7 @@ from lorax_gen.data.benchmarks import (
     find_benchmark,
     harness_shots,
     load_questions,
+    load_shots,
 )
 from lorax_gen.data.questions import Question
 from lorax_gen.evaluation.agent import evaluate_agent
@@ -75,7 +76,7 @@ def evaluate_suite(
     tests = {r.name: load_questions(r, "test", directory)[:limit] for r in records}
     train: dict[str, list[Question]] = {}
     if any(setting.shots for setting in settings.values()):
-        train = {r.name: load_questions(r, "train", directory) for r in records}
+        train = {r.name: load_shots(r, directory) for r in records}
     report = about(system) | {"shots": shots, "limit": limit, "modes": {}}
     for mode, setting in settings.items():
         served = dataclasses.replace(system, edge=card) if mode == "card" else system
@@ -162,7 +163,7 @@ def other_of(record: Benchmark, directory: Path | None) -> tuple[Benchmark, list
     order = list(BENCHMARKS.values())
     start = order.index(record) + 1
     other = next(r for r in order[start:] + order[:start] if not r.unseen and r != record)
-    return other, load_questions(other, "train", directory)
+    return other, load_shots(other, directory)
 
 
 def sample_contexts(

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
 from lorax_gen.data.batches import Encoder, generator_batch
-from lorax_gen.data.benchmarks import find_benchmark, load_questions
+from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
 from lorax_gen.data.sources import MixtureConfig, WorldConfig
 from lorax_gen.evaluation.benchmark import Setting, System, evaluate_benchmark
 from lorax_gen.evaluation.cost import train_step_macs
@@ -207,7 +207,7 @@ def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: Generat
         for record in records
     }
     train = {
-        record.name: load_questions(record, "train", data.root) if data.evaluate_shots else []
+        record.name: load_shots(record, data.root) if data.evaluate_shots else []
         for record in records
     }
     shapes = {"cloud": model_shape(cloud.config), "edge": model_shape(edge.config)}

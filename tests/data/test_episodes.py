@@ -143,7 +143,7 @@ def test_every_batch_mixes_tasks(encoder):
     for step in range(30):
         found = {words(encoder, row)[0] for row in mixture.batch(step)["prompt"]}
         assert found == {"task0", "task1"}
-    assert mixture.counts["replaced to mix"] == 27  # one of ten batches has the small one
+    assert mixture.counts["replaced_to_mix"] == 27  # one of ten batches has the small one
     assert mixture.counts["samples"] == 120
     chex.assert_trees_all_equal(
         mixture.batch(3), mix(encoder, [Numbered("task0", 39), Numbered("task1", 1)]).batch(3)
@@ -184,8 +184,8 @@ def test_shots_are_left_out_of_a_long_prompt_from_the_end(encoder):
         assert prompt[1:] == shown
     shortened = sum(prompt[0] == "task0" for prompt in prompts)
     assert 0 < shortened < 4
-    assert mixture.counts["prompts shortened"] == shortened
-    assert mixture.counts["shots left out"] == 3 * shortened
+    assert mixture.counts["prompts_shortened"] == shortened
+    assert mixture.counts["shots_left_out"] == 3 * shortened
     assert f"{3 * shortened} shots left out of {shortened} prompts" in mixture.summary()
 
 
@@ -196,11 +196,11 @@ def test_what_is_too_long_is_dropped_and_replaced_by_its_own_source(encoder, par
     found = drawn(encoder, mixture, [0])
     assert not any(found["task0", i] for i in long)
     assert sum(count for (name, _), count in found.items() if name == "task0") == 12
-    assert mixture.counts[f"dropped: {part}"] >= len(long)
-    assert {f"dropped: {part}"} == {name for name in mixture.counts if name.startswith("dropped")}
+    assert mixture.counts[f"dropped_{part}s"] >= len(long)
+    assert {f"dropped_{part}s"} == {name for name in mixture.counts if name.startswith("dropped")}
     again = mix(encoder, two(12, long=long), prompts=24)
     chex.assert_trees_all_equal(again.batch(0), mixture.batch(0))
-    assert f"{again.counts[f'dropped: {part}']:,} {part}s" in again.summary()
+    assert f"{again.counts[f'dropped_{part}s']:,} {part}s" in again.summary()
 
 
 def test_a_source_that_never_fits_is_an_error(encoder):
@@ -216,7 +216,7 @@ def test_shots_that_a_source_does_not_have_are_counted(encoder):
 
     mixture = mix(encoder, [Shy("task0", 12), Shy("task1", 12)], shots=3)
     mixture.batch(0)
-    assert mixture.counts["shots missing"] == 8
+    assert mixture.counts["shots_missing"] == 8
 
 
 # --- samples of a benchmark ----------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_numbers_that_make_no_sense(encoder, sources, changes, message):
 def test_one_source_of_many_tasks_is_mixed_enough(encoder):
     mixture = mix(encoder, [Numbered("task", 12, tasks=12)])
     mixture.batch(0)
-    assert not mixture.counts["replaced to mix"]
+    assert not mixture.counts["replaced_to_mix"]
 
 
 def test_an_empty_source_is_an_error(encoder):
