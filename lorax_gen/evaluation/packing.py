@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-MULTIPLE = 16  # of which lengths of rows are
+MULTIPLE = 8  # of which lengths of rows are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +182,10 @@ def padded_lengths(lengths: np.ndarray, tokens_per_batch: int) -> list[int]:
     """The few lengths that rows are padded to, ascending.
 
     Each is one more program to compile. It is worth it where it saves a batch of padding, and one
-    part in a hundred of all tokens.
+    part in fifty of all tokens.
     """
     sizes, counts = np.unique(-(-lengths // MULTIPLE) * MULTIPLE, return_counts=True)
-    worth = max(tokens_per_batch, int(lengths.sum()) // 100)
+    worth = max(tokens_per_batch, int(lengths.sum()) // 50)
     rows = np.concatenate([[0], np.cumsum(counts)])
     best: list[tuple[int, list[int]]] = [(0, [])]  # for the first 0, 1, 2 ... sizes
     for j, size in enumerate(sizes.tolist(), 1):

@@ -120,6 +120,6 @@ def test_lengths_are_worth_their_programs():
     assert sizes == sorted(sizes) and all(size % MULTIPLE == 0 for size in sizes)
     assert 2 < len(sizes) <= 10
     padded = np.array(sizes)[np.searchsorted(sizes, lengths)]
-    assert (padded >= lengths).all() and padded.sum() < 1.1 * lengths.sum()
+    assert (padded >= lengths).all() and padded.sum() < 1.2 * lengths.sum()
     assert len(padded_lengths(lengths[:20], tokens_per_batch=20_000)) == 1
-    assert padded_lengths(np.full(9, 17), tokens_per_batch=1) == [32]
+    assert padded_lengths(np.full(9, 17), tokens_per_batch=1) == [24]
