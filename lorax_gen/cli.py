@@ -246,6 +246,17 @@ class Evaluate:
     and 0 in the world."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LmEval:
+    """Run lm-evaluation-harness (pip install 'lorax-gen[harness]') on our models.
+
+    All arguments are its own; the model is called lorax_gen, and --model_args knows edge, card,
+    prompt, cloud, generator, dtype and others.
+
+    Example: lorax-gen lm-eval --model lorax_gen --model_args edge=org/name --tasks piqa
+    """
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -255,6 +266,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
 )
 
 
@@ -282,6 +294,10 @@ def run(arguments: list[str]) -> int:
         return train(arguments[1], arguments[2:])
     if arguments[:1] == ["plan"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         return plan(arguments[1], arguments[2:])
+    if arguments[:1] == ["lm-eval"]:
+        from lorax_gen.evaluation.harness import main as lm_eval
+
+        return lm_eval(arguments[1:])
     command = tyro.cli(
         Command,
         args=arguments,
@@ -340,7 +356,8 @@ def plan(name: str, overrides: list[str]) -> int:
 
     from lorax_gen import files
     from lorax_gen.training.methods import load_config
-    from lorax_gen.training.plan import make_plan, print_plan
+    from lorax_gen.training.plan import make_plan
+    from lorax_gen.training.plan_table import print_plan
 
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
     method, config = load_config(name)
@@ -380,6 +397,7 @@ def plan(name: str, overrides: list[str]) -> int:
 def specialize(command: Specialize) -> int:
     import lorax_gen
     from lorax_gen import files
+    from lorax_gen.specialize import read_prompt
 
     files.must_be_new(command.output)
     if command.merged is not None:
@@ -394,21 +412,6 @@ def specialize(command: Specialize) -> int:
         lorax_gen.export(command.output, command.merged, "merged", edge, lambda: generator)
         print(f"merged edge model: {command.merged}")
     return 0
-
-
-def read_prompt(text: str) -> str:
-    """The prompt itself, or the text of standard input (`-`) or of a file (`@FILE`)."""
-    if text == "-":
-        return sys.stdin.read()
-    if text.startswith("@"):
-        path = Path(text[1:])
-        try:
-            return path.read_text()
-        except (OSError, UnicodeDecodeError):
-            raise UserError(
-                f"cannot read the prompt file {path}; after @ stands the name of a text file"
-            ) from None
-    return text
 
 
 def generate(command: Generate) -> int:

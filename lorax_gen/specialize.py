@@ -6,7 +6,9 @@ model serves is the card merged.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.data.batches import Encoder, bucket, prompt_batch
+from lorax_gen.errors import UserError
 from lorax_gen.evaluation.questions import prompt_gates
 from lorax_gen.models.huggingface import Model
 
@@ -48,3 +51,18 @@ def specialize(
         for row, text in zip(np.asarray(gates), prompts, strict=True)
     ]
     return cards[0] if isinstance(prompt, str) else cards
+
+
+def read_prompt(text: str) -> str:
+    """The prompt itself, or the text of standard input (`-`) or of a file (`@FILE`)."""
+    if text == "-":
+        return sys.stdin.read()
+    if text.startswith("@"):
+        path = Path(text[1:])
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError):
+            raise UserError(
+                f"cannot read the prompt file {path}; after @ stands the name of a text file"
+            ) from None
+    return text

@@ -29,7 +29,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.choices import TOKENS_PER_BATCH, ChoiceItem, score_items
 from lorax_gen.evaluation.continuations import continue_texts, room_for
 from lorax_gen.models.huggingface import Model, load_model
-from lorax_gen.specialize import specialize
+from lorax_gen.specialize import read_prompt, specialize
 from lorax_gen.tokenizers import encode
 
 log = logging.getLogger(__name__)
@@ -261,7 +261,6 @@ def specialised(
     model: Model, card: str | None, prompt: str | None, cloud: str, generator: str
 ) -> Model:
     """The model with a card or adapter merged, or specialised to a prompt, or as it is."""
-    from lorax_gen.cli import read_prompt
 
     if card is not None and prompt is not None:
         raise UserError("card and prompt both say what to specialise to; give one of them")

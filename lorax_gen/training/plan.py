@@ -15,10 +15,8 @@ nothing is downloaded or allocated.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import math
-import os
 import re
 import sys
 from functools import partial
@@ -44,100 +42,10 @@ from lorax_gen.training.optimizer import make_optimizer
 from lorax_gen.training.sharding import BATCH_AXES, make_mesh, tree_shardings
 from lorax_gen.training.state import init_state
 from lorax_gen.training.step import GeneratorSpec, generator_loss, make_train_step
+from lorax_gen.training.topology import Absent, Chip, find_devices
 from lorax_gen.training.watch import peak_flops
 
 GIB = 2**30
-
-# --- devices -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A device as its maker describes it. Its FLOPs per second are in `watch.PEAK_FLOPS`."""
-
-    kind: str
-    """How jax names it."""
-    capacity: float
-    """Memory in GB, as sold."""
-    usable: float
-    """What a program may have of it, in GiB: what libtpu's compiler grants; 92 % of a GPU's, where
-    CUDA, NCCL and cuDNN take their share."""
-    link: float
-    """Bytes per second that it can send to its neighbours."""
-
-
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; half of the bidirectional bandwidth.
-# GPUs: the data sheets of A100 80GB SXM, H100 SXM and H200 SXM; half of NVLink's.
-TPUS = {
-    "v4": Chip("TPU v4", 32, 30.75, 300e9),
-    "v5e": Chip("TPU v5 lite", 16, 15.75, 200e9),
-    "v5p": Chip("TPU v5", 95, 95.74, 600e9),
-    "v6e": Chip("TPU v6 lite", 32, 31.25, 400e9),
-}
-GPUS = {
-    "gpu": Chip("NVIDIA H100", 80, 73.2, 450e9),
-    "gpu-a100": Chip("NVIDIA A100", 80, 73.6, 300e9),
-    "gpu-h100": Chip("NVIDIA H100", 80, 73.2, 450e9),
-    "gpu-h200": Chip("NVIDIA H200", 141, 129.1, 450e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Absent:
-    """As much of a device as a mesh asks for."""
-
-    id: int
-    device_kind: str
-    platform: str = "gpu"
-    process_index: int = 0
-
-
-def find_devices(topology: str) -> tuple[Chip, list]:
-    """The chip of a topology such as `v5e:4x4` or `gpu:8`, and its devices.
-
-    Raises UserError for an unknown one, or a TPU where libtpu is not installed.
-    """
-    name, _, size = topology.partition(":")
-    dimensions = 3 if name in ("v4", "v5p") else 2
-    if name in GPUS and re.fullmatch(r"[1-9]\d*", size):
-        chip = GPUS[name]
-        return chip, [Absent(i, chip.kind) for i in range(int(size))]
-    if name in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", size):
-        return TPUS[name], tpu_devices(topology)
-    raise UserError(
-        f"unknown topology {topology!r}; expected v5e:4x4 or v6e:4x4 (two numbers), v4:2x2x1 or "
-        f"v5p:2x2x1 (three), or {', '.join(f'{gpu}:8' for gpu in GPUS)} (gpu is an H100)"
-    )
-
-
-def tpu_devices(topology: str) -> list:
-    """Descriptions of a TPU slice's devices, from libtpu; no TPU is looked for."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "planning for a TPU takes its compiler, libtpu: pip install 'lorax-gen[plan]'"
-        )
-    # Read when libtpu is loaded: no question to the cloud which TPU this machine is, no lock file,
-    # no complaints that there is no answer.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    }.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
-    options: dict[str, Any] = {}
-    if any(size % 2 for size in sizes[:2]):  # less than a host of 2x2 chips
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.startswith("v4:"):  # two cores as one device, as jax has them on a TPU v4
-        options["chip_config_name"] = "megacore"
-    try:
-        return topologies.get_topology_desc(topology, "tpu", **options).devices
-    except Exception as error:  # of libtpu: a shape that it does not know
-        raise UserError(f"no topology {topology}: {str(error).splitlines()[0]}") from None
-
 
 # --- what is planned -----------------------------------------------------------------------------
 
@@ -522,95 +430,3 @@ def advice(work: Work, needs: dict[str, Any], usable: int) -> list[str]:
             f"each of these {devices}"
         )
     return found
-
-
-def print_plan(report: dict[str, Any]) -> None:
-    """The report as tables on the terminal, and the verdict."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-
-    def gib(count: float) -> str:
-        return f"{count / GIB:.2f}"
-
-    def parameters(count: int) -> str:
-        return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for i, column in enumerate(columns):
-            made.add_column(column, justify="right" if i else "left")
-        return made
-
-    step, needs, held = report["step"], report["memory"], report["arguments"]
-    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
-    console.print(
-        f"{report['cloud']['name']} ({parameters(report['cloud']['parameters'])}) for "
-        f"{report['edge']['name']} ({parameters(report['edge']['parameters'])}), "
-        f"{parameters(report['trained'])} trained\n"
-        f"{report['devices']} x {report['chip']['kind']}: {mesh}\n"
-        f"{step['prompts']} prompts of {step['prompt_length']}, {step['queries_per_prompt']} x "
-        f"{step['question_length']} tokens each, {step['answer_length']} answered; "
-        f"{step['dtype']}, remat {step['remat']}, microbatches {step['microbatches']}, "
-        f"attention {step['attention']}\n"
-    )
-    how = {
-        "compiled": "compiled for it",
-        "refused": "XLA refused to compile it",
-        "estimated": "estimated, not compiled",
-    }
-    rows = table(f"memory per device ({how[needs['method']]})", "", "GiB")
-    rows.add_row("arguments", gib(needs["arguments"]))
-    for name in ("cloud", "edge", "trained", "optimizer", "batch"):
-        rows.add_row(f"  {name}", gib(held[name]))
-    if "outputs" in needs:
-        rows.add_row("outputs", gib(needs["outputs"]))
-        rows.add_row("  in the place of arguments", f"-{gib(needs['aliased'])}")
-    if "temporaries" in needs:
-        rows.add_row("temporaries", gib(needs["temporaries"]))
-    for name, count in needs.get("parts", {}).items():
-        rows.add_row(f"  {name}", gib(count))
-    if "program" in needs:
-        rows.add_row("program", gib(needs["program"]))
-    rows.add_row("needed", gib(needs["needed"]), style="bold")
-    if "peak" in needs:
-        rows.add_row("  of it in use at once", gib(needs["peak"]))
-    rows.add_row(f"usable of {report['chip']['capacity']:g} GB", gib(needs["usable"]))
-    console.print(rows)
-
-    if report["collectives"] is not None:
-        estimated = " (estimated)" if needs["method"] == "estimated" else ""
-        sends = table(f"collectives of a step{estimated}", "", "count", "GiB sent per device")
-        for kind, each in report["collectives"].items():
-            sends.add_row(kind, f"{each['count']:,}", gib(each["bytes"]))
-        console.print(sends)
-
-    time = report["time"]
-    work = table("work of a step", "", "")
-    work.add_row("FLOPs", f"{report['flops']['useful']:.3e}")
-    work.add_row("  with what is computed again", f"{report['flops']['executed']:.3e}")
-    work.add_row(
-        f"seconds at {100 * time['utilisation']:g} % of {time['peak_flops'] / 1e12:,g} TFLOP/s",
-        f"{time['computing']:.3g}",
-    )
-    if time["sending"] is not None:
-        work.add_row("seconds on the links, at their peak", f"{time['sending']:.3g}")
-    work.add_row("seconds, one beside the other", f"{time['step']:.3g}", style="bold")
-    work.add_row("MFU then", f"{100 * time['mfu']:.1f} %")
-    console.print(work)
-
-    share = f"{gib(needs['needed'])} of {gib(needs['usable'])} GiB, {100 * needs['share']:.0f} %"
-    if report["fits"]:
-        estimated = ", by an estimate" if needs["method"] == "estimated" else ""
-        console.print(f"[green]fits[/green]: {share}{estimated}")
-        if (
-            "gpu" in report["topology"]
-            and needs["needed"] > 0.75 * report["chip"]["capacity"] * GIB
-        ):
-            console.print("jax takes 75 % of a GPU; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92")
-    else:
-        console.print(f"[red]does not fit[/red]: {share}")
-        for line in report["advice"]:
-            console.print(f"  try {line}")

@@ -14,7 +14,7 @@ from lorax_gen import cli
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.models import presets
-from lorax_gen.training import lora_gen, memory, plan
+from lorax_gen.training import lora_gen, memory, plan, topology
 from lorax_gen.training.methods import load_config
 from lorax_gen.training.sharding import MeshConfig
 from lorax_gen.training.state import init_state
@@ -187,7 +187,7 @@ def test_each_microbatch_computes_the_forward_pass_once_more(paper):
     assert useful[1] == useful[2]
 
 
-@pytest.mark.parametrize("chip", [*plan.TPUS.values(), *plan.GPUS.values()], ids=lambda c: c.kind)
+@pytest.mark.parametrize("chip", [*topology.TPUS.values(), *topology.GPUS.values()], ids=lambda c: c.kind)
 def test_every_chip_has_a_known_peak(chip):
     assert peak_flops(chip.kind) > 1e14
     assert chip.usable < chip.capacity * 1.01  # v5p's 95 GB are a little more
@@ -297,6 +297,6 @@ def test_what_is_wrong_is_one_line(call, words, message):
 
 
 def test_without_libtpu_it_says_what_to_install(call, monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     code, _, err = call("paper", "--topology", "v5e:4x4")
     assert code == 2 and "pip install 'lorax-gen[plan]'" in err
