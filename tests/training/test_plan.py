@@ -187,7 +187,9 @@ def test_each_microbatch_computes_the_forward_pass_once_more(paper):
     assert useful[1] == useful[2]
 
 
-@pytest.mark.parametrize("chip", [*topology.TPUS.values(), *topology.GPUS.values()], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "chip", [*topology.TPUS.values(), *topology.GPUS.values()], ids=lambda c: c.kind
+)
 def test_every_chip_has_a_known_peak(chip):
     assert peak_flops(chip.kind) > 1e14
     assert chip.usable < chip.capacity * 1.01  # v5p's 95 GB are a little more
