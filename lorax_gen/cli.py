@@ -538,7 +538,8 @@ def evaluate_real(command: Evaluate) -> int:
     from lorax_gen.data.agent import load_agent
     from lorax_gen.data.benchmarks import REASONING, find_benchmark
     from lorax_gen.evaluation import suite
-    from lorax_gen.evaluation.benchmark import BY_CLOUD, System
+    from lorax_gen.evaluation.benchmark import BY_CLOUD
+    from lorax_gen.evaluation.system import System
     from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 
     groups = {"reasoning": REASONING}

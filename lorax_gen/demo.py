@@ -20,7 +20,8 @@ from lorax_gen.baselines.lora import load_lora
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import pictures
-from lorax_gen.evaluation.report import METHODS, System, evaluate_world
+from lorax_gen.evaluation.report import METHODS, evaluate_world
+from lorax_gen.evaluation.system import System
 from lorax_gen.generation import generate_text
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.specialize import specialize
@@ -29,8 +30,8 @@ from lorax_gen.specialize import specialize
 def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> System:
     """Loads what is compared; the names are directories or shipped models."""
     return System(
-        load_model(cloud),
         load_model(edge),
+        load_model(cloud),
         load_generator(generator),
         None if lora is None else load_lora(lora),
     )

@@ -30,10 +30,10 @@ from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.data.batches import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent_metrics import ToolScores, mean_scores, score_answer
-from lorax_gen.evaluation.benchmark import System, identity
 from lorax_gen.evaluation.continuations import TOKENS_PER_BATCH, continue_texts, room_for
 from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.item_log import ItemLog, Row
+from lorax_gen.evaluation.system import System, identity
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.tensors import tree_hash
 

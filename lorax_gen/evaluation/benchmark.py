@@ -31,7 +31,6 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.artifacts.generator import Generator
 from lorax_gen.config import to_dict
 from lorax_gen.data.batches import Encoder
 from lorax_gen.data.benchmarks import (
@@ -53,6 +52,7 @@ from lorax_gen.evaluation.cost import generator_macs, prefill_macs
 from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.item_log import ItemLog, Row
 from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
+from lorax_gen.evaluation.system import System, identity
 from lorax_gen.models.huggingface import Model
 from lorax_gen.tensors import tree_hash
 from lorax_gen.training import hosts
@@ -75,6 +75,8 @@ class Setting:
     """Solved questions before each, in the modes that have any."""
     seed: int = HARNESS_SEED
     """Of the shots, which at lm-evaluation-harness's seed are those that it draws."""
+    bos: bool | None = None
+    """Whether what the edge reads begins with BOS; None: for the Gemmas, as the paper has it."""
 
     def __post_init__(self):
         if self.mode not in (known := Mode.__args__):
@@ -83,20 +85,6 @@ class Setting:
             raise UserError(f"shots={self.shots}: choose 0 or more")
         if self.mode not in WITH_SHOTS:
             object.__setattr__(self, "shots", 0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class System:
-    """What is evaluated; cloud and generator where a mode needs them.
-
-    Attributes:
-      max_length: most tokens that the edge, or the cloud, reads; None: as many as it has positions.
-    """
-
-    edge: Model
-    cloud: Model | None = None
-    generator: Generator | None = None
-    max_length: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +188,7 @@ def evaluate_benchmark(
             system.edge,
             [(contexts[i], benchmark.continuations(questions[i])) for i in left],
             [questions[i].id for i in left],
+            bos=setting.bos,
         ),
         gates=gates,
         generator=system.generator,
@@ -384,11 +373,6 @@ def describe(
         found["prompts_of"] = other[0].name
         found["train"] = digest(list(map(dataclasses.asdict, other[1])))
     return found
-
-
-def identity(model: Model) -> str:
-    """What tells a model from others: a hash of its weights, or, spread over hosts, its name."""
-    return model.name if hosts.several() else model.fingerprint
 
 
 def digest(value: Any) -> str:

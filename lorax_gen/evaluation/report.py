@@ -7,19 +7,17 @@ the prompt for the edge and for the cloud model.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from lorax_gen.artifacts.generator import Generator
 from lorax_gen.data.batches import Encoder
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.evaluation.latency import measure_latency
 from lorax_gen.evaluation.questions import score_questions, score_specialised
-from lorax_gen.method.lora import Tree
+from lorax_gen.evaluation.system import System
 from lorax_gen.models.huggingface import Model
 
 METHODS = {
@@ -30,16 +28,6 @@ METHODS = {
     "lora_gen": "edge + LoRA-Gen, no prompt",
     "lora_gen_shuffled": "LoRA-Gen, prompts shuffled",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class System:
-    """What is compared: both models, the generator, and the baseline's LoRA if there is one."""
-
-    cloud: Model
-    edge: Model
-    generator: Generator
-    lora: Tree | None = None
 
 
 def evaluate_world(

@@ -15,9 +15,10 @@ from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
 from lorax_gen.data.batches import Encoder, generator_batch
 from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
 from lorax_gen.data.sources import MixtureConfig, WorldConfig
-from lorax_gen.evaluation.benchmark import Setting, System, evaluate_benchmark
+from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.cost import train_step_macs
 from lorax_gen.evaluation.questions import score_specialised
+from lorax_gen.evaluation.system import System
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import embed, kernel_shapes
 from lorax_gen.models.huggingface import Model, load_model

@@ -13,7 +13,7 @@ from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import continuations
 from lorax_gen.evaluation.agent import evaluate_agent, prompts_read
-from lorax_gen.evaluation.benchmark import System
+from lorax_gen.evaluation.system import System
 from tests.tiny import PROMPTS, make_generator
 
 CALL = "Thought: Do I need to use a tool? Yes\nAction: {}\nAction Input: image/a.png\nObservation:"

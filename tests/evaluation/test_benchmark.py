@@ -7,17 +7,20 @@ import jax
 import numpy as np
 import pytest
 
-from lorax_gen import specialize
+from lorax_gen import load_model, specialize
+from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.data.batches import Encoder
 from lorax_gen.data.benchmarks import Benchmark, few_shot, harness_shots, system_prompt
 from lorax_gen.data.hub_rows import HubData
 from lorax_gen.data.questions import Question
+from lorax_gen.data.world import make_world
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import benchmark as module
-from lorax_gen.evaluation.benchmark import Setting, System, evaluate_benchmark
+from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.choices import encode_items, score_items
 from lorax_gen.evaluation.cost import generator_macs, prefill_macs
 from lorax_gen.evaluation.gates import gates_of_prompts
+from lorax_gen.evaluation.system import System
 from lorax_gen.training.sharding import MeshConfig, make_mesh
 from tests.tiny import PROMPTS, make_generator
 
@@ -358,3 +361,28 @@ def test_scores_that_are_no_numbers_are_refused(system, questions):
     )
     with pytest.raises(UserError, match=r"q0-\d+: a log-likelihood is nan"):
         evaluate_benchmark(SORTING, questions, Setting(), System(broken))
+
+
+# --- the shipped system --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["grade", "clock"])
+def test_the_shipped_generator_serves_unseen_tasks_and_the_controls_do_not(family):
+    edge, cloud = load_model("world/edge"), load_model("world/cloud")
+    system = System(edge, cloud, load_generator("world/generator"))
+    task, another = make_world(0).select("unseen", family)[:2]
+    benchmarks = [
+        make_benchmark(t.name, t.prompt(), template="{question}") for t in (task, another)
+    ]
+    answers = tuple(sorted({answer for _, answer in task.questions}))
+    questions = [
+        Question(str(i), question, answers, answers.index(answer))
+        for i, (question, answer) in enumerate(task.questions[:24])
+    ]
+    found = {}
+    for mode in ("plain", "lora_gen", "shuffled", "empty", "random"):
+        setting = Setting(mode, shots=0, bos=True)  # as these models were trained
+        other = benchmarks[1], []
+        found[mode] = evaluate_benchmark(benchmarks[0], questions, setting, system, other=other).acc
+    assert found.pop("lora_gen") > 0.9
+    assert max(found.values()) < 0.7, found

@@ -11,7 +11,8 @@ from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import report as reports
-from lorax_gen.evaluation.report import METHODS, System, evaluate_world
+from lorax_gen.evaluation.report import METHODS, evaluate_world
+from lorax_gen.evaluation.system import System
 from lorax_gen.method import take_example
 from tests.tiny import make_generator
 
@@ -23,7 +24,7 @@ def system(tiny_world_system):
     generator = make_generator(tiny_world_system)
     pool = {name: generator.params["pool"][name] for name in ("gate", "up", "down")}
     lora = take_example(pool, 0)  # any LoRA of the edge's shape: that of the first expert
-    return System(tiny_world_system.cloud, tiny_world_system.edge, generator, lora)
+    return System(tiny_world_system.edge, tiny_world_system.cloud, generator, lora)
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from lm_eval.tasks import TaskManager
 
 from lorax_gen import load_model, save_model
 from lorax_gen.data.benchmarks import find_benchmark, load_questions
-from lorax_gen.evaluation.benchmark import Setting, System, evaluate_benchmark
+from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
+from lorax_gen.evaluation.system import System
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.huggingface import Model
 from lorax_gen.tokenizers import load_tokenizer

@@ -1,0 +1,31 @@
+"""What is evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lorax_gen.artifacts.generator import Generator
+from lorax_gen.method.lora import Tree
+from lorax_gen.models.huggingface import Model
+from lorax_gen.training import hosts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """An edge model, and what specialises it where a method asks for that.
+
+    Attributes:
+      lora: of the baseline that fine-tunes one LoRA on all tasks.
+      max_length: most tokens that the edge, or the cloud, reads; None: as many as it has positions.
+    """
+
+    edge: Model
+    cloud: Model | None = None
+    generator: Generator | None = None
+    lora: Tree | None = None
+    max_length: int | None = None
+
+
+def identity(model: Model) -> str:
+    """What tells a model from others: a hash of its weights, or, spread over hosts, its name."""
+    return model.name if hosts.several() else model.fingerprint
