@@ -132,9 +132,14 @@ def encode_items(
     model: Model,
     questions: Sequence[tuple[Sequence[str], Sequence[str]]],
     names: Sequence[str] | None = None,
+    *,
+    bos: bool | None = None,
 ) -> list[ChoiceItem]:
     """Questions tokenised: of each the contexts, one for all choices or one for each, and what
     continues them in each choice.
+
+    Args:
+      bos: whether contexts begin with BOS; None: as models of this family are scored.
 
     Raises UserError, which calls the item by its name, where a choice has no tokens.
     """
@@ -143,7 +148,8 @@ def encode_items(
         contexts = contexts if len(contexts) > 1 else list(contexts) * len(continuations)
         pairs += zip(contexts, continuations, strict=True)
         counts.append(len(continuations))
-    encoded, items = iter(encode_pairs(model.tokenizer, pairs, model.scoring_bos)), []
+    bos = model.scoring_bos if bos is None else bos
+    encoded, items = iter(encode_pairs(model.tokenizer, pairs, bos)), []
     for i, count in enumerate(counts):
         name = names[i] if names else f"item {i}"
         items.append(ChoiceItem(tuple(next(encoded) for _ in range(count)), name))
@@ -251,7 +257,7 @@ def score_items(
     limit = positions if max_length is None else max_length
     if not 0 < limit <= positions:
         raise UserError(f"max_length={limit}: choose from 1 to the model's {positions} positions")
-    results = [Pending(item, limit) for item in items]
+    results = [Pending(item, item.name or f"item {i}", limit) for i, item in enumerate(items)]
     rows = [
         row
         for i, result in enumerate(results)
@@ -302,16 +308,16 @@ def layout(mesh: Mesh) -> dict[str, Callable]:
 class Pending:
     """An item whose rows may come back in several batches."""
 
-    def __init__(self, item: ChoiceItem, limit: int):
+    def __init__(self, item: ChoiceItem, name: str, limit: int):
         if not item.choices:
-            raise UserError(f"{item.name or 'an item'} has no choices; give it one or more")
+            raise UserError(f"{name} has no choices; give it one or more")
         for choice, (context, continuation) in enumerate(item.choices):
             if not context or not continuation:
                 what = "continuation" if context else "context"
-                raise UserError(f"{item.name}: choice {choice} has a {what} without tokens")
+                raise UserError(f"{name}: choice {choice} has a {what} without tokens")
             if len(continuation) > limit:
                 raise UserError(
-                    f"{item.name}: choice {choice} has {len(continuation)} tokens, more than the "
+                    f"{name}: choice {choice} has {len(continuation)} tokens, more than the "
                     f"{limit} that the model reads; shorten it"
                 )
         self.texts = [  # the last token is predicted, never read

@@ -267,7 +267,10 @@ def test_bos_stands_once_in_front_where_it_is_asked_for(gemma):
     expected = [bos, *context], continuation
     assert encode_pair(gemma.tokenizer, "hello", " the", bos=True) == expected
     assert encode_pair(gemma.tokenizer, "<bos>hello", " the", bos=True) == expected
-    assert encode_item(gemma, ["hello"], [" the"]).choices == (expected,)  # Gemmas begin with it
+    item = (["hello"], [" the"])
+    assert encode_item(gemma, *item).choices == (expected,)  # Gemmas begin with it
+    (without,) = encode_items(gemma, [item], bos=False)
+    assert without.choices == ((context, continuation),)
 
 
 def test_an_empty_context_is_the_token_that_begins_or_else_ends_texts(gemma):
