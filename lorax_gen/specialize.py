@@ -17,7 +17,7 @@ from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.data.batches import Encoder, bucket, prompt_batch
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.questions import prompt_gates
+from lorax_gen.evaluation.gates import prompt_gates
 from lorax_gen.models.huggingface import Model
 
 

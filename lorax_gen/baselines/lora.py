@@ -19,7 +19,7 @@ from lorax_gen.data.batches import Encoder, mixed_tasks, question_batch
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.cost import tuning_step_macs
-from lorax_gen.evaluation.questions import score_questions
+from lorax_gen.evaluation.questions import WorldQuiz, right_answers
 from lorax_gen.hub import find_directory
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.decoder import kernel_shapes
@@ -106,18 +106,12 @@ def experiment(config: LoraConfig) -> Experiment:
             encoder, questions, data.question_length, answer_length=config.answer_length
         )
 
+    quiz = WorldQuiz(world, data.families)
+
     def evaluate(state: State) -> dict[str, float]:
         lora = scaled(state["params"], config.alpha / config.rank)
-        rng, result = np.random.default_rng(0), {}
-        for split in ("seen", "unseen"):
-            for family in data.families:
-                tasks = world.select(split, family)
-                asked = [pair for task in tasks for pair in task.sample(rng, 12)]
-                right = score_questions(
-                    edge.params, edge.config, encoder, asked, data.question_length, lora=lora
-                )
-                result[f"accuracy/{split}/{family}"] = float(right.mean())
-        return result
+        over = mesh if config.mesh.mode == "jit" else None
+        return quiz.accuracy(right_answers(edge, quiz.bare, lora=lora, mesh=over))
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
         tree = scaled(state["params"], config.alpha / config.rank)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,13 +17,23 @@ from lorax_gen.artifacts.generator import Generator
 from lorax_gen.data.batches import pad_rows
 from lorax_gen.evaluation.choices import TOKENS_PER_BATCH
 from lorax_gen.evaluation.packing import deal
-from lorax_gen.evaluation.questions import prompt_gates
-from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.method.generator import gates_from_states
+from lorax_gen.models.decoder import Array, DecoderConfig, Params
 from lorax_gen.models.huggingface import Model
 from lorax_gen.training import hosts
 from lorax_gen.training.sharding import BATCH_AXES, place, put_batch, tree_shardings
+from lorax_gen.training.step import GeneratorSpec, meta_states
 
 Ids = Sequence[int]
+
+
+@partial(jax.jit, static_argnames="spec")
+def prompt_gates(
+    params: dict, stats: dict, cloud: Params, spec: GeneratorSpec, prompt: Array, lengths: Array
+) -> Array:
+    """Gates `[P, L, N]` of prompts `[P, T]`, at inference: no prompt changes another's gates."""
+    states = meta_states(params, cloud, spec, prompt, lengths)
+    return gates_from_states(params, stats, states, spec.generator)[0]
 
 
 def gates_of_prompts(

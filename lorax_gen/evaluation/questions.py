@@ -1,128 +1,108 @@
-"""Accuracy on questions with one right answer, in jitted batches of one shape.
+"""Accuracy on questions with one right answer each, such as those of the embedded world.
 
-A question counts as right when every token of its answer is the most likely one given what stands
-before it: exactly when greedy decoding would write that answer.
+A question counts as right when every token of its answer, and the end of the text behind it, is the
+most likely one given what stands before it: exactly when greedy decoding would write that answer.
 
-Dimensions: B rows, T time, L edge layers, N experts.
+Dimensions: N questions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from lorax_gen.data import batches
 from lorax_gen.data.batches import Encoder
-from lorax_gen.method.generator import GeneratorConfig, gates_from_states, lora_from_gates
-from lorax_gen.method.lora import Tree
-from lorax_gen.models import decoder
-from lorax_gen.models.decoder import Array, DecoderConfig, Params
+from lorax_gen.data.tasks import behind_prompt
+from lorax_gen.data.world import World
+from lorax_gen.evaluation.choices import ChoiceItem, score_items
+from lorax_gen.evaluation.gates import gates_of_prompts
+from lorax_gen.evaluation.system import System
 from lorax_gen.models.huggingface import Model
-from lorax_gen.training import hosts
-from lorax_gen.training.step import GeneratorSpec, meta_states
 
 Question = tuple[str, str]
 
 
-@partial(jax.jit, static_argnames="config")
-def answers_right(
-    params: Params, config: DecoderConfig, tokens: Array, answer: Array, lora: Tree | None = None
-) -> Array:
-    """`[B]` bool: all marked tokens of `tokens: [B, T]` are the most likely ones."""
-    hidden = decoder.hidden_states(params, config, tokens[:, :-1], lora=lora)
-    likeliest = jnp.argmax(decoder.logits(params, config, hidden), axis=-1)
-    return jnp.all((likeliest == tokens[:, 1:]) | ~answer[:, 1:], axis=1)
+def right_answers(model: Model, questions: Sequence[Question], **options: Any) -> np.ndarray:
+    """`[N]` bool of questions and their answers; options as of `choices.score_items`."""
+    encoder, items = Encoder(model.tokenizer), []
+    for question, answer in questions:
+        row, start = encoder.row(question, answer)
+        items.append(ChoiceItem(((row[:start], row[start:]),), question))
+    return np.array([bool(score.greedy[0]) for score in score_items(model, items, **options)])
 
 
-@partial(jax.jit, static_argnames=("config", "generator"))
-def answers_right_with_gates(
-    params: Params,
-    config: DecoderConfig,
-    tokens: Array,
-    answer: Array,
-    pool: Tree,
-    gates: Array,
-    generator: GeneratorConfig,
-) -> Array:
-    """As `answers_right`, row b answered by the edge with the LoRA of `gates: [B, L, N]`."""
-    return answers_right(params, config, tokens, answer, lora_from_gates(pool, gates, generator))
-
-
-@partial(jax.jit, static_argnames="spec")
-def prompt_gates(
-    params: dict, stats: dict, cloud: Params, spec: GeneratorSpec, prompt: Array, lengths: Array
-) -> Array:
-    """Gates `[P, L, N]` of prompts `[P, T]`, at inference: no prompt changes another's gates."""
-    states = meta_states(params, cloud, spec, prompt, lengths)
-    return gates_from_states(params, stats, states, spec.generator)[0]
-
-
-def in_batches(score: Callable[..., Array], batch: dict[str, np.ndarray], size: int) -> np.ndarray:
-    """`score(part)` over slices of `size` rows, the last one padded by repeating its last row."""
-    rows = len(next(iter(batch.values())))
-    parts = []
-    for start in range(0, rows, size):
-        index = np.minimum(np.arange(start, start + size), rows - 1)
-        part = score({name: value[index] for name, value in batch.items()})
-        parts.append(hosts.gather(part))
-    return np.concatenate([np.asarray(part) for part in parts])[:rows]
-
-
-def score_questions(
-    model_params: Params,
-    config: DecoderConfig,
-    encoder: Encoder,
-    questions: Sequence[Question],
-    length: int,
-    *,
-    lora: Tree | None = None,
-    batch_size: int = 128,
-) -> np.ndarray:
-    """`[len(questions)]` bool, with one LoRA for all of them or none."""
-    batch = batches.question_batch(encoder, questions, length)
-    return in_batches(
-        lambda part: answers_right(model_params, config, part["tokens"], part["answer"], lora),
-        batch,
-        batch_size,
-    )
-
-
-def score_specialised(
-    params: dict,
-    stats: dict,
-    cloud: Model,
-    edge: Model,
-    spec: GeneratorSpec,
+def right_specialised(
+    system: System,
     prompts: Sequence[str],
     questions: Sequence[tuple[int, Question]],
-    *,
-    prompt_length: int,
-    length: int,
-    batch_size: int = 128,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """`[len(questions)]` bool: bare questions `(i, pair)`, the edge specialised by prompt i."""
-    gates = in_batches(
-        lambda part: prompt_gates(
-            params, stats, cloud.params, spec, part["prompt"], part["prompt_lengths"]
-        ),
-        batches.prompt_batch(Encoder(cloud.tokenizer), prompts, prompt_length),
-        32,
+    """`[N]` bool: bare questions `(i, pair)`, the edge specialised by prompt i."""
+    encoder = Encoder(system.cloud.tokenizer)
+    gates = gates_of_prompts(
+        [encoder.ids(prompt) for prompt in prompts],
+        system.cloud,
+        system.edge.config,
+        system.generator,
+        mesh=mesh,
     )
-    batch = batches.question_batch(Encoder(edge.tokenizer), [pair for _, pair in questions], length)
-    return in_batches(
-        lambda part: answers_right_with_gates(
-            edge.params,
-            edge.config,
-            part["tokens"],
-            part["answer"],
-            params["pool"],
-            part["gates"],
-            spec.generator,
-        ),
-        batch | {"gates": gates[[i for i, _ in questions]]},
-        batch_size,
+    return right_answers(
+        system.edge,
+        [pair for _, pair in questions],
+        gates=gates[[i for i, _ in questions]],
+        generator=system.generator,
+        mesh=mesh,
     )
+
+
+# --- the world's tasks, as a training run looks at them ------------------------------------------
+
+
+class WorldQuiz:
+    """Some questions about every task of the world, and the shares of them that are right.
+
+    Attributes:
+      prompts: of all tasks; questions: `(i, pair)`, asked under prompt i.
+    """
+
+    def __init__(self, world: World, families: Sequence[str], per_task: int = 12):
+        self.prompts: list[str] = []
+        self.questions: list[tuple[int, Question]] = []
+        self.groups: list[tuple[str, str]] = []  # split and family of each question
+        for split in ("seen", "unseen"):
+            for family in families:
+                rng, tasks = np.random.default_rng(0), world.select(split, family)
+                first = len(self.prompts)
+                self.prompts += [task.prompt(rng) for task in tasks]
+                for i, task in enumerate(tasks, first):
+                    drawn = task.sample(rng, per_task)
+                    self.questions += [(i, pair) for pair in drawn]
+                    self.groups += [(split, family)] * len(drawn)
+
+    @property
+    def bare(self) -> list[Question]:
+        """The questions without their prompts."""
+        return [pair for _, pair in self.questions]
+
+    @property
+    def prompted(self) -> list[Question]:
+        """The questions behind their prompts."""
+        return [
+            (f"{self.prompts[i]} {behind_prompt(question)}", answer)
+            for i, (question, answer) in self.questions
+        ]
+
+    def accuracy(self, right: np.ndarray) -> dict[str, float]:
+        """`accuracy/split/family`, and their means `accuracy/split`, of `right: [N]` bool."""
+        result: dict[str, float] = {}
+        for split in ("seen", "unseen"):
+            shares = {
+                family: float(right[[group == (split, family) for group in self.groups]].mean())
+                for family in dict.fromkeys(family for _, family in self.groups)
+            }
+            result |= {f"accuracy/{split}/{family}": share for family, share in shares.items()}
+            result[f"accuracy/{split}"] = float(np.mean(list(shares.values())))
+        return result

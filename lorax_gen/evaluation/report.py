@@ -16,7 +16,7 @@ from lorax_gen.data.batches import Encoder
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.evaluation.latency import measure_latency
-from lorax_gen.evaluation.questions import score_questions, score_specialised
+from lorax_gen.evaluation.questions import right_answers, right_specialised
 from lorax_gen.evaluation.system import System
 from lorax_gen.models.huggingface import Model
 
@@ -55,8 +55,6 @@ def evaluate_world(
     world, rng = data.world(), np.random.default_rng(seed)
     edge, cloud = system.edge, system.cloud
     edge_encoder, cloud_encoder = Encoder(edge.tokenizer), Encoder(cloud.tokenizer)
-    spec = system.generator.spec(cloud.config, edge.config)
-    long = data.prompt_length + data.question_length
     report: dict[str, Any] = {"accuracy": {}, "chance": {}, "tasks": {}, "questions": {}}
     contexts: dict[str, list[tuple[Model, str]]] = {}
     for family in progress(data.families):
@@ -71,33 +69,12 @@ def evaluate_world(
             (f"{prompts[i]} {behind_prompt(question)}", answer) for i, (question, answer) in asked
         ]
 
-        def icl(model, encoder, prompted=prompted):
-            return score_questions(model.params, model.config, encoder, prompted, long)
-
-        def generated(prompts, asked=asked):
-            return score_specialised(
-                system.generator.params,
-                system.generator.stats,
-                cloud,
-                edge,
-                spec,
-                prompts,
-                asked,
-                prompt_length=data.prompt_length,
-                length=data.question_length,
-            )
-
-        def plain(lora=None, bare=bare):
-            return score_questions(
-                edge.params, edge.config, edge_encoder, bare, data.question_length, lora=lora
-            )
-
-        right = {"edge": plain(), "edge_icl": icl(edge, edge_encoder)}
+        right = {"edge": right_answers(edge, bare), "edge_icl": right_answers(edge, prompted)}
         if system.lora is not None:
-            right["edge_lora"] = plain(system.lora)
-        right["cloud_icl"] = icl(cloud, cloud_encoder)
-        right["lora_gen"] = generated(prompts)
-        right["lora_gen_shuffled"] = generated(shuffled)
+            right["edge_lora"] = right_answers(edge, bare, lora=system.lora)
+        right["cloud_icl"] = right_answers(cloud, prompted)
+        right["lora_gen"] = right_specialised(system, prompts, asked)
+        right["lora_gen_shuffled"] = right_specialised(system, shuffled, asked)
         report["accuracy"][family] = {name: float(share.mean()) for name, share in right.items()}
         report["chance"][family] = world.chance(family)
         report["tasks"][family], report["questions"][family] = len(tasks), len(asked)

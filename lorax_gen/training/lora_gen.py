@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
 from lorax_gen.data.batches import Encoder, generator_batch
@@ -17,7 +18,7 @@ from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
 from lorax_gen.data.sources import MixtureConfig, WorldConfig
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.cost import train_step_macs
-from lorax_gen.evaluation.questions import score_specialised
+from lorax_gen.evaluation.questions import WorldQuiz, right_specialised
 from lorax_gen.evaluation.system import System
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import embed, kernel_shapes
@@ -164,27 +165,13 @@ def world_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: Generator
             answer_length=config.answer_length,
         )
 
+    quiz, system_of = WorldQuiz(world, data.families), system_maker(config, cloud, edge)
+    mesh = evaluation_mesh(config)
+
     def evaluate(state: State) -> dict[str, float]:
-        result = {}
-        for split in ("seen", "unseen"):
-            for family in data.families:
-                tasks = world.select(split, family)
-                rng = np.random.default_rng(0)
-                right = score_specialised(
-                    state["params"],
-                    state["stats"],
-                    cloud,
-                    edge,
-                    spec,
-                    [task.prompt(rng) for task in tasks],
-                    [(i, pair) for i, task in enumerate(tasks) for pair in task.sample(rng, 12)],
-                    prompt_length=data.prompt_length,
-                    length=data.question_length,
-                )
-                result[f"accuracy/{split}/{family}"] = float(right.mean())
-            shares = [result[f"accuracy/{split}/{family}"] for family in data.families]
-            result[f"accuracy/{split}"] = float(np.mean(shares))
-        return result
+        return quiz.accuracy(
+            right_specialised(system_of(state), quiz.prompts, quiz.questions, mesh)
+        )
 
     return Data(batch, evaluate)
 
@@ -211,12 +198,10 @@ def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: Generat
         record.name: load_shots(record, data.root) if data.evaluate_shots else []
         for record in records
     }
-    shapes = {"cloud": model_shape(cloud.config), "edge": model_shape(edge.config)}
-    mesh = make_mesh(config.mesh) if config.mesh.mode == "jit" else None
+    system_of, mesh = system_maker(config, cloud, edge), evaluation_mesh(config)
 
     def evaluate(state: State) -> dict[str, float]:
-        generator = Generator(config.generator, state["params"], state["stats"], {"shapes": shapes})
-        system = System(edge, cloud, generator)
+        system = system_of(state)
         result: dict[str, float] = {}
         for record in records:
             found = evaluate_benchmark(
@@ -239,3 +224,19 @@ def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: Generat
         return result
 
     return Data(mixture.batch, evaluate, lambda: mixture.counts)
+
+
+def system_maker(config: LoraGenConfig, cloud: Model, edge: Model) -> Callable[[State], System]:
+    """The function from a state of training to the system that it is of."""
+    shapes = {"shapes": {"cloud": model_shape(cloud.config), "edge": model_shape(edge.config)}}
+
+    def system_of(state: State) -> System:
+        generator = Generator(config.generator, state["params"], state["stats"], shapes)
+        return System(edge, cloud, generator)
+
+    return system_of
+
+
+def evaluation_mesh(config: LoraGenConfig) -> Mesh | None:
+    """The mesh that evaluations run over; under pmap, whose weights lie everywhere, none."""
+    return make_mesh(config.mesh) if config.mesh.mode == "jit" else None

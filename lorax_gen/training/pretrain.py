@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from lorax_gen.data.batches import LESSON_LENGTH, Encoder, document_batch, pretraining_batch
-from lorax_gen.data.tasks import behind_prompt
-from lorax_gen.data.world import FAMILIES, World, make_world, vocabulary
+from lorax_gen.data.batches import LESSON_LENGTH, Encoder, pretraining_batch
+from lorax_gen.data.world import FAMILIES, make_world, vocabulary
 from lorax_gen.evaluation.cost import tuning_step_macs
-from lorax_gen.evaluation.questions import answers_right, in_batches
+from lorax_gen.evaluation.questions import WorldQuiz, right_answers
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.huggingface import Model, save_model
@@ -87,8 +85,13 @@ def experiment(config: PretrainConfig) -> Experiment:
             length=config.document_length,
         )
 
+    # With the system prompt in context, the only way in which a language model knows the task.
+    quiz = WorldQuiz(world, FAMILIES, per_task=8)
+    mesh = make_mesh(config.mesh) if config.mesh.mode == "jit" else None
+
     def evaluate(state: State) -> dict[str, float]:
-        return in_context_accuracy(state["params"], shape, encoder, world, config.document_length)
+        model = Model(shape, state["params"], tokenizer)
+        return quiz.accuracy(right_answers(model, quiz.prompted, mesh=mesh))
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
         save_model(directory, Model(shape, state["params"], tokenizer), provenance)
@@ -99,8 +102,7 @@ def experiment(config: PretrainConfig) -> Experiment:
         "tokens": sum(rows * length for rows, length in groups),
         "flops": sum(tuning_step_macs(shape, *group).flops for group in groups),
     }
-    in_place = config.mesh.mode == "jit"
-    constrain = keep_rows(make_mesh(config.mesh)) if in_place else decoder.unconstrained
+    constrain = decoder.unconstrained if mesh is None else keep_rows(mesh)
     return Experiment(
         init=lambda: (decoder.init_params(jax.random.key(config.run.seed), shape), {}),
         loss=pretraining_loss(shape, constrain=constrain),
@@ -113,31 +115,3 @@ def experiment(config: PretrainConfig) -> Experiment:
         optimizer=config.optimizer,
         mesh=config.mesh,
     )
-
-
-def in_context_accuracy(
-    params: dict,
-    config: DecoderConfig,
-    encoder: Encoder,
-    world: World,
-    length: int,
-    questions: int = 8,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Accuracy with the system prompt in context, `{split/family: share}`."""
-    rng = np.random.default_rng(seed)
-    result = {}
-    for split in ("seen", "unseen"):
-        for family in FAMILIES:
-            documents = [
-                [(f"{task.prompt(rng)} {behind_prompt(question)}", False), (answer, True)]
-                for task in world.select(split, family)
-                for question, answer in task.sample(rng, questions)
-            ]
-            right = in_batches(
-                lambda part: answers_right(params, config, part["tokens"], part["answer"]),
-                document_batch(encoder, documents, length),
-                128,
-            )
-            result[f"accuracy/{split}/{family}"] = float(right.mean())
-    return result

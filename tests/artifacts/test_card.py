@@ -14,7 +14,7 @@ from lorax_gen import load_card, save_card, specialize
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.data.batches import Encoder, prompt_batch
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.questions import prompt_gates
+from lorax_gen.evaluation.gates import prompt_gates
 from lorax_gen.method import lora_from_gates
 from lorax_gen.models import decoder
 from lorax_gen.tensors import read_tensors, write_tensors

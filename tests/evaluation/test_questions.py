@@ -1,17 +1,13 @@
 """A right answer is what greedy decoding writes, however questions are put into batches."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lorax_gen import generate_text, specialize
-from lorax_gen.data.batches import Encoder
-from lorax_gen.evaluation.questions import (
-    answers_right,
-    in_batches,
-    score_questions,
-    score_specialised,
-)
+from lorax_gen.data.tasks import behind_prompt
+from lorax_gen.evaluation.choices import ChoiceItem, score_items
+from lorax_gen.evaluation.questions import WorldQuiz, right_answers, right_specialised
+from lorax_gen.evaluation.system import System
 from lorax_gen.models.decoding import generate
 from tests.tiny import PROMPTS, make_generator, one_word_edge
 
@@ -36,27 +32,13 @@ def test_right_is_what_greedy_decoding_writes_word_by_word(tiny_world_system):
     answers = written.copy()
     for row in range(6):  # one other word, at any place of the answer
         answers[row, row % words] += 1
-    whole = np.pad(tokens, ((0, 0), (0, words)))
-    marked = np.zeros_like(whole, bool)
-    for row, length in enumerate(lengths):
-        whole[row, length : length + words] = answers[row]
-        marked[row, length : length + words] = True
-    right = answers_right(edge.params, edge.config, jnp.asarray(whole), jnp.asarray(marked))
+    items = [
+        ChoiceItem(((tokens[row, :length].tolist(), answers[row].tolist()),))
+        for row, length in enumerate(lengths)
+    ]
+    right = [score.greedy[0] for score in score_items(edge, items)]
     np.testing.assert_array_equal(right, (answers == written).all(1))
     np.testing.assert_array_equal(right, [False] * 6 + [True] * 6)
-
-
-@pytest.mark.parametrize("rows, size", [(1, 4), (4, 4), (7, 3), (6, 3)])
-def test_batches_are_of_one_size_and_their_padding_is_cut(rows, size):
-    seen = []
-
-    def score(part):
-        seen.append(len(part["x"]))
-        return part["x"] * part["y"][:, 0]
-
-    x, y = np.arange(rows), np.arange(2 * rows).reshape(rows, 2)
-    np.testing.assert_array_equal(in_batches(score, {"x": x, "y": y}, size), x * y[:, 0])
-    assert seen == [size] * -(-rows // size)
 
 
 def test_questions_are_scored_as_the_model_answers(system, questions):
@@ -66,8 +48,7 @@ def test_questions_are_scored_as_the_model_answers(system, questions):
     asked = list(zip(questions, answers, strict=True))
     asked[1] = (asked[1][0], "apple" if answers[1] != "apple" else "bell")
     asked[3] = (asked[3][0], f"{answers[3]} {answers[3]}")  # goes on where the model ends
-    encoder = Encoder(edge.tokenizer)
-    right = score_questions(edge.params, edge.config, encoder, asked, 7, batch_size=4)
+    right = right_answers(edge, asked, tokens_per_batch=64)
     np.testing.assert_array_equal(right, [True, False, True, False, True])
 
 
@@ -90,16 +71,23 @@ def test_specialised_scores_are_those_of_merged_edges(system, questions):
                 expected.append(same and ended)
     assert 0 < np.sum(expected) < len(expected)
     assert sum(expected[1::2]) < len(expected) // 4  # prompts make models that answer differently
-    right = score_specialised(
-        generator.params,
-        generator.stats,
-        cloud,
-        edge,
-        generator.spec(cloud.config, edge.config),
-        PROMPTS,
-        asked,
-        prompt_length=32,
-        length=7,
-        batch_size=8,
-    )
+    right = right_specialised(System(edge, cloud, generator), PROMPTS, asked)
     np.testing.assert_array_equal(right, expected)
+
+
+def test_a_quiz_asks_every_task_and_counts_by_split_and_family(tiny_world_system):
+    world, families = tiny_world_system.world, ("grade", "clock")
+    quiz = WorldQuiz(world, families, per_task=3)
+    asked = [
+        task for split in ("seen", "unseen") for f in families for task in world.select(split, f)
+    ]
+    assert len(quiz.prompts) == len(asked) and len(quiz.questions) == 3 * len(asked)
+    for (i, pair), (bare, prompted) in zip(
+        quiz.questions, zip(quiz.bare, quiz.prompted, strict=True), strict=True
+    ):
+        assert pair == bare and pair in asked[i].questions
+        assert prompted == (f"{quiz.prompts[i]} {behind_prompt(pair[0])}", pair[1])
+    right = np.array([asked[i].family == "clock" for i, _ in quiz.questions])
+    found = quiz.accuracy(right)
+    assert found["accuracy/seen/clock"] == found["accuracy/unseen/clock"] == 1.0
+    assert found["accuracy/seen/grade"] == 0.0 and found["accuracy/unseen"] == 0.5

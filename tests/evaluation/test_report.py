@@ -32,18 +32,18 @@ def calls(monkeypatch):
     """Scores are drawn instead of computed; yields what was asked, in order."""
     asked, rng = [], np.random.default_rng(0)
 
-    def plain(params, config, encoder, questions, length, *, lora=None):
-        asked.append({"config": config, "questions": questions, "lora": lora})
+    def plain(model, questions, *, lora=None):
+        asked.append({"model": model, "questions": questions, "lora": lora})
         asked[-1]["right"] = rng.random(len(questions)) < 0.5
         return asked[-1]["right"]
 
-    def specialised(params, stats, cloud, edge, spec, prompts, questions, **lengths):
-        asked.append({"prompts": prompts, "questions": questions, **lengths})
+    def specialised(system, prompts, questions):
+        asked.append({"prompts": prompts, "questions": questions})
         asked[-1]["right"] = rng.random(len(questions)) < 0.5
         return asked[-1]["right"]
 
-    monkeypatch.setattr(reports, "score_questions", plain)
-    monkeypatch.setattr(reports, "score_specialised", specialised)
+    monkeypatch.setattr(reports, "right_answers", plain)
+    monkeypatch.setattr(reports, "right_specialised", specialised)
     monkeypatch.setattr(reports, "latency_ms", lambda model, texts, runs, rng: float(runs))
     return asked
 
@@ -92,8 +92,8 @@ def test_every_method_is_asked_the_same_and_sees_what_it_should(system, calls):
         prompted = [(f"{p} {behind_prompt(q)}", a) for p, (q, a) in zip(prompts, bare, strict=True)]
         assert edge_icl["questions"] == cloud_icl["questions"] == prompted
         assert edge_lora["lora"] is system.lora and edge["lora"] is None
-        assert edge["config"] == edge_icl["config"] == edge_lora["config"] == system.edge.config
-        assert cloud_icl["config"] == system.cloud.config
+        assert edge["model"] is edge_icl["model"] is edge_lora["model"] is system.edge
+        assert cloud_icl["model"] is system.cloud
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,7 +13,7 @@ import pytest
 
 from lorax_gen.data.batches import generator_batch, prompt_batch
 from lorax_gen.data.sources import WorldConfig
-from lorax_gen.evaluation.questions import prompt_gates
+from lorax_gen.evaluation.gates import prompt_gates
 from lorax_gen.method import count_params, generate, merge, router_logits, take_example
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.sharding import (
