@@ -537,7 +537,7 @@ def evaluate_real(command: Evaluate) -> int:
     from lorax_gen.artifacts.export import lora_of
     from lorax_gen.data.agent import load_agent
     from lorax_gen.data.benchmarks import REASONING, find_benchmark
-    from lorax_gen.evaluation import suite
+    from lorax_gen.evaluation import suite, tables
     from lorax_gen.evaluation.benchmark import BY_CLOUD
     from lorax_gen.evaluation.system import System
     from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
@@ -574,7 +574,7 @@ def evaluate_real(command: Evaluate) -> int:
     if agent:
         items = load_agent("test", command.data_dir)[: command.limit]
         options["max_new_tokens"] = command.max_new_tokens
-        suite.print_agent(suite.evaluate_agent_suite(system, items, modes, **options))
+        tables.print_agent(suite.evaluate_agent_suite(system, items, modes, **options))
         return 0
     card = None
     if command.card is not None:
@@ -592,7 +592,7 @@ def evaluate_real(command: Evaluate) -> int:
         mesh=mesh,
         **options,
     )
-    suite.print_suite(report)
+    tables.print_suite(report)
     return 0
 
 
