@@ -111,7 +111,7 @@ class MixtureConfig:
             question_length=self.question_length,
             buckets=self.prompt_buckets,
             question_buckets=self.question_buckets,
-            unseen=unseen_texts(self.root) if self.root else (),
+            unseen=unseen_texts(self.root),
             **options,
         )
 
