@@ -453,7 +453,7 @@ def test_evaluate_prints_benchmarks_by_modes_and_goes_on_where_it_stopped(call, 
     words += [f"--{role}={models / role}" for role in ("cloud", "edge", "generator")]
     code, out, err = call(*words)
     assert (code, err) == (0, "")
-    for word in ("ARC-e", "WinoG", "AVE", "HAR", "edge, 1 shots", "edge + LoRA-Gen", "cpu"):
+    for word in ("ARC-e", "WinoG", "AVE", "HAR", "edge, 1-shot", "edge + LoRA-Gen", "cpu"):
         assert word in out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     item = tmp_path / "run" / "items" / "arc_easy.lora_gen.jsonl"

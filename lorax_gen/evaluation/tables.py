@@ -46,7 +46,7 @@ def to_csv(lines: Sequence[dict[str, Any]]) -> str:
 
 LABELS = {
     "plain": "edge, no prompt",
-    "icl": "edge, {shots} shots",
+    "icl": "edge, {shots}-shot",
     "card": "edge + card",
     "lora_gen": "edge + LoRA-Gen",
     "shuffled": "  other task's prompt",

@@ -82,7 +82,7 @@ def test_the_report_is_in_files_too(report, run_dir):
 def test_the_table_is_the_papers(report, capsys):
     print_suite(report)
     out = capsys.readouterr().out
-    for word in ("BoolQ", "PIQA", "AVE", "HAR", "edge, 1 shots", "edge + LoRA-Gen", "GFLOPs"):
+    for word in ("BoolQ", "PIQA", "AVE", "HAR", "edge, 1-shot", "edge + LoRA-Gen", "GFLOPs"):
         assert word in out
     assert f"{100 * report['modes']['plain']['average']:.1f}" in out
 
