@@ -72,7 +72,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
     cloud, edge = load(config.cloud), load(config.edge)
     spec = GeneratorSpec(config.generator, cloud.config, edge.config)
     of_kind = world_data if isinstance(config.data, WorldConfig) else mixture_data
-    data = of_kind(config, cloud, edge, spec)
+    data = of_kind(config, cloud, edge)
     key = jax.random.key(config.run.seed)
     # On the host: within `init`, which is compiled, all embeddings would become a constant.
     start = hosts.gather(embed(cloud.params, cloud.config, cloud.tokenizer.eos_token_id))
@@ -143,7 +143,7 @@ class Data(NamedTuple):
     counts: Callable[[], dict[str, int]] = dict
 
 
-def world_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: GeneratorSpec) -> Data:
+def world_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
     """The embedded world: accuracy of seen and unseen tasks, by family."""
     world, data = config.data.world(), config.data
     cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
@@ -176,7 +176,7 @@ def world_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: Generator
     return Data(batch, evaluate)
 
 
-def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model, spec: GeneratorSpec) -> Data:
+def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
     """Real tasks: accuracy on benchmarks, each question under a prompt of its own."""
     data = config.data
     mixture = data.mixture(
