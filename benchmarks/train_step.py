@@ -435,7 +435,7 @@ def make_cases(options: Options, spec: GeneratorSpec, frozen: dict[str, Params])
         cases.append(Case("lora-gen", queries, batch, macs, params, stats, loss, frozen))
     if options.baseline:
         shapes = kernel_shapes(edge)
-        config = LoraConfig(dropout=0.0)
+        config = LoraConfig(dropout=0.0, answer_length=options.answer_length)
         lora = init_lora(jax.random.key(3), shapes, config.rank, edge.num_hidden_layers)
         for queries in options.queries:
             batch = make_batch(options, queries, *vocabularies)

@@ -4,7 +4,8 @@ Parameters are a plain dict, layers stacked on a leading axis and scanned:
 
     {'embed': [V, D], 'layers': {'attn_norm': [L, D], 'q': [L, D, H*E], ...}, 'final_norm': [D]}
 
-with `'lm_head': [D, V]` where the head is not tied to the embeddings. Kernels are `[in, out]`.
+with `'lm_head': [D, V]` where the head is not tied to the embeddings. Kernels are `[in, out]`, or
+pairs of int8 values and scales (`models.int8`).
 A family is a set of switches in `DecoderConfig`; no code asks for one by name. Any kernel takes an
 optional LoRA pair (see `lorax_gen.method.lora`): one for the whole batch, `[L, D, R]`, or one per
 example, `[L, B, D, R]`.
@@ -29,6 +30,7 @@ from flax import linen as nn
 
 from lorax_gen.errors import UserError
 from lorax_gen.method.lora import apply_lora
+from lorax_gen.models import int8
 from lorax_gen.models.attention import attend, softcapped, visible
 
 Array = jax.Array
@@ -196,7 +198,7 @@ class Block(nn.Module):
 
     def project(self, name: str, x: Array, lora: Mapping, key: Array | None) -> Array:
         shape = kernel_shapes(self.config)[name]
-        y = x @ self.param(name, INIT, shape).astype(x.dtype)
+        y = x @ int8.whole(self.param(name, INIT, shape), x.dtype)
         if self.config.qkv_bias and name in ("q", "k", "v"):
             y += self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)
         if name in lora:

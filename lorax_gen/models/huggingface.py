@@ -26,7 +26,7 @@ from lorax_gen import assets, files
 from lorax_gen.errors import UserError
 from lorax_gen.hub import find_directory
 from lorax_gen.method.lora import Tree, merge
-from lorax_gen.models import decoder
+from lorax_gen.models import decoder, int8
 from lorax_gen.models.decoder import DecoderConfig, Params
 from lorax_gen.models.families import (
     abstract_params,
@@ -83,8 +83,9 @@ class Model:
     def merged(self, lora: Tree) -> Model:
         """The model with a LoRA tree merged into its kernels (eq. 1): the same shape, no LoRA.
 
-        Raises UserError where the tree does not fit.
+        Raises UserError where the tree does not fit, or the kernels are in int8.
         """
+        int8.refuse(self.params, "merge a LoRA into")
         layers = merge(self.params["layers"], lora)
         return dataclasses.replace(self, params={**self.params, "layers": layers})
 
@@ -98,6 +99,7 @@ def load_model(
     name_or_dir: str | Path,
     dtype: Any = jnp.float32,
     *,
+    in_int8: bool = False,
     shardings: Callable[[Params], Any] | None = None,
     revision: str | None = None,
 ) -> Model:
@@ -105,6 +107,7 @@ def load_model(
 
     Args:
       dtype: of the parameters; None keeps the checkpoint's.
+      in_int8: keep the kernels in int8 (see `models.int8`): to be read, not merged or saved.
       shardings: a tree of shardings for the abstract parameters, such as
         `partial(training.sharding.tree_shardings, mesh=mesh)`; None: the default device.
       revision: branch, tag or commit on the hub.
@@ -113,7 +116,7 @@ def load_model(
     """
     directory = find_directory(name_or_dir, revision=revision)
     config = read_config(directory / "config.json")
-    params = read_params(directory, config, dtype, shardings=shardings)
+    params = read_params(directory, config, dtype, in_int8=in_int8, shardings=shardings)
     local = assets.resolve(name_or_dir).is_dir()  # no path may enter what is made of the model
     name = directory.resolve().name if local else str(name_or_dir)
     return Model(config, params, load_tokenizer(directory), read_stop_ids(directory), name)
@@ -136,9 +139,10 @@ def save_model(
       max_shard_size: of a file of tensors, such as `500MB`; more than one get an index.
       extra: writes whatever else belongs into the directory, before it gets its name.
 
-    Raises UserError where something is at `directory`, or no family has a place for what the
-    config asks for.
+    Raises UserError where something is at `directory`, the kernels are in int8, or no family has a
+    place for what the config asks for.
     """
+    int8.refuse(model.params, "save")
     with files.new_directory(Path(directory)) as partial:
         eos = list(model.stop_ids) if len(model.stop_ids) > 1 else next(iter(model.stop_ids), None)
         ids = {
@@ -203,6 +207,7 @@ def read_params(
     config: DecoderConfig,
     dtype: Any = jnp.float32,
     *,
+    in_int8: bool = False,
     shardings: Callable[[Params], Any] | None = None,
 ) -> Params:
     """Parameters from a directory's safetensors; see `load_model`.
@@ -212,11 +217,16 @@ def read_params(
     checkpoint = Checkpoint(Path(directory))
     check_tensors(checkpoint, config)
     shapes = abstract_params(config)
-    places = shardings(shapes) if shardings else None
+    kept = jax.eval_shape(int8.quantize_kernels, shapes) if in_int8 else shapes
+    places = shardings(kept) if shardings else None
     params: Params = {"layers": {}}
     for ours, keys in tensor_names(config).items():
         place = leaf_at(places, ours) if places else None
-        leaf = read_leaf(checkpoint, ours, keys, leaf_at(shapes, ours).shape, dtype, place)
+        pair = int8.is_quantized(leaf_at(kept, ours))
+        read_to = place["qvalue"] if pair and place else place
+        leaf = read_leaf(checkpoint, ours, keys, leaf_at(shapes, ours).shape, dtype, read_to)
+        if pair:
+            leaf = jax.jit(int8.quantize, out_shardings=place)(leaf)
         (params["layers"] if ours.startswith("layers/") else params)[ours.split("/")[-1]] = leaf
     return params
 

@@ -53,6 +53,9 @@ class LoraGenConfig:
     """Parts of a batch that run one after the other, to save memory; the gradients are the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the two models; bfloat16 on GPUs and TPUs. What is trained is float32."""
+    cloud_int8: bool = False
+    """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
+    'lorax-gen[int8]')."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again, per layer: nothing, all but matmuls, everything."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -69,7 +72,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
     mesh = make_mesh(config.mesh)
     shardings = partial(tree_shardings, mesh=mesh) if config.mesh.mode == "jit" else None
     load = partial(load_model, dtype=config.dtype, shardings=shardings)
-    cloud, edge = load(config.cloud), load(config.edge)
+    cloud, edge = load(config.cloud, in_int8=config.cloud_int8), load(config.edge)
     spec = GeneratorSpec(config.generator, cloud.config, edge.config)
     of_kind = world_data if isinstance(config.data, WorldConfig) else mixture_data
     data = of_kind(config, cloud, edge)

@@ -31,7 +31,7 @@ from lorax_gen import assets
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import cost
 from lorax_gen.method import init_generator
-from lorax_gen.models import presets
+from lorax_gen.models import int8, presets
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.families import abstract_params, read_config
 from lorax_gen.training import hlo, memory
@@ -114,18 +114,23 @@ def make_work(config: LoraGenConfig, devices: list) -> Work:
         )
         return init_state(params, stats, optimizer, config.run.seed)
 
-    def placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+    def placed(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(
-                leaf.shape, dtype or leaf.dtype, sharding=place
-            ),
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             tree,
             shardings,
         )
 
+    def loaded(model: DecoderConfig) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), abstract_params(model)
+        )
+
     by_name = partial(tree_shardings, mesh=mesh)
     state = jax.eval_shape(fresh)
-    frozen = {"cloud": abstract_params(cloud), "edge": abstract_params(edge)}
+    frozen = {"cloud": loaded(cloud), "edge": loaded(edge)}
+    if config.cloud_int8:
+        frozen["cloud"] = jax.eval_shape(int8.quantize_kernels, frozen["cloud"])
     prompts, rows = config.prompts, config.prompts * config.queries_per_prompt
     length = config.data.question_length
     batch = {
@@ -140,7 +145,7 @@ def make_work(config: LoraGenConfig, devices: list) -> Work:
         GeneratorSpec(config.generator, cloud, edge),
         mesh,
         state=placed(state, by_name(state)),
-        frozen=placed(frozen, by_name(frozen), config.dtype),
+        frozen=placed(frozen, by_name(frozen)),
         batch=placed(batch, jax.tree.map(lambda _: split, batch)),
     )
     if prompts % work.shards:
@@ -380,6 +385,7 @@ def make_plan(config: LoraGenConfig, topology: str, utilisation: float = 0.4) ->
             "question_length": config.data.question_length,
             "answer_length": work.answered,
             "dtype": config.dtype,
+            "cloud_int8": config.cloud_int8,
             "remat": config.remat,
             "microbatches": config.microbatches,
             "attention": config.attention,
@@ -420,6 +426,10 @@ def advice(work: Work, needs: dict[str, Any], usable: int) -> list[str]:
         found.append(
             f"microbatches={parts[0]}: {per_device // parts[0]} of {per_device} prompts per device "
             "at a time, for one more forward pass"
+        )
+    if not config.cloud_int8:
+        found.append(
+            "cloud_int8=true: the cloud's kernels, rounded, in half the bytes of bfloat16"
         )
     if config.answer_length is None:
         found.append("answer_length: logits only where answers are")

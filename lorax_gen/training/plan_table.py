@@ -28,6 +28,7 @@ def print_plan(report: dict[str, Any]) -> None:
         return made
 
     step, needs, held = report["step"], report["memory"], report["arguments"]
+    dtype = f"{step['dtype']}, the cloud's kernels int8" if step["cloud_int8"] else step["dtype"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     console.print(
         f"{report['cloud']['name']} ({parameters(report['cloud']['parameters'])}) for "
@@ -36,7 +37,7 @@ def print_plan(report: dict[str, Any]) -> None:
         f"{report['devices']} x {report['chip']['kind']}: {mesh}\n"
         f"{step['prompts']} prompts of {step['prompt_length']}, {step['queries_per_prompt']} x "
         f"{step['question_length']} tokens each, {step['answer_length']} answered; "
-        f"{step['dtype']}, remat {step['remat']}, microbatches {step['microbatches']}, "
+        f"{dtype}, remat {step['remat']}, microbatches {step['microbatches']}, "
         f"attention {step['attention']}\n"
     )
     how = {

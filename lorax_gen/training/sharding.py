@@ -77,6 +77,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 def spec_for(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The partition of one leaf, from the names on its path and its shape."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    if names[-1] in ("qvalue", "scale"):  # an int8 kernel, and its scales of one row
+        names.pop()
     leaf, parent = names[-1], names[-2] if len(names) > 1 else ""
     if leaf in ("a", "b") and parent in KERNELS:  # a LoRA pair sits on its parent's kernel
         d_in, d_out = KERNELS[parent]

@@ -51,7 +51,9 @@ def change(config, **fields):
 # --- the same step ---------------------------------------------------------------------------
 
 
-def test_the_plan_has_the_shapes_of_the_run(config):
+@pytest.mark.parametrize("cloud_int8", [False, True])
+def test_the_plan_has_the_shapes_of_the_run(config, cloud_int8):
+    config = change(config, cloud_int8=cloud_int8)
     work = plan.make_work(config, jax.devices())
     experiment = lora_gen.experiment(config)
     optimizer = plan.make_optimizer(config.optimizer, config.run.steps)
@@ -113,6 +115,7 @@ def test_the_compiled_step_is_read(config):
         {"remat": "full"},
         {"microbatches": 2, "remat": "full"},
         {"attention": "auto"},
+        {"cloud_int8": True},
         {"dtype": "bfloat16", "attention": "xla"},
         {"mesh": MeshConfig(data=1, fsdp=-1)},
     ],
