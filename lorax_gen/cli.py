@@ -530,7 +530,6 @@ def evaluate_world(command: Evaluate) -> int:
 
 
 def evaluate_real(command: Evaluate) -> int:
-    import jax
     from tqdm import tqdm
 
     import lorax_gen
@@ -540,7 +539,7 @@ def evaluate_real(command: Evaluate) -> int:
     from lorax_gen.evaluation import suite, tables
     from lorax_gen.evaluation.benchmark import BY_CLOUD
     from lorax_gen.evaluation.system import System
-    from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
+    from lorax_gen.training.sharding import serving_mesh, tree_shardings
 
     groups = {"reasoning": REASONING}
     names = list(dict.fromkeys(n for task in command.tasks for n in groups.get(task, (task,))))
@@ -557,10 +556,8 @@ def evaluate_real(command: Evaluate) -> int:
     if "card" in modes and command.card is None:
         raise UserError("mode card needs --card, a task card or a PEFT adapter directory")
 
-    mesh = place = None
-    if len(jax.devices()) > 1:
-        mesh = make_mesh(MeshConfig(fsdp=command.fsdp, tensor=command.tensor))
-        place = functools.partial(tree_shardings, mesh=mesh)
+    mesh = serving_mesh(command.fsdp, command.tensor)
+    place = functools.partial(tree_shardings, mesh=mesh) if mesh else None
     load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=place)
     generator = functools.cache(lambda: lorax_gen.load_generator(command.generator))
     system = System(load(command.edge))
@@ -569,6 +566,7 @@ def evaluate_real(command: Evaluate) -> int:
     options = {
         "run_dir": command.run_dir,
         "tokens_per_batch": command.tokens_per_batch,
+        "mesh": mesh,
         "bar": tqdm(unit="question", leave=False, disable=not sys.stderr.isatty()),
     }
     if agent:
@@ -589,7 +587,6 @@ def evaluate_real(command: Evaluate) -> int:
         seed=command.seed,
         limit=command.limit,
         directory=command.data_dir,
-        mesh=mesh,
         **options,
     )
     tables.print_suite(report)

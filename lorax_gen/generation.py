@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lorax_gen.data.batches import bucket, pad_rows
 from lorax_gen.errors import UserError
@@ -19,13 +20,16 @@ from lorax_gen.models import decoding
 from lorax_gen.models.decoding import Sampling
 from lorax_gen.models.huggingface import Model
 from lorax_gen.tokenizers import chat_ids, encode
+from lorax_gen.training import hosts
+from lorax_gen.training.sharding import keep_decoding, place_lora, put_batch, row_shards
 
 CHUNK = 8  # tokens between two looks at the text: few enough to stream, enough to hide the look
 
-prefill = partial(jax.jit, static_argnames=("config", "slots", "stop_ids"))(decoding.prefill)
-advance = partial(
-    jax.jit, static_argnames=("config", "steps", "stop_ids"), donate_argnames="state"
-)(decoding.advance)
+STATIC = ("config", "stop_ids", "constrain")
+prefill = partial(jax.jit, static_argnames=(*STATIC, "slots"))(decoding.prefill)
+advance = partial(jax.jit, static_argnames=(*STATIC, "steps"), donate_argnames="state")(
+    decoding.advance
+)
 
 
 def generate_text(
@@ -54,6 +58,7 @@ def stream_text(
     lora: Mapping | None = None,
     chat: bool = False,
     system: str = "",
+    mesh: Mesh | None = None,
 ) -> Iterator[list[str]]:
     """Yields what has been written of every continuation so far, a few tokens further each time.
 
@@ -67,6 +72,8 @@ def stream_text(
       stop: strings that end a text and are not part of it; so do the model's `stop_ids`.
       lora: a LoRA tree for the whole batch or per example.
       chat: texts are a user's turns, put into the tokenizer's chat template behind `system`.
+      mesh: over which the weights lie (`load_model(..., shardings=...)`); texts are split over its
+        batch axes. None: no mesh.
 
     Raises UserError for an option out of range, an empty text where the tokenizer adds nothing, a
     text too long for the model, and a tokenizer without a chat template.
@@ -83,8 +90,10 @@ def stream_text(
             encode(model.tokenizer, text) if isinstance(text, str) else [*text] for text in texts
         ]
     check_rows(rows, texts, max_new_tokens, model)
-    rows += [rows[-1]] * (bucket(len(rows), 1) - len(rows))
-    lora = jax.tree.map(lambda x: pad_examples(x, len(texts), len(rows)), lora)
+    shards = 1 if mesh is None else row_shards(mesh)
+    count = bucket(-(-len(rows) // shards), 1) * shards
+    rows += [rows[-1]] * (count - len(rows))
+    lora = jax.tree.map(lambda x: pad_examples(x, len(texts), count), lora)
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = pad_rows(rows, bucket(lengths.max()), 0, "a prompt")
 
@@ -96,11 +105,12 @@ def stream_text(
         "lora": lora,
     }
     params, config = model.decoding_params, model.config
+    put = jax.device_put if mesh is None else partial(put_batch, mesh=mesh)
+    if mesh is not None:
+        shared |= {"lora": place_lora(lora, mesh), "constrain": keep_decoding(mesh)}
     slots = tokens.shape[1] + bucket(max_new_tokens)
-    state = prefill(
-        params, config, jnp.asarray(tokens), jnp.asarray(lengths), slots=slots, **shared
-    )
-    ids = np.asarray(state.token)[:, None]
+    state = prefill(params, config, *put((tokens, lengths)), slots=slots, **shared)
+    ids = np.asarray(hosts.gather(state.token))[:, None]
     shown, ended = [""] * len(texts), np.ones(len(rows), bool)  # the rows that fill up have ended
     ended[: len(texts)] = False
     while True:
@@ -113,10 +123,10 @@ def stream_text(
         yield list(shown)
         if full or ended.all():
             return
-        state = state._replace(finished=jnp.asarray(ended))
+        state = state._replace(finished=put(ended))
         # Always whole chunks, so that there is one program; what is too much is cut.
         state, more = advance(params, config, state, steps=CHUNK, **shared)
-        ids = np.concatenate([ids, np.asarray(more)], axis=1)
+        ids = np.concatenate([ids, np.asarray(hosts.gather(more))], axis=1)
 
 
 def text_of(model: Model, ids: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:

@@ -18,6 +18,14 @@ from lorax_gen.errors import UserError
 from lorax_gen.generation import CHUNK, stream_text
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.huggingface import Model
+from lorax_gen.training.sharding import (
+    MeshConfig,
+    keep_decoding,
+    make_mesh,
+    put_batch,
+    row_shards,
+    tree_shardings,
+)
 
 TEXTS = ["apple", "say the color of the bell", "five"]
 EOS = "<eos>"
@@ -457,3 +465,48 @@ def test_a_text_too_long_for_the_model_is_refused_with_both_numbers():
     assert generate_text(model, ["x" * 8 + "a"], max_new_tokens=3) == ["bcd"]
     with pytest.raises(UserError, match=r"a text of 9 tokens and 4 new ones .* the 12 positions"):
         generate_text(model, ["a", "x" * 8 + "a"], max_new_tokens=4)
+
+
+# --- on a mesh -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[(8, 1, 1), (2, 2, 2)], ids=str)
+def mesh(request):
+    return make_mesh(MeshConfig(*request.param), jax.devices("cpu")[:8])
+
+
+@pytest.fixture(scope="module")
+def spread(model, mesh):
+    """The model with its weights over the mesh."""
+    params = jax.device_put(model.params, tree_shardings(model.params, mesh))
+    return dataclasses.replace(model, params=params)
+
+
+@pytest.mark.parametrize("leading", [(2,), (2, 3)], ids=["shared LoRA", "LoRA per example"])
+def test_a_mesh_changes_no_text(leading, model, mesh, spread):
+    rng = np.random.default_rng(0)
+    lora = {
+        name: {
+            "a": rng.normal(size=(*leading, d_in, 2)).astype(np.float32),
+            "b": rng.normal(size=(*leading, 2, d_out)).astype(np.float32),
+        }
+        for name, (d_in, d_out) in kernel_shapes(model.config).items()
+    }
+    for options in ({"lora": lora}, {"temperature": 2.0, "seed": 3, "lora": lora}):
+        expected = generate_text(model, TEXTS, max_new_tokens=9, **options)
+        assert generate_text(spread, TEXTS, max_new_tokens=9, mesh=mesh, **options) == expected
+
+
+def test_caches_are_split_by_rows_and_heads(mesh, spread):
+    rows = jnp.ones((8, 4), jnp.int32), jnp.full(8, 4, jnp.int32)
+    state = generation.prefill(
+        spread.decoding_params,
+        spread.config,
+        *put_batch(rows, mesh),
+        slots=8,
+        constrain=keep_decoding(mesh),
+    )
+    size = spread.config.head_dim, spread.config.num_key_value_heads
+    held = (8 // row_shards(mesh), 8, size[1] // mesh.shape["tensor"], size[0])
+    for leaf in jax.tree.leaves(state.cache):
+        assert leaf.addressable_shards[0].data.shape == held

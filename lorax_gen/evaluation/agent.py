@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.data.batches import Encoder
@@ -55,6 +56,7 @@ def evaluate_agent(
     stop: Sequence[str] = STOP,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     seed: int = 0,
+    mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda items: None,
 ) -> dict[str, Any]:
     """Has the edge answer all items and scores the answers.
@@ -63,6 +65,7 @@ def evaluate_agent(
       path: of a JSONL file of the items' results; where it has some, they are not computed again.
       tokens_per_batch: rows times tokens, read and written, that the device works on at a time.
       seed: of who gets whose prompt in the control.
+      mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
       progress: called with the number of items finished since the last call.
 
     Returns:
@@ -91,7 +94,7 @@ def evaluate_agent(
         seen = whole if mode == "full" else [encoder.ids(item.request) for item in todo]
         lora = {}
         if prompts:
-            lora["lora"] = lora_maker(system, [prompts[i] for i in left], tokens_per_batch)
+            lora["lora"] = lora_maker(system, [prompts[i] for i in left], tokens_per_batch, mesh)
 
         def on_batch(indices: list[int], texts: list[str]) -> None:
             nonlocal start
@@ -121,6 +124,7 @@ def evaluate_agent(
             tokens_per_batch=tokens_per_batch,
             on_batch=on_batch,
             stop=stop,
+            mesh=mesh,
             **lora,
         )
     return summary(mode, [done[item.id] for item in items])
@@ -174,7 +178,7 @@ def prompts_read(items: Sequence[AgentItem], mode: Mode, seed: int) -> list[str]
 
 
 def lora_maker(
-    system: System, prompts: Sequence[str], tokens_per_batch: int
+    system: System, prompts: Sequence[str], tokens_per_batch: int, mesh: Mesh | None = None
 ) -> Callable[[list[int]], Mapping]:
     """The function from indices of prompts to the LoRA tree of these rows, `[L, B, ...]`.
 
@@ -188,7 +192,9 @@ def lora_maker(
     longest = max(map(len, rows))
     if longest > limit:
         raise UserError(f"a prompt of {longest} tokens is longer than the cloud's limit of {limit}")
-    gates = gates_of_prompts(rows, cloud, edge.config, generator, tokens_per_batch=tokens_per_batch)
+    gates = gates_of_prompts(
+        rows, cloud, edge.config, generator, tokens_per_batch=tokens_per_batch, mesh=mesh
+    )
 
     def lora(indices: list[int]) -> Mapping:
         return lora_of_gates(generator.params["pool"], gates[indices], config=generator.config)

@@ -11,7 +11,6 @@ shard, L edge layers, E experts, D model, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -33,10 +32,10 @@ from lorax_gen.models.huggingface import Model
 from lorax_gen.training import hosts
 from lorax_gen.training.attention import make_attention
 from lorax_gen.training.sharding import (
-    BATCH_AXES,
     keep_rows,
     place,
     put_batch,
+    row_shards,
     tree_shardings,
 )
 
@@ -269,7 +268,7 @@ def score_items(
     options = {"generator": generator.config if gates is not None else None}
     shards = 1
     if mesh is not None:
-        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        shards = row_shards(mesh)
         params, adapter = (place(tree, tree_shardings(tree, mesh)) for tree in (params, adapter))
         options |= layout(mesh)
 

@@ -5,15 +5,18 @@ Dimensions: N texts, B rows of a batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from lorax_gen.data.batches import bucket
 from lorax_gen.errors import UserError
 from lorax_gen.generation import generate_text
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.huggingface import Model
+from lorax_gen.training.sharding import place, tree_shardings
 
 TOKENS_PER_BATCH = 8192
 
@@ -28,6 +31,7 @@ def continue_texts(
     lora: Callable[[list[int]], Tree | None] = lambda indices: None,
     on_batch: Callable[[list[int], list[str]], None] = lambda indices, texts: None,
     seed: int = 0,
+    mesh: Mesh | None = None,
     **options,
 ) -> list[str]:
     """The continuation of each row of token ids, in their order.
@@ -38,9 +42,13 @@ def continue_texts(
       lora: the LoRA tree of a batch, or None, of the indices of its rows.
       on_batch: called with the indices of a batch and what was written, as soon as it is.
       seed: of what is drawn; no two batches draw the same.
+      mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
       options: of `generation.stream_text`.
     """
     texts = [""] * len(rows)
+    if mesh is not None:  # once for all batches
+        params = place(model.params, tree_shardings(model.params, mesh))
+        model = dataclasses.replace(model, params=params)
     for number, indices in enumerate(
         batches([len(row) for row in rows], max_new_tokens, tokens_per_batch, most_rows)
     ):
@@ -49,6 +57,7 @@ def continue_texts(
             [rows[i] for i in indices],
             max_new_tokens=max_new_tokens,
             lora=lora(indices),
+            mesh=mesh,
             seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
             **options,
         )

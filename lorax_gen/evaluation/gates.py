@@ -5,7 +5,6 @@ Dimensions: N prompts, P prompts of a batch, T time, L edge layers, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -21,7 +20,7 @@ from lorax_gen.method.generator import gates_from_states
 from lorax_gen.models.decoder import Array, DecoderConfig, Params
 from lorax_gen.models.huggingface import Model
 from lorax_gen.training import hosts
-from lorax_gen.training.sharding import BATCH_AXES, place, put_batch, tree_shardings
+from lorax_gen.training.sharding import place, put_batch, row_shards, tree_shardings
 from lorax_gen.training.step import GeneratorSpec, meta_states
 
 Ids = Sequence[int]
@@ -63,7 +62,7 @@ def gates_of_prompts(
     index = np.array([distinct[tuple(ids)] for ids in prompts])
     weights, shards = (generator.params, generator.stats, cloud.params), 1
     if mesh is not None:
-        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        shards = row_shards(mesh)
         weights = place(weights, tree_shardings(weights, mesh))
     params, stats, cloud_params = weights
     found = np.empty((len(rows), *shape), np.float32)

@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from lorax_gen.evaluation.continuations import continue_texts, room_for
 from lorax_gen.models.huggingface import Model, load_model
 from lorax_gen.specialize import read_prompt, specialize
 from lorax_gen.tokenizers import encode
+from lorax_gen.training.sharding import serving_mesh, tree_shardings
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class HarnessModel(TemplateLM):
         `tokens_per_batch`.
       add_bos_token: whether texts begin with BOS; None leaves it to the tokenizer, as lm-eval's own
         `hf` does. Its releases before 0.4.4, and the paper, have none for LLaMA.
+      fsdp, tensor: devices that weights are split over; all others split the texts.
       max_batch_size, device: lm-eval passes them; jax has its own devices, and they are ignored.
     """
 
@@ -72,6 +75,8 @@ class HarnessModel(TemplateLM):
         tokens_per_batch: int = TOKENS_PER_BATCH,
         batch_size: int | str = 1,
         add_bos_token: bool | None = None,
+        fsdp: int = 1,
+        tensor: int = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
         **unknown: Any,
@@ -80,7 +85,9 @@ class HarnessModel(TemplateLM):
         refuse_unknown(unknown)
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
-        model = load_model(edge, DTYPES[dtype])
+        self.mesh = serving_mesh(fsdp, tensor)
+        place = partial(tree_shardings, mesh=self.mesh) if self.mesh else None
+        model = load_model(edge, DTYPES[dtype], shardings=place)
         positions = model.config.max_position_embeddings
         if max_length is not None and not 0 < max_length <= positions:
             raise UserError(f"max_length is {max_length}: choose from 1 to the model's {positions}")
@@ -201,7 +208,11 @@ class HarnessModel(TemplateLM):
                         bar.update()
 
             scores = score_items(
-                self.model, items, tokens_per_batch=self.tokens_per_batch, on_batch=on_batch
+                self.model,
+                items,
+                tokens_per_batch=self.tokens_per_batch,
+                mesh=self.mesh,
+                on_batch=on_batch,
             )
         warn_of_cuts(sum(score.truncated > 0 for score in scores), "questions", self.max_length)
         return answers
@@ -250,6 +261,7 @@ class HarnessModel(TemplateLM):
                     [row[-room:] for row in rows],
                     tokens_per_batch=self.tokens_per_batch,
                     most_rows=self.most_rows,
+                    mesh=self.mesh,
                     on_batch=on_batch,
                     **options,
                 )

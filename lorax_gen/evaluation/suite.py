@@ -123,6 +123,7 @@ def evaluate_agent_suite(
     max_new_tokens: int = 512,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     timed: int = 20,
+    mesh: Mesh | None = None,
     bar: Any = None,
 ) -> Report:
     """Has tools called in modes; see `evaluation.agent`. Arguments as of `evaluate_suite`."""
@@ -138,6 +139,7 @@ def evaluate_agent_suite(
             path=run_dir / "items" / f"gpt4tools.{mode}.jsonl" if run_dir else None,
             max_new_tokens=max_new_tokens,
             tokens_per_batch=tokens_per_batch,
+            mesh=mesh,
             progress=bar.update if bar is not None else lambda count: None,
         )
         texts = [full_prompt(item) if mode == "full" else item.request for item in items[:timed]]

@@ -10,7 +10,7 @@ Dimensions: B batch, T prompt length, N new tokens, S cache slots, L layers, V v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from lorax_gen.models.decoder import (
     logits,
     rms_norm,
     rope_tables,
+    unconstrained,
     unstack,
 )
 
@@ -68,22 +69,26 @@ def forward_with_cache(
     cache: list,
     lora: Mapping | None,
     positions: Array | None = None,
+    constrain: Callable = unconstrained,
 ) -> tuple[Array, list]:
     """Hidden states `[B, T, D]` of tokens `[B, T]`, and the cache with them in it.
 
     They stand at `positions: [B, T]`, or, where there are none, at the beginning of an empty cache.
+    `constrain` is called on the states between layers and on caches `[B, S, K, E]`, to say where on
+    a mesh they lie.
     """
     layers, count = params["layers"], config.num_hidden_layers
     layers = layers if isinstance(layers, list) else unstack(layers, count)
     x = embed(params, config, tokens)
     rope = rope_tables(config, jnp.arange(tokens.shape[1]) if positions is None else positions)
-    new_cache, block = [], Block(config)
+    new_cache, block = [], Block(config, constrain=constrain)
+    x, cache = constrain(x), jax.tree.map(constrain, cache)
     for layer, pair, window, slots in zip(
         layers, unstack(lora, count), config.windows, cache, strict=True
     ):
         x, slots = block.apply({"params": layer}, x, pair, None, rope, window, slots, positions)
         new_cache.append(slots)
-    return rms_norm(x, params["final_norm"], config), new_cache
+    return rms_norm(x, params["final_norm"], config), jax.tree.map(constrain, new_cache)
 
 
 def restrict(scores: Array, top_k: Array | None = None, top_p: Array | None = None) -> Array:
@@ -126,17 +131,19 @@ def prefill(
     sampling: Sampling | None = None,
     key: Array | None = None,
     lora: Mapping | None = None,
+    constrain: Callable = unconstrained,
 ) -> DecodingState:
     """Reads prompts and chooses the first new token of each; see `generate`.
 
     Args:
       slots: S, prompt and new tokens together.
+      constrain: see `forward_with_cache`.
     """
     batch, _ = tokens.shape
     cache = init_cache(config, batch, slots, params["embed"].dtype)
     # Padding fills cache slots too, but a row's own new tokens overwrite them before any query
     # can see that far.
-    hidden, cache = forward_with_cache(params, config, tokens, cache, lora)
+    hidden, cache = forward_with_cache(params, config, tokens, cache, lora, constrain=constrain)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     token = choose(logits(params, config, last), sampling, key, jnp.int32(0))
     return DecodingState(token, lengths, is_stop(token, stop_ids), jnp.int32(1), cache)
@@ -152,6 +159,7 @@ def advance(
     sampling: Sampling | None = None,
     key: Array | None = None,
     lora: Mapping | None = None,
+    constrain: Callable = unconstrained,
 ) -> tuple[DecodingState, Array]:
     """Up to `steps` more tokens `[B, steps]`; stops early when all rows are finished.
 
@@ -168,7 +176,13 @@ def advance(
     def step(carry):
         i, state, out = carry
         hidden, cache = forward_with_cache(
-            params, config, state.token[:, None], state.cache, lora, state.position[:, None]
+            params,
+            config,
+            state.token[:, None],
+            state.cache,
+            lora,
+            state.position[:, None],
+            constrain,
         )
         token = choose(logits(params, config, hidden[:, 0]), sampling, key, state.step)
         token = jnp.where(state.finished, state.token, token)

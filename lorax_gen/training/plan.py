@@ -39,7 +39,7 @@ from lorax_gen.training.attention import BLOCK
 from lorax_gen.training.experiment import over_mesh
 from lorax_gen.training.lora_gen import LoraGenConfig
 from lorax_gen.training.optimizer import make_optimizer
-from lorax_gen.training.sharding import BATCH_AXES, make_mesh, tree_shardings
+from lorax_gen.training.sharding import BATCH_AXES, make_mesh, row_shards, tree_shardings
 from lorax_gen.training.state import init_state
 from lorax_gen.training.step import GeneratorSpec, generator_loss, make_train_step
 from lorax_gen.training.topology import Absent, Chip, find_devices
@@ -83,7 +83,7 @@ class Work:
     @property
     def shards(self) -> int:
         """Parts that the batch is split into."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return row_shards(self.mesh)
 
     @property
     def answered(self) -> int:
@@ -428,9 +428,7 @@ def advice(work: Work, needs: dict[str, Any], usable: int) -> list[str]:
             "at a time, for one more forward pass"
         )
     if not config.cloud_int8:
-        found.append(
-            "cloud_int8=true: the cloud's kernels, rounded, in half the bytes of bfloat16"
-        )
+        found.append("cloud_int8=true: the cloud's kernels, rounded, in half the bytes of bfloat16")
     if config.answer_length is None:
         found.append("answer_length: logits only where answers are")
     if held["total"] > 0.5 * usable or not found:

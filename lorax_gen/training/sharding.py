@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -74,6 +74,16 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def serving_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh | None:
+    """The mesh over all devices, what is left being `data`; None on a device of its own.
+
+    Raises UserError where there are fewer devices than the two ask for.
+    """
+    if len(jax.devices()) == fsdp == tensor == 1:
+        return None
+    return make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor))
+
+
 def spec_for(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The partition of one leaf, from the names on its path and its shape."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
@@ -107,12 +117,17 @@ def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
     return jax.jit(init, out_shardings=shardings)()
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """A host batch onto the devices, rows split over `data` and `fsdp`.
 
     Every process makes the whole batch, which is a function of (seed, step), and keeps its rows.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = row_shards(mesh)
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % shards:
             raise UserError(
@@ -129,12 +144,25 @@ def keep_rows(mesh: Mesh, axis: int = 0) -> Callable[[jax.Array], jax.Array]:
     Left to itself, XLA splits states as the weights are split that they meet, and sends them to
     and fro. Where the rows do not divide over the devices, it is left to itself.
     """
-    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    shards = row_shards(mesh)
     spec = NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
 
     def constrain(x: jax.Array) -> jax.Array:
         whole = x.ndim > axis and x.shape[axis] % shards == 0
         return jax.lax.with_sharding_constraint(x, spec) if whole else x
+
+    return constrain
+
+
+@lru_cache  # the same object again, so that compiled programs are kept
+def keep_decoding(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """As `keep_rows`, for decoding, whose caches `[B, S, K, E]` have their heads split too."""
+    rows, heads = keep_rows(mesh), P(BATCH_AXES, None, "tensor")
+
+    def constrain(x: jax.Array) -> jax.Array:
+        if x.ndim != 4 or x.shape[2] % mesh.shape["tensor"] or x.shape[0] % row_shards(mesh):
+            return rows(x)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, heads))
 
     return constrain
 
@@ -154,6 +182,14 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def place_lora(tree: Any, mesh: Mesh) -> Any:
+    """A LoRA tree onto the devices: a shared one like its weights, one per example by its rows."""
+    rows = NamedSharding(mesh, P(None, BATCH_AXES))
+    shared = tree_shardings(tree, mesh)
+    shardings = jax.tree.map(lambda leaf, own: rows if leaf.ndim == 4 else own, tree, shared)
+    return place(tree, shardings)
 
 
 def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Callable:

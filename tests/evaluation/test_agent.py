@@ -14,6 +14,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation import continuations
 from lorax_gen.evaluation.agent import evaluate_agent, prompts_read
 from lorax_gen.evaluation.system import System
+from lorax_gen.training.sharding import MeshConfig, make_mesh
 from tests.tiny import PROMPTS, make_generator
 
 CALL = "Thought: Do I need to use a tool? Yes\nAction: {}\nAction Input: image/a.png\nObservation:"
@@ -194,10 +195,12 @@ def test_what_the_model_has_no_room_for_loses_its_beginning(system, monkeypatch,
 
 
 @pytest.mark.parametrize("mode", ["full", "lora_gen"])
-def test_answers_are_those_of_the_model_specialised_to_the_prompt(system, mode, tmp_path):
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["alone", "mesh"])
+def test_answers_are_those_of_the_model_specialised_to_the_prompt(system, mode, sizes, tmp_path):
     """Nothing stood in for: beside the card merged, one item at a time."""
     edge, path = system.edge, tmp_path / "items.jsonl"
-    evaluate_agent(system, ITEMS, mode, path=path, max_new_tokens=4, stop=())
+    mesh = sizes and make_mesh(MeshConfig(*sizes), jax.devices("cpu")[:8])
+    evaluate_agent(system, ITEMS, mode, path=path, max_new_tokens=4, stop=(), mesh=mesh)
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     written = {row["id"]: row["written"] for row in rows}
     assert len(set(written.values())) > 2

@@ -1,5 +1,6 @@
 """Texts come back in their order, each as if it had been alone."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation import continuations
 from lorax_gen.evaluation.continuations import batches, continue_texts, room_for
 from lorax_gen.method import lora_from_gates
+from lorax_gen.training.sharding import MeshConfig, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,10 @@ def test_new_tokens_need_room(edge):
     assert room_for(edge, 100, 130) == 30
     with pytest.raises(UserError, match=f"in the {positions} positions"):
         room_for(edge, positions)
+
+
+def test_a_mesh_changes_no_text(edge):
+    rows = random_rows([3, 40, 7, 20, 5])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices("cpu")[:8])
+    options = {"max_new_tokens": 6, "tokens_per_batch": 2 * (64 + 32)}
+    assert continue_texts(edge, rows, mesh=mesh, **options) == continue_texts(edge, rows, **options)
