@@ -91,11 +91,16 @@ class Specialize:
     merged: Path | None = None
     """Also write the merged edge model into this new directory."""
     cloud: str = "world/cloud"
-    """Cloud model directory."""
+    """Cloud model: a directory or a hub name."""
     edge: str = "world/edge"
-    """Edge model directory."""
+    """Edge model: a directory or a hub name."""
     generator: str = "world/generator"
     """Generator directory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the cloud model's parameters; bfloat16 on GPUs and TPUs."""
+    cloud_int8: bool = False
+    """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
+    'lorax-gen[int8]')."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +234,9 @@ class Evaluate:
     """Where results are kept: report.json, a CSV, and a JSONL of single items for each mode."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters; bfloat16 on GPUs and TPUs."""
+    cloud_int8: bool = False
+    """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
+    'lorax-gen[int8]')."""
     tokens_per_batch: int = 4096
     """Tokens that the device works on at a time; more on GPUs and TPUs."""
     max_new_tokens: int = 512
@@ -402,7 +410,7 @@ def specialize(command: Specialize) -> int:
     files.must_be_new(command.output)
     if command.merged is not None:
         files.must_be_new(command.merged)
-    cloud = lorax_gen.load_model(command.cloud)
+    cloud = lorax_gen.load_model(command.cloud, command.dtype, in_int8=command.cloud_int8)
     edge = lorax_gen.load_model(command.edge)
     generator = lorax_gen.load_generator(command.generator)
     card = lorax_gen.specialize(read_prompt(command.prompt), cloud, edge, generator)
@@ -562,7 +570,8 @@ def evaluate_real(command: Evaluate) -> int:
     generator = functools.cache(lambda: lorax_gen.load_generator(command.generator))
     system = System(load(command.edge))
     if any(mode in (*BY_CLOUD, "lora_gen_shuffled") for mode in modes):
-        system = dataclasses.replace(system, cloud=load(command.cloud), generator=generator())
+        cloud = load(command.cloud, in_int8=command.cloud_int8)
+        system = dataclasses.replace(system, cloud=cloud, generator=generator())
     options = {
         "run_dir": command.run_dir,
         "tokens_per_batch": command.tokens_per_batch,
