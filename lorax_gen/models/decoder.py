@@ -198,7 +198,7 @@ class Block(nn.Module):
 
     def project(self, name: str, x: Array, lora: Mapping, key: Array | None) -> Array:
         shape = kernel_shapes(self.config)[name]
-        y = x @ int8.whole(self.param(name, INIT, shape), x.dtype)
+        y = int8.matmul(x, self.param(name, INIT, shape))
         if self.config.qkv_bias and name in ("q", "k", "v"):
             y += self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)
         if name in lora:

@@ -4,8 +4,8 @@ A kernel `[..., D, F]` becomes a pair of arrays in its place,
 
     {'qvalue': [..., D, F] int8, 'scale': [..., 1, F] fp32}
 
-symmetric, with one scale for each output feature. It is multiplied out where a layer uses it, so
-activations, LoRA and gradients keep their dtypes. Embeddings, norms, biases and head stay whole.
+symmetric, with one scale for each output feature. Activations, LoRA and gradients keep their
+dtypes; embeddings, norms, biases and head stay whole.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ def refuse(params: Params, what: str) -> None:
         raise UserError(f"cannot {what} a model whose kernels are in int8; load it without that")
 
 
-def whole(kernel: Array | Mapping[str, Array], dtype: Any) -> Array:
-    """A kernel as layers multiply with it, whichever of the two forms it has."""
+def matmul(x: Array, kernel: Array | Mapping[str, Array]) -> Array:
+    """x W `[..., F]` in the dtype of `x: [..., D]`, whichever of the two forms the kernel has.
+
+    The scales come behind the product: so a kernel in shards is gathered as int8, in half the bytes
+    of a product with `qvalue * scale`, for which XLA gathers what is multiplied out.
+    """
     if not is_quantized(kernel):
-        return kernel.astype(dtype)
-    qwix = import_qwix()
-    return qwix.dequantize(qwix.QArray(**kernel)).astype(dtype)
+        return x @ kernel.astype(x.dtype)
+    return (x @ kernel["qvalue"].astype(x.dtype) * kernel["scale"]).astype(x.dtype)
 
 
 def import_qwix() -> Any:
