@@ -85,6 +85,8 @@ def tpu_devices(topology: str) -> list:
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     }.items():
         os.environ.setdefault(name, value)
+    # It ends the process at a flag of another backend; its own go into LIBTPU_INIT_ARGS.
+    os.environ.pop("XLA_FLAGS", None)
     from jax.experimental import topologies
 
     sizes = [int(size) for size in topology.partition(":")[2].split("x")]

@@ -17,7 +17,6 @@ from lorax_gen.tokenizers import word_level
 from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 from tests.models.configs import CONFIGS
 
-pytest.importorskip("qwix", reason="int8 weights need qwix: pip install 'lorax-gen[int8]'")
 CONFIG = CONFIGS["qwen2-window"]
 
 

@@ -1,7 +1,6 @@
 """A plan is of the step that `train` would run, its bytes are those that would be held."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 
@@ -14,6 +13,7 @@ from lorax_gen import cli
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.models import presets
+from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.training import lora_gen, memory, plan, topology
 from lorax_gen.training.methods import load_config
 from lorax_gen.training.sharding import MeshConfig
@@ -21,10 +21,6 @@ from lorax_gen.training.state import init_state
 from lorax_gen.training.watch import peak_flops
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="compiling for a TPU takes libtpu: pip install 'lorax-gen[plan]'",
-)
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +222,14 @@ def test_another_error_of_the_compiler_is_one_line():
         plan.read_out_of_memory("INTERNAL: no\nstack\ntrace", 10)
 
 
-@needs_libtpu
-def test_a_tpu_is_compiled_for(config):
+@pytest.fixture
+def libtpu():
+    """The compiler for TPUs."""
+    reason = "compiling for a TPU takes libtpu: pip install 'lorax-gen[plan]'"
+    return pytest.importorskip("libtpu", reason=reason)
+
+
+def test_a_tpu_is_compiled_for(config, libtpu):
     config = change(config, prompts=4, mesh=MeshConfig(data=1, fsdp=-1))
     report = plan.make_plan(config, "v5e:2x2")
     assert report["fits"] and report["memory"]["method"] == "compiled"
@@ -235,8 +237,19 @@ def test_a_tpu_is_compiled_for(config):
     assert report["collectives"]
 
 
-@needs_libtpu
-def test_what_a_tpu_cannot_hold_is_refused(config):
+def test_an_int8_cloud_is_sent_in_half_the_bytes(config, libtpu):
+    config = change(config, prompts=4, mesh=MeshConfig(data=1, fsdp=-1), dtype="bfloat16")
+    whole, half = (
+        plan.make_plan(change(config, cloud_int8=int8), "v5e:2x2")["collectives"]["all-gather"]
+        for int8 in (False, True)
+    )
+    cloud = plan.read_shape(config.cloud)
+    kernels = sum(d_in * d_out for d_in, d_out in kernel_shapes(cloud).values())
+    one_byte_less = cloud.num_hidden_layers * kernels * 3 / 4  # three shards of four come in
+    assert whole["bytes"] - half["bytes"] >= 0.99 * one_byte_less
+
+
+def test_what_a_tpu_cannot_hold_is_refused(config, libtpu):
     long = {"prompts": 4096, "mesh": MeshConfig(), "data": WorldConfig(prompt_length=2048)}
     report = plan.make_plan(change(config, **long), "v5e:2x2")
     assert not report["fits"] and report["memory"]["method"] == "refused"
