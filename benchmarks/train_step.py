@@ -55,6 +55,7 @@ from lorax_gen.models.families import (
     tensor_names,
     write_config,
 )
+from lorax_gen.training import watch
 from lorax_gen.training.attention import Name, make_attention
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.sharding import MeshConfig, make_mesh
@@ -79,18 +80,6 @@ except ImportError:
 
 TARGETS = {"cpu": 0.95, "gpu": 0.7}  # ours / lean, at most
 TARGET_MFU = 0.45  # on a GPU
-# Dense products of bf16 matrices, FLOP per second, by the beginning of a device's name; the
-# vendors' numbers.
-PEAKS = {
-    "NVIDIA H200": 9.895e14,
-    "NVIDIA H100 PCIe": 7.56e14,
-    "NVIDIA H100": 9.895e14,
-    "NVIDIA A100": 3.12e14,
-    "TPU v6 lite": 9.18e14,
-    "TPU v5 lite": 1.97e14,
-    "TPU v5": 4.59e14,
-    "TPU v4": 2.75e14,
-}
 SMALL = {
     "cloud": DecoderConfig(
         vocab_size=32000,
@@ -346,9 +335,9 @@ def check_agreement(ours: tuple, theirs: tuple, dtype: str) -> dict[str, float]:
 
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
     """FLOP per second of the device, and where that is from."""
-    for name, peak in PEAKS.items():
-        if device.device_kind.startswith(name) and dtype == "bfloat16":
-            return peak, "nominal"
+    nominal = watch.peak_flops(device.device_kind)
+    if nominal is not None and dtype == "bfloat16":
+        return nominal, "nominal"
     size = 2048 if device.platform == "cpu" else 8192
     matrix, seconds = jnp.ones((size, size), dtype), []
     multiply = jax.jit(jnp.matmul)
