@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -37,15 +38,18 @@ class Train:
     """Train a generator, a baseline or a language model, as a config says.
 
     CONFIG is a YAML file or a shipped config: world (the generator), world-lora (the baseline),
-    world-cloud and world-edge (the language models). Any field can be overridden; see
-    `lorax-gen train CONFIG --help`. An interrupted run resumes with the same command, on another
-    mesh too. Over several hosts, start the same command on each.
+    world-cloud and world-edge (the language models). Any field can be overridden:
+    lorax-gen train CONFIG --help shows them. An interrupted run resumes with the same command, on
+    another mesh too. Over several hosts, start the same command on each.
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A YAML file, or the name of a shipped config."""
     run_dir: Path | None = None
     """Where the run lives; default runs/<name of the config>."""
+
+
+RunDir = Annotated[Path, tyro.conf.arg(help="Where the run lives.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +293,9 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"lorax-gen: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes it at exit
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a place where nothing may be written
         print(f"lorax-gen: error: {error}; choose another place", file=sys.stderr)
         sys.exit(2)
@@ -333,7 +340,7 @@ def train(name: str, overrides: list[str]) -> int:
         "Options",
         [
             ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
-            ("run_dir", Path, dataclasses.field(default=Path("runs") / Path(name).stem)),
+            ("run_dir", RunDir, dataclasses.field(default=Path("runs") / Path(name).stem)),
             ("hosts", Hosts, dataclasses.field(default=Hosts())),
         ],
         frozen=True,

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -567,3 +569,12 @@ def test_a_stopped_run_says_how_to_go_on(call, linear, monkeypatch, number, code
     line = "lorax-gen: stopped at step 2 of 3, state saved; the same command resumes the run\n"
     assert stopped == (code, "", line)
     assert call(*words) == (0, "released: here/released\n", "")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lorax_gen", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
