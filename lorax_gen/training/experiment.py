@@ -101,6 +101,6 @@ def over_mesh(config: Any, mesh: Mesh) -> dict[str, Any]:
     """The options of `decoder.hidden_states` that a method's config and its mesh ask for."""
     return {
         "remat": config.remat,
-        "attention": make_attention(config.attention, mesh),
+        "attention": make_attention(config.attention, mesh, config.mesh.mode),
         "constrain": keep_rows(mesh) if config.mesh.mode == "jit" else unconstrained,
     }
