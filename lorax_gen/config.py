@@ -16,6 +16,14 @@ from lorax_gen.errors import UserError
 T = TypeVar("T")
 
 
+def at_least_one(config: Any, names: tuple[str, ...], prefix: str = "") -> None:
+    """UserError where one of a config's fields is below 1; `prefix` is that of the keys."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{prefix}{name} is {value}; it must be at least 1")
+
+
 def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = "") -> T:
     """A config dataclass from plain values, nested ones included.
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from lorax_gen import files
+from lorax_gen.config import at_least_one
 from lorax_gen.data.batches import Encoder, mixed_tasks, question_batch
 from lorax_gen.data.sources import WorldConfig
 from lorax_gen.errors import UserError
@@ -56,6 +57,11 @@ class LoraConfig:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        at_least_one(self, ("rank", "batch_size", "answer_length"))
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; choose a number at least 0 and below 1")
 
 
 def lora_loss(config: LoraConfig, decoder_config: Any, **options: Any) -> Loss:

@@ -40,6 +40,8 @@ class WorldConfig:
         for family in self.families:
             if family not in FAMILIES:
                 raise UserError(f"unknown family {family!r}; the world has {', '.join(FAMILIES)}")
+        if self.max_shots < 0:
+            raise UserError(f"data.max_shots is {self.max_shots}; it must be at least 0")
 
     def world(self) -> World:
         return make_world(self.seed)

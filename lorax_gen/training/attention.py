@@ -1,7 +1,7 @@
 """Which attention a train step uses: XLA's, cuDNN's flash attention, or TPU's splash attention.
 
 All have the signature of `models.attention.attend`, to which the flash kernels leave what they
-cannot do: soft-caps, windows and head sizes that do not fit them.
+cannot do: soft-caps, windows, and head sizes or rows that do not fit them.
 
 Dimensions: B batch, T time, H heads, K key/value heads, E head size.
 """
@@ -18,19 +18,23 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lorax_gen.models.attention import attend
-from lorax_gen.training.sharding import BATCH_AXES
+from lorax_gen.training.sharding import BATCH_AXES, row_shards
 
 Array = jax.Array
 Name = Literal["auto", "xla", "cudnn", "splash"]
 BLOCK = 128  # splash attention works on tiles of 128 positions and 128 features
 
 
-def make_attention(name: Name, mesh: Mesh) -> Callable:
-    """The attention of a name; `auto` is `splash` on TPU, `cudnn` on GPU and `xla` elsewhere."""
+def make_attention(name: Name, mesh: Mesh, mode: str = "jit") -> Callable:
+    """The attention of a name; `auto` is `splash` on TPU, `cudnn` on GPU and `xla` elsewhere.
+
+    `mode` is that of the mesh: under pmap each device has rows and heads of its own.
+    """
     if name == "auto":
         platform = mesh.devices.flat[0].platform
         name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-    return {"xla": attend, "cudnn": cudnn, "splash": partial(splash, mesh=mesh)}[name]
+    over = mesh if mode == "jit" else None
+    return {"xla": attend, "cudnn": cudnn, "splash": partial(splash, mesh=over)}[name]
 
 
 def cudnn(q: Array, k: Array, v: Array, **options) -> Array:
@@ -45,30 +49,34 @@ def splash(
     k: Array,
     v: Array,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None,
     scale: float,
     softcap: float | None = None,
     mask: Array | None = None,
 ) -> Array:
-    """Pallas splash attention under `shard_map`: rows over the batch axes, heads over `tensor`.
+    """Pallas splash attention under `shard_map`: rows over the batch axes, heads over `tensor`;
+    without a mesh, as under pmap, on what the device has.
 
     The time axis is padded to whole tiles; under the causal mask no query sees the padding.
     """
-    time, heads, size = q.shape[1:]
-    shards = mesh.shape["tensor"]
-    if mask is not None or softcap is not None or size % BLOCK or k.shape[2] % shards:
+    batch, time, heads, size = q.shape
+    rows, shards = (1, 1) if mesh is None else (row_shards(mesh), mesh.shape["tensor"])
+    fits = size % BLOCK == 0 and k.shape[2] % shards == 0 and batch % rows == 0
+    if mask is not None or softcap is not None or not fits:
         return attend(q, k, v, scale=scale, softcap=softcap, mask=mask)
     # Imported here, for it loads Pallas.
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
     padded = time + -time % BLOCK
     causal = tpu.MultiHeadMask([tpu.CausalMask((padded, padded))] * (heads // shards))
-    spec = P(BATCH_AXES, "tensor", None, None)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     def run(q: Array, k: Array, v: Array) -> Array:
         kernel = tpu.make_splash_mha_single_device(causal)
         return jax.vmap(kernel)(q, k, v)
+
+    if mesh is not None:
+        spec = P(BATCH_AXES, "tensor", None, None)
+        run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
     def tiles(x: Array) -> Array:  # [B, T, heads, E] -> [B, heads, whole tiles, E]
         return jnp.pad(x, ((0, 0), (0, padded - time), (0, 0), (0, 0))).swapaxes(1, 2)

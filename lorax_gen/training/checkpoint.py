@@ -80,8 +80,12 @@ class Checkpoints:
         best, chosen = self.run.best, None
         if metrics and best:
             if best not in metrics:
+                self.save(step, state, force=True, wait=True)
                 names = ", ".join(metrics)
-                raise UserError(f"run.best is {best!r}, but an evaluation gives {names}")
+                raise UserError(
+                    f"run.best is {best!r}, but an evaluation gives {names}; the state is saved, "
+                    "and the run resumes with one of these"
+                )
             chosen = {best: float(metrics[best])}
             force = force or self._is_best(chosen[best])
         if not force and step % self.run.checkpoint_every:
@@ -99,17 +103,19 @@ class Checkpoints:
     def restore(self, state: State) -> State | None:
         """The latest in the structure, dtypes and shardings of `state`, or None where none is.
 
-        Raises UserError where the checkpoint holds another structure.
+        Raises UserError where the checkpoint holds another structure, or is damaged.
         """
         latest = self.orbax.latest
         if latest is None:
             return None
         try:
             return self.orbax.load(abstract_state=jax.tree.map(_abstract, state))
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # orbax gives the reason as the cause of an error that lists its own classes.
             raise UserError(
-                f"the checkpoint of step {latest.step} in {self.directory.name} does not fit this "
-                f"run ({_reason(error)}); choose another run directory"
+                f"the checkpoint of step {latest.step} does not fit this run, or is damaged "
+                f"({_reason(error.__cause__ or error)}); choose another run directory, or remove "
+                f"{self.directory / str(latest.step)} to resume from the one before"
             ) from error
 
     def check_room(self, state: State) -> None:

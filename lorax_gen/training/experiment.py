@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
+from lorax_gen.config import at_least_one
 from lorax_gen.errors import UserError
 from lorax_gen.models.decoder import unconstrained
 from lorax_gen.training.attention import make_attention
@@ -47,10 +48,14 @@ class RunConfig:
     """Directory that keeps compiled programs from run to run."""
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "evaluate_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        _ = self.profile_window  # raises where it cannot be read
+        sizes = ("steps", "log_every", "evaluate_every", "checkpoint_every", "keep")
+        at_least_one(self, sizes, "run.")
+        window = self.profile_window  # raises where it cannot be read
+        if window and window[0] > self.steps:
+            raise UserError(
+                f"run.profile_steps is {self.profile_steps!r}, but the run ends at step "
+                f"{self.steps}"
+            )
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
@@ -101,6 +106,6 @@ def over_mesh(config: Any, mesh: Mesh) -> dict[str, Any]:
     """The options of `decoder.hidden_states` that a method's config and its mesh ask for."""
     return {
         "remat": config.remat,
-        "attention": make_attention(config.attention, mesh),
+        "attention": make_attention(config.attention, mesh, config.mesh.mode),
         "constrain": keep_rows(mesh) if config.mesh.mode == "jit" else unconstrained,
     }

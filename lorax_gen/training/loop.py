@@ -127,7 +127,8 @@ def train(
         nonlocal pending
         if pending is not None:
             step, metrics = pending
-            row = log.write(step, metrics | router(metrics))
+            jax.block_until_ready(metrics)  # or the clock would tell how fast steps are dispatched
+            row = log.write(step, {**metrics, **clock.read(step), **router(metrics)})
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             pending = None
 
@@ -139,14 +140,14 @@ def train(
             stop = hosts.vote(max(stopped, default=0), mesh)
             profiler.before(done, state)
             state, metrics = train_step(state, frozen, batch)
-            clock.count(batch)
             bar.update()
             write_pending()  # those of the step before: the device is busy meanwhile
+            clock.count(batch)
             profiler.behind(done, state)
             stop, evaluation = int(stop), None
             evaluating = last or done % run.evaluate_every == 0
             if done % run.log_every == 0 or last:
-                more = {"learning_rate": schedule(step), **clock.read(done), **watch.memory()}
+                more = {"learning_rate": schedule(step), **watch.memory()}
                 more |= {f"data/{name}": count for name, count in experiment.counts().items()}
                 pending = (done, {**metrics, **more})
             if evaluating or stop or done % run.checkpoint_every == 0:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
+from lorax_gen.config import at_least_one
 from lorax_gen.data.batches import Encoder, generator_batch
 from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
 from lorax_gen.data.sources import MixtureConfig, WorldConfig
@@ -65,6 +66,10 @@ class LoraGenConfig:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        sizes = ("prompts", "queries_per_prompt", "answer_length", "microbatches")
+        at_least_one(self, sizes)
 
 
 def experiment(config: LoraGenConfig) -> Experiment:

@@ -34,6 +34,8 @@ class OptimizerConfig:
                 f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm}: both must be "
                 "positive"
             )
+        if self.warmup_steps < 0:
+            raise UserError(f"warmup_steps is {self.warmup_steps}; it must be at least 0")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lorax_gen.config import at_least_one
 from lorax_gen.data.batches import LESSON_LENGTH, Encoder, pretraining_batch
 from lorax_gen.data.world import FAMILIES, make_world, vocabulary
 from lorax_gen.evaluation.cost import tuning_step_macs
@@ -51,6 +52,10 @@ class PretrainConfig:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+        at_least_one(self, (*sizes, "lessons", "exercises", "questions", "document_length"))
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
         return DecoderConfig(

@@ -36,7 +36,7 @@ class MetricsLog:
         self.file = self.board = None
         if not write:
             return
-        rows = [json.loads(line) for line in read_whole_lines(path)]
+        rows = read_rows(path)
         kept = [row for row in rows if row["step"] <= start]
         for row in kept:
             self.last.update(row)
@@ -79,10 +79,22 @@ def open_tensorboard(directory: Path, start: int) -> Any:
     return SummaryWriter(str(directory), purge_step=start + 1 if start else None)
 
 
-def read_whole_lines(path: Path) -> list[str]:
-    """Lines of a file, without a last one that was cut off."""
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, without a last one that was cut off.
+
+    Raises UserError where another line is no row.
+    """
+    text = path.read_text(errors="replace") if path.exists() else ""
+    rows = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            _ = rows[-1]["step"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"line {number} of {path} is no row of metrics; repair or remove it"
+            ) from None
+    return rows
 
 
 def plain(value: Any) -> Any:
@@ -146,7 +158,10 @@ class Clock:
         self.done.update(self.work(batch))
 
     def read(self, step: int) -> dict[str, float]:
-        """Seconds per step, examples and tokens per second, MFU; those that are known."""
+        """Seconds per step, examples and tokens per second, MFU; those that are known.
+
+        Call it when the devices are through with `step`, and before the next one is counted.
+        """
         done, steps, seconds = self.done, step - self.since, time.perf_counter() - self.time
         self.restart(step)
         flops = done.pop("flops", None)

@@ -212,6 +212,15 @@ def test_a_metric_that_no_evaluation_gives_is_refused(tmp_path):
         fit(scored(run), tmp_path / "run", {})
 
 
+def test_a_run_with_a_wrong_metric_has_lost_no_step(tmp_path):
+    run = RunConfig(4, evaluate_every=2, checkpoint_every=4, best="scores")
+    with pytest.raises(UserError):
+        fit(scored(run), tmp_path / "run", {})
+    assert steps_of(tmp_path / "run") == {2}
+    fit(scored(dataclasses.replace(run, best="score")), tmp_path / "run", {})
+    assert steps_of(tmp_path / "run") == {2, 4}
+
+
 # --- where nothing can be written ----------------------------------------------------------------
 
 

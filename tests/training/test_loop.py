@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,9 +275,26 @@ def test_a_checkpoint_of_another_structure_is_refused(tmp_path):
     other = dataclasses.replace(
         linear_experiment(run), init=lambda: ({"v": np.zeros(3, np.float32)}, {})
     )
-    with pytest.raises(UserError, match="checkpoint of step 2 in checkpoints does not fit") as err:
+    with pytest.raises(UserError, match="checkpoint of step 2 does not fit this run") as err:
         fit(other, tmp_path / "run", {})
     assert "\n" not in str(err.value)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path):
+    experiment = linear_experiment(RunConfig(steps=4, checkpoint_every=2))
+    fit(experiment, tmp_path / "run", {})
+    whole = final_state(tmp_path / "run")
+    (tmp_path / "run" / "released").rename(tmp_path / "released")
+    latest = tmp_path / "run" / "checkpoints" / "4"
+    for path in latest.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(UserError, match=r"checkpoint of step 4 .*is damaged") as error:
+        fit(experiment, tmp_path / "run", {})
+    assert f"remove {latest} to resume" in str(error.value)
+    assert "\n" not in str(error.value) and "orbax" not in str(error.value)
+    shutil.rmtree(latest)
+    fit(experiment, tmp_path / "run", {})
+    chex.assert_trees_all_equal(final_state(tmp_path / "run"), whole)
 
 
 # --- the loop's own business, on a run that compiles at once -------------------------------------

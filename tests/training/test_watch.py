@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lorax_gen.errors import UserError
-from lorax_gen.training import watch
+from lorax_gen.training import loop, watch
 from lorax_gen.training.experiment import RunConfig
 from lorax_gen.training.loop import fit
 from lorax_gen.training.watch import Clock, MetricsLog, RouterWatch, memory, peak_flops
@@ -34,6 +34,16 @@ def test_a_log_drops_rows_behind_the_checkpoint_and_a_line_cut_off(tmp_path):
         assert log.last == {"step": 2, "loss": 0.5}
         log.write(3, {"loss": np.float32(1 / 3), "load": np.ones((1, 2), np.float32)})
     assert rows_of(tmp_path) == [*rows[:3], {"step": 3, "loss": 0.333333, "load": [[1.0, 1.0]]}]
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", '{"loss": 0.5}', "\x00\x00"])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    text = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl is no row"):
+        MetricsLog(path, 3)
+    assert path.read_text() == text
 
 
 def test_a_log_that_another_process_writes_is_left_alone(tmp_path):
@@ -117,6 +127,41 @@ def test_rates_are_of_the_steps_since_they_were_read(monkeypatch):
     clock.restart(15)
     now[0] += 1.0
     assert clock.read(16)["step_time"] == 1.0
+
+
+def test_rates_are_read_when_the_devices_are_through(tmp_path, monkeypatch):
+    """Behind an evaluation too, when the host has not waited for any step yet."""
+    made = linear_experiment(RunConfig(steps=8, log_every=2, evaluate_every=4))
+    metrics, counted, read = [], [], []
+
+    def slow(params, stats, frozen, batch, key, axis_name):
+        value, rest = made.loss(params, stats, frozen, batch, key, axis_name)
+        waves = jax.lax.fori_loop(0, 200, lambda _, x: jnp.sin(x), jnp.ones((8, 4096)) * value)
+        return value + 0.0 * waves.sum(), rest
+
+    def watched(*arguments):
+        step = parallelize(*arguments)
+
+        def take(*arguments):
+            state, found = step(*arguments)
+            metrics.append(found)
+            return state, found
+
+        return take
+
+    class Observed(Clock):
+        def count(self, batch):
+            counted.append(batch)
+
+        def read(self, step):
+            read.append((step, len(counted), metrics[step - 1]["loss"].is_ready()))
+            return {}
+
+    parallelize = loop.sharding.parallelize
+    monkeypatch.setattr(loop.sharding, "parallelize", watched)
+    monkeypatch.setattr(watch, "Clock", Observed)
+    fit(dataclasses.replace(made, loss=slow), tmp_path / "run", {})
+    assert read == [(step, step, True) for step in (2, 4, 6, 8)]
 
 
 def test_what_is_not_known_is_not_reported():
@@ -224,6 +269,11 @@ def test_a_profile_is_written(tmp_path):
 def test_a_window_that_is_none_is_refused(window):
     with pytest.raises(UserError, match=r"run\.profile_steps is .*such as 100-102"):
         RunConfig(profile_steps=window)
+
+
+def test_a_window_behind_the_end_is_refused():
+    with pytest.raises(UserError, match=r"run\.profile_steps is '4-5', .* ends at step 3"):
+        RunConfig(steps=3, profile_steps="4-5")
 
 
 @pytest.mark.parametrize(
