@@ -542,6 +542,10 @@ def evaluate_real(command: Evaluate) -> int:
     from lorax_gen.evaluation.system import System
     from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 
+    if command.limit is not None and command.limit < 1:
+        raise UserError(f"limit={command.limit}: choose 1 or more, or leave it out for all")
+    if command.tokens_per_batch < 1:
+        raise UserError(f"tokens_per_batch={command.tokens_per_batch}: choose 1 or more")
     groups = {"reasoning": REASONING}
     names = list(dict.fromkeys(n for task in command.tasks for n in groups.get(task, (task,))))
     agent = names == ["gpt4tools"]
@@ -558,7 +562,7 @@ def evaluate_real(command: Evaluate) -> int:
         raise UserError("mode card needs --card, a task card or a PEFT adapter directory")
 
     mesh = place = None
-    if len(jax.devices()) > 1:
+    if len(jax.devices()) > 1 or (command.fsdp, command.tensor) != (1, 1):
         mesh = make_mesh(MeshConfig(fsdp=command.fsdp, tensor=command.tensor))
         place = functools.partial(tree_shardings, mesh=mesh)
     load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=place)
