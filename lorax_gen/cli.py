@@ -556,6 +556,10 @@ def evaluate_real(command: Evaluate) -> int:
     from lorax_gen.evaluation.system import System
     from lorax_gen.training.sharding import serving_mesh, tree_shardings
 
+    if command.limit is not None and command.limit < 1:
+        raise UserError(f"limit={command.limit}: choose 1 or more, or leave it out for all")
+    if command.tokens_per_batch < 1:
+        raise UserError(f"tokens_per_batch={command.tokens_per_batch}: choose 1 or more")
     groups = {"reasoning": REASONING}
     names = list(dict.fromkeys(n for task in command.tasks for n in groups.get(task, (task,))))
     agent = names == ["gpt4tools"]

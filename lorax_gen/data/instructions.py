@@ -19,7 +19,7 @@ import numpy as np
 
 from lorax_gen.data.episodes import Episode, Pair, cycled, draw
 from lorax_gen.data.hub_rows import HubData, load_hub_rows
-from lorax_gen.data.readers import Row, parse_row, read_rows, text_of
+from lorax_gen.data.readers import Row, is_text, parse_row, read_rows, text_of
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.errors import UserError
 
@@ -198,7 +198,7 @@ def _natural_task(name: str, row: Row) -> NaturalTask:
 def _outputs(row: dict[str, Any]) -> tuple[str, ...]:
     found = row["output"]
     found = [found] if isinstance(found, str) else found
-    if not found or not all(isinstance(output, str) for output in found):
+    if not found or not all(map(is_text, found)):
         raise UserError(f"output should be a text or a list of texts, not {found!r}")
     return tuple(found)
 
@@ -252,10 +252,11 @@ class NaturalSource:
 
     def texts(self) -> Iterator[str]:
         for task in {task.name: task for task, _ in self.samples}.values():
-            yield " ".join([task.definition, *(text for pair in task.examples for text in pair)])
+            shown = (text for pair in task.examples for text in pair)
+            yield " ".join([f"{task.name}:", task.definition, *shown])
         for task, i in self.samples:
             text, outputs = task.instances[i]
-            yield " ".join([text, *outputs])
+            yield " ".join([f"{task.name}:", text, *outputs])
 
     def _question(self, task: NaturalTask, i: int, rng: np.random.Generator) -> Pair:
         text, outputs = task.instances[i]

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from lorax_gen.data.readers import Row, text_of
+from lorax_gen.data.readers import Row, is_text, text_of
 from lorax_gen.errors import UserError
 
 
@@ -56,7 +56,7 @@ def read_question(row: Row, columns: Callable[[Row], Row], default_id: str) -> Q
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise UserError(f"answer should be the index of a choice, not {answer!r}")
     choices = fields["choices"]
-    if not all(isinstance(choice, str) for choice in choices):
+    if isinstance(choices, str) or not all(map(is_text, choices)):
         raise UserError(f"choices should be strings, not {choices!r}")
     name = fields.get("id", row.get("id", default_id))
     return Question(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorax_gen.errors import UserError
 Row = dict[str, Any]
 T = TypeVar("T")
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: Path) -> str:
@@ -23,7 +25,8 @@ def read_text(path: Path) -> str:
     """
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        return data.decode("utf-8-sig")  # some editors put a mark in front
     except OSError as error:  # a broken gzip header is one too
         reason = error.strerror or str(error)
         raise UserError(f"cannot read {path} ({reason})") from None
@@ -81,9 +84,14 @@ def parse_row(place: str, row: Row, parse: Callable[[Row], T]) -> T:
 def text_of(row: Row, column: str, default: str | None = None) -> str:
     """The string in a column. UserError where it is another type, or missing with no default."""
     value = row.get(column, default) if default is not None else row[column]
-    if not isinstance(value, str):
+    if not is_text(value):
         raise UserError(f"{column} should be a string, not {value!r}")
     return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string of whole characters: JSON can spell halves, which no file can hold."""
+    return isinstance(value, str) and not _HALF.search(value)
 
 
 def _object(place: str, line: str) -> Row:
@@ -91,6 +99,8 @@ def _object(place: str, line: str) -> Row:
         return _checked(place, json.loads(line))
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise UserError(f"{place}: cannot be read ({error})") from None
 
 
 def _checked(place: str, row: Any) -> Row:

@@ -13,6 +13,7 @@ from lorax_gen.data.benchmarks import BENCHMARKS, find_benchmark, load_questions
 from lorax_gen.data.episodes import QuestionSource, Source
 from lorax_gen.data.instructions import NaturalSource, TripleSource, load_tasks, load_triples
 from lorax_gen.data.mixture import Mixture
+from lorax_gen.data.readers import FORMATS
 from lorax_gen.data.unseen import unseen_texts
 from lorax_gen.data.world import FAMILIES, World, make_world
 from lorax_gen.errors import UserError
@@ -149,12 +150,12 @@ def open_source(
             raise UserError("gpt4tools has no copy on the hub; set data.directory to its files")
         return AgentSource(load_agent("train", directory))
     if name == "alpaca":
-        path = None if directory is None else _find(directory, name, (".jsonl", ".json"))
+        path = None if directory is None else _find(directory, name, FORMATS)
         return TripleSource(load_triples(path))
     if name == "natural_instructions":
         if directory is None:
             raise UserError("natural_instructions: set data.directory to its archive or folder")
-        tasks = load_tasks(_find(directory, name, ARCHIVES), leave_out=leave_out)
+        tasks = load_tasks(_find(directory, name, ARCHIVES, folders=True), leave_out=leave_out)
         return NaturalSource(tasks, per_task)
     path = Path(name)
     if path.is_dir() or (path.is_file() and name.endswith(ARCHIVES)):
@@ -168,14 +169,14 @@ def open_source(
     )
 
 
-def _find(directory: Path, name: str, endings: Sequence[str]) -> Path:
-    """The one file or folder in or below a directory whose name begins with `name`."""
+def _find(directory: Path, name: str, endings: tuple[str, ...], *, folders: bool = False) -> Path:
+    """The one file in or below a directory whose name begins with `name`, or such a folder."""
     if not directory.is_dir():
         raise UserError(f"no such data directory: {directory}")
     found = [
         path
         for path in sorted(directory.rglob(f"{name}*"))
-        if path.suffix in endings or any(ending in path.name for ending in endings)
+        if (folders if path.is_dir() else path.name.endswith(endings))
     ]
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "nothing"

@@ -39,10 +39,11 @@ def _refusal(name: str, benchmark: str) -> UserError:
 
 
 def unseen_texts(directory: Path | None) -> list[str]:
-    """The questions of the unseen benchmarks, of all their splits, from files or the hub.
+    """Texts that give the unseen benchmarks away, of all their splits, from files or the hub.
 
-    WinoGrande's are the sentences with either option in the blank. A split without a file in
-    `directory` is left out.
+    Questions, and the choices of those whose choices stand for themselves. HellaSwag's questions
+    without the activity in front too, WinoGrande's with either option in the blank and with none. A
+    split without a file in `directory` is left out.
     """
     texts = []
     for record in (BENCHMARKS[name] for name in UNSEEN):
@@ -57,10 +58,12 @@ def unseen_texts(directory: Path | None) -> list[str]:
 
 
 def _texts(record: Benchmark, question: Question) -> list[str]:
-    if not record.blank:
-        return [question.question]
-    behind = record.continuations(question)
-    return ["".join(pair) for pair in zip(record.contexts(question), behind, strict=True)]
+    if record.blank:
+        behind = record.continuations(question)
+        pairs = zip(record.contexts(question), behind, strict=True)
+        return [question.question, *("".join(pair) for pair in pairs)]
+    _, _, body = question.question.partition(": ")
+    return [question.question, *([body] if body else []), *question.choices]
 
 
 def refuse_unseen(texts: Iterable[str], unseen: Iterable[str], name: str = "this data") -> None:
@@ -83,6 +86,6 @@ def refuse_unseen(texts: Iterable[str], unseen: Iterable[str], name: str = "this
             for count, found in index.get(tuple(words[i : i + FEWEST_WORDS]), ()):
                 if " ".join(words[i : i + count]) == found:
                     raise UserError(
-                        f"{name} holds a question of an unseen benchmark: {found!r}; leave it out "
-                        "of the mixture"
+                        f"{name} holds a question of an unseen benchmark: {found!r}, in "
+                        f"{text[:60]!r}; leave it out of the mixture"
                     )

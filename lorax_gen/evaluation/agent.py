@@ -32,13 +32,15 @@ from lorax_gen.data.batches import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent_metrics import ToolScores, mean_scores, score_answer
 from lorax_gen.evaluation.continuations import TOKENS_PER_BATCH, continue_texts, room_for
+from lorax_gen.evaluation.cost import generator_macs, mean_flops, prefill_macs
 from lorax_gen.evaluation.gates import gates_of_prompts
-from lorax_gen.evaluation.item_log import ItemLog, Row
+from lorax_gen.evaluation.item_log import ItemLog, Row, digest
 from lorax_gen.evaluation.system import System, identity
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.tensors import tree_hash
 
 Mode = Literal["full", "request", "lora_gen", "lora_gen_shuffled"]
+BY_CLOUD = ("lora_gen", "lora_gen_shuffled")
 MAX_NEW_TOKENS = 512
 STOP = ("Observation:",)
 REQUEST = "previous conversation, new input, and the reminder to use tools behind it"
@@ -81,7 +83,6 @@ def evaluate_agent(
         log = ItemLog(path, settings(system, items, mode, max_new_tokens, stop, seed))
         done = {row["id"]: row for row in log.rows}
     progress(sum(item.id in done for item in items))
-    prompts = prompts_read(items, mode, seed)
     left = [i for i, item in enumerate(items) if item.id not in done]
     if left:
         start = time.perf_counter()
@@ -92,9 +93,13 @@ def evaluate_agent(
         todo = [items[i] for i in left]
         whole = [encoder.ids(full_prompt(item)) for item in todo]
         seen = whole if mode == "full" else [encoder.ids(item.request) for item in todo]
+        prompts: list[list[int]] = [[] for _ in todo]
         lora = {}
-        if prompts:
-            lora["lora"] = lora_maker(system, [prompts[i] for i in left], tokens_per_batch, mesh)
+        if mode in BY_CLOUD:
+            texts = prompts_read(items, mode, seed)
+            cloud = Encoder(system.cloud.tokenizer)
+            prompts = [cloud.ids(texts[i]) for i in left]
+            lora["lora"] = lora_maker(system, prompts, tokens_per_batch, mesh)
 
         def on_batch(indices: list[int], texts: list[str]) -> None:
             nonlocal start
@@ -107,6 +112,7 @@ def evaluate_agent(
                     "edge_tokens": min(len(seen[i]), room),
                     "full_tokens": len(whole[i]),
                     "cut_tokens": max(len(seen[i]) - room, 0),
+                    "prompt_tokens": len(prompts[i]),
                     "seconds": round(seconds, 4),
                     **dataclasses.asdict(score_answer(todo[i].output, text)),
                 }
@@ -127,14 +133,16 @@ def evaluate_agent(
             mesh=mesh,
             **lora,
         )
-    return summary(mode, [done[item.id] for item in items])
+    return summary(system, mode, [done[item.id] for item in items])
 
 
-def summary(mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
+def summary(system: System, mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
     """The report of items' results.
 
     scores          {score: mean} of `agent_metrics.ToolScores`, and their `average`
-    edge_tokens     read by the edge per item, mean
+    edge_tokens     read by the edge per item, mean; prompt_tokens: by the cloud
+    flops           of the edge reading a request up to the first token of an answer, mean;
+                    cloud_flops: of the cloud and the generator, for one prompt
     compression     tokens of the whole instructions / tokens read by the edge
     edge_sees       which part of the instruction that is
     items, cut_items    counted; those that are cut off on the left, for the model is too short
@@ -143,11 +151,21 @@ def summary(mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(ToolScores)]
     mean = mean_scores(ToolScores(*(row[name] for name in names)) for row in rows)
     seen = sum(row["edge_tokens"] for row in rows)
+    prompts, cloud_flops = [row["prompt_tokens"] for row in rows], 0.0
+    if mode in BY_CLOUD:
+        spec = system.generator.spec(system.cloud.config, system.edge.config)
+        cloud_flops = mean_flops(prompts, partial(generator_macs, spec))
     return {
         "mode": mode,
         "items": len(rows),
         "scores": dataclasses.asdict(mean) | {"average": mean.average},
         "edge_tokens": seen / len(rows),
+        "prompt_tokens": sum(prompts) / len(rows),
+        "flops": mean_flops(
+            (row["edge_tokens"] for row in rows),
+            partial(prefill_macs, system.edge.config, logits=1),
+        ),
+        "cloud_flops": cloud_flops,
         "compression": sum(row["full_tokens"] for row in rows) / seen,
         "edge_sees": SEES[mode],
         "cut_items": sum(row["cut_tokens"] > 0 for row in rows),
@@ -159,12 +177,10 @@ def summary(mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def prompts_read(items: Sequence[AgentItem], mode: Mode, seed: int) -> list[str]:
-    """The prompt that the cloud reads for each item; none where it reads nothing.
+    """The prompt that the cloud reads for each item, in a mode that has it read one.
 
     Raises UserError where prompts should be shuffled and all are the same.
     """
-    if mode not in ("lora_gen", "lora_gen_shuffled"):
-        return []
     prompts = [item.prompt for item in items]
     if mode == "lora_gen":
         return prompts
@@ -178,22 +194,24 @@ def prompts_read(items: Sequence[AgentItem], mode: Mode, seed: int) -> list[str]
 
 
 def lora_maker(
-    system: System, prompts: Sequence[str], tokens_per_batch: int, mesh: Mesh | None = None
+    system: System,
+    prompts: Sequence[Sequence[int]],
+    tokens_per_batch: int,
+    mesh: Mesh | None = None,
 ) -> Callable[[list[int]], Mapping]:
-    """The function from indices of prompts to the LoRA tree of these rows, `[L, B, ...]`.
+    """The function from indices of prompts, token ids, to the LoRA tree of rows `[L, B, ...]`.
 
     Raises UserError where a prompt is longer than the cloud model.
     """
     cloud, edge, generator = system.cloud, system.edge, system.generator
-    rows = [Encoder(cloud.tokenizer).ids(prompt) for prompt in prompts]
     positions = cloud.config.max_position_embeddings
     limit = min(system.max_length or positions, positions)
     limit -= edge.config.num_hidden_layers  # places of the meta tokens
-    longest = max(map(len, rows))
+    longest = max(map(len, prompts))
     if longest > limit:
         raise UserError(f"a prompt of {longest} tokens is longer than the cloud's limit of {limit}")
     gates = gates_of_prompts(
-        rows, cloud, edge.config, generator, tokens_per_batch=tokens_per_batch, mesh=mesh
+        prompts, cloud, edge.config, generator, tokens_per_batch=tokens_per_batch, mesh=mesh
     )
 
     def lora(indices: list[int]) -> Mapping:
@@ -212,7 +230,7 @@ def check(system: System, items: Sequence[AgentItem], mode: Mode) -> None:
         raise UserError("no items to evaluate; give at least one")
     if len({item.id for item in items}) < len(items):
         raise UserError("two items have the same id, by which results are kept; make them differ")
-    if mode.startswith("lora_gen") and (system.cloud is None or system.generator is None):
+    if mode in BY_CLOUD and (system.cloud is None or system.generator is None):
         raise UserError(f"mode {mode} needs a cloud model and a generator; give both")
 
 
@@ -229,13 +247,15 @@ def settings(
     row = {
         "mode": mode,
         "edge": identity(system.edge),
+        "edge_dtype": str(system.edge.params["embed"].dtype),
+        "items": digest(list(map(dataclasses.asdict, items))),
         "max_length": system.max_length,
         "max_new_tokens": max_new_tokens,
         "stop": list(stop),
     }
-    if mode.startswith("lora_gen"):
+    if mode in BY_CLOUD:
         row["cloud"] = identity(system.cloud)
         row["generator"] = tree_hash({"params": generator.params, "stats": generator.stats})
     if mode == "lora_gen_shuffled":
-        row |= {"seed": seed, "items": len(items)}
+        row["seed"] = seed
     return row

@@ -20,11 +20,9 @@ Dimensions: N items, C choices of an item.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +46,9 @@ from lorax_gen.evaluation.choices import (
     encode_items,
     score_items,
 )
-from lorax_gen.evaluation.cost import generator_macs, prefill_macs
+from lorax_gen.evaluation.cost import generator_macs, mean_flops, prefill_macs
 from lorax_gen.evaluation.gates import gates_of_prompts
-from lorax_gen.evaluation.item_log import ItemLog, Row
+from lorax_gen.evaluation.item_log import ItemLog, Row, digest
 from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
 from lorax_gen.evaluation.system import System, identity
 from lorax_gen.models.huggingface import Model
@@ -243,15 +241,10 @@ def summary(
 ) -> Result:
     """The result of numbers `[N, len(NUMBERS)]` of all items."""
     columns = dict(zip(NUMBERS, numbers.T, strict=True))
-
-    def mean_flops(name: str, macs: Callable[[int], Any]) -> float:
-        counts = Counter(columns[name].astype(int).tolist())
-        return sum(n * macs(tokens).flops for tokens, n in counts.items()) / len(numbers)
-
     cloud_flops = 0.0
     if setting.mode in BY_CLOUD:
         spec = system.generator.spec(system.cloud.config, system.edge.config)
-        cloud_flops = mean_flops("prompt_tokens", lambda tokens: generator_macs(spec, tokens))
+        cloud_flops = mean_flops(columns["prompt_tokens"], partial(generator_macs, spec))
     return Result(
         benchmark=benchmark.name,
         mode=setting.mode,
@@ -266,7 +259,7 @@ def summary(
         context_tokens=float(columns["context_tokens"].mean()),
         prompt_tokens=float(columns["prompt_tokens"].mean()),
         flops=mean_flops(
-            "context_tokens", lambda tokens: prefill_macs(system.edge.config, tokens, logits=1)
+            columns["context_tokens"], partial(prefill_macs, system.edge.config, logits=1)
         ),
         cloud_flops=cloud_flops,
         scored=scored,
@@ -373,11 +366,6 @@ def describe(
         found["prompts_of"] = other[0].name
         found["train"] = digest(list(map(dataclasses.asdict, other[1])))
     return found
-
-
-def digest(value: Any) -> str:
-    """First 16 hex digits of the SHA-256 of a plain value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_log(path: Path, settings: Row, questions: Sequence[Question]) -> ItemLog | None:

@@ -23,7 +23,8 @@ N experts, M width of the router.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 from lorax_gen.method.generator import GeneratorConfig
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
@@ -135,6 +136,12 @@ def _seen(tokens: int, window: int | None) -> int:
     """What the first `tokens` queries see together: 1 + 2 + 3 + ..., each at most a window."""
     beyond = max(tokens - window, 0) if window else 0
     return tokens * (tokens + 1) // 2 - beyond * (beyond + 1) // 2
+
+
+def mean_flops(tokens: Iterable[float], macs: Callable[[int], Macs]) -> float:
+    """FLOPs of `macs(T)`, mean over texts of so many tokens each."""
+    counts = Counter(map(int, tokens))
+    return sum(n * macs(length).flops for length, n in counts.items()) / counts.total()
 
 
 def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options) -> Macs:

@@ -17,11 +17,12 @@ NAME = "lorax_gen"
 
 
 def register() -> None:
-    """Makes `lorax_gen` a model of lm-eval's in this process.
+    """Makes `lorax_gen` a model of lm-eval's in this process, beside its own.
 
     Raises UserError where lm-eval is not installed.
     """
     try:
+        import lm_eval.models  # noqa: F401  (it names its own only while the registry is empty)
         from lm_eval.api.registry import model_registry
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
@@ -34,7 +35,10 @@ def register() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs lm-eval's command line with our model in its registry; returns the exit code."""
+    """Runs lm-eval's command line with our model in its registry; returns the exit code.
+
+    Raises UserError for a task that it does not have.
+    """
     register()
     from lm_eval.__main__ import cli_evaluate
 
@@ -42,6 +46,10 @@ def main(arguments: list[str]) -> int:
     sys.argv = ["lm-eval", *arguments]  # it reads no other arguments
     try:
         cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise UserError(f"{error}; `lorax-gen lm-eval ls tasks` lists those there are") from None
     finally:
         sys.argv = before
     return 0

@@ -6,6 +6,7 @@ they are finished. A line counts when it is whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,6 +16,11 @@ from typing import Any
 from lorax_gen.errors import UserError
 
 Row = dict[str, Any]
+
+
+def digest(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a plain value, for settings that are large."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ItemLog:

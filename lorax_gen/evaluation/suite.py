@@ -75,7 +75,7 @@ def evaluate_suite(
     }
     tests = {r.name: load_questions(r, "test", directory)[:limit] for r in records}
     train: dict[str, list[Question]] = {}
-    if any(setting.shots for setting in settings.values()):
+    if any(setting.shots for mode, setting in settings.items() if mode != "shuffled"):
         train = {r.name: load_shots(r, directory) for r in records}
     report = about(system) | {"shots": shots, "limit": limit, "modes": {}}
     for mode, setting in settings.items():

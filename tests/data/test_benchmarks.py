@@ -225,6 +225,8 @@ def test_how_many_real_training_questions_of_boolq_have_their_passage(shared_dat
         ({"choices": ["no", " "]}, "choice 1 is empty"),
         ({"choices": ["no"]}, "1 choices; a question needs two or more"),
         ({"choices": ["no", 1]}, "choices should be strings"),
+        ({"choices": ["no", "\ud83d"]}, "choices should be strings"),
+        ({"question": "half \ud83d"}, "question should be a string"),
         ({"question": "  "}, "the question is empty"),
         ({"question": None}, "question should be a string, not None"),
         ({"passage": 3}, "passage should be a string, not 3"),
@@ -242,6 +244,7 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, change, message):
     [
         ("arc_easy", {"answerKey": "Z"}, "answerKey 'Z' is none of the labels A, B, C"),
         ("arc_easy", {"answerKey": None}, "a value has the wrong form"),
+        ("arc_easy", {"choices": {"text": "ab", "label": ["A", "B"]}}, "choices should be strings"),
         ("social_iqa", {"label": ""}, "a value has the wrong form"),
         ("social_iqa", {"label": "4"}, "answer 3 is out of range"),
         ("hellaswag", {"endings": ["a", "b", "[c]", "d"]}, "choice 2 is empty"),
@@ -271,6 +274,8 @@ def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
         (b'{"id": 1}\n\n{"id": 1', r"line 1: no column 'choices'; it has id"),
         (b'\n{"id": "a", "quest', r"line 2: not valid JSON"),
         (b"[1, 2]\n", r"line 1: expected an object, not a list"),
+        (b"[" * 100_000, r"line 1: cannot be read"),
+        (b'{"answer": ' + b"1" * 5000 + b"}", r"line 1: cannot be read"),
         (b"\xff\xfe", r"is not text in UTF-8"),
         (b"", r"arc_easy has no questions in its split 'test'"),
     ],
@@ -279,6 +284,12 @@ def test_a_broken_file_is_an_error_that_says_where(tmp_path, content, message):
     (tmp_path / "arc_easy.test.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path)
+
+
+def test_files_of_other_systems_are_read_too(tmp_path):
+    lines = (json.dumps(OWN) + "\r\n") * 2
+    (tmp_path / "arc_easy.test.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert len(load(tmp_path)) == 2
 
 
 def test_a_cut_off_archive_and_a_broken_parquet_file(tmp_path):

@@ -43,6 +43,13 @@ def test_sources_are_named_or_are_files(directory):
     assert len(open_source(str(directory / "colors"), None)) == 2
 
 
+def test_a_set_is_found_by_its_name_as_a_file_or_a_folder(directory):
+    (directory / "alpaca_notes.txt").write_text("none of its files")
+    assert len(open_source("alpaca", directory)) == 2
+    (directory / "colors").rename(directory / "natural_instructions")
+    assert len(open_source("natural_instructions", directory)) == 2
+
+
 def test_a_config_opens_its_mixture(directory):
     config = MixtureConfig(
         sources=("arc_easy", "alpaca=2", str(directory / "colors")),

@@ -100,10 +100,15 @@ def test_texts_of_the_unseen_come_from_the_files_that_are_there(tmp_path):
     write_lines(tmp_path / "arc_easy.test.jsonl", make_rows("arc_easy", 2))
     sentence = "The cup did not fit into the box because {} was too big."
     assert unseen_texts(tmp_path) == [
+        sentence.format("_"),
         sentence.format("the cup"),
         sentence.format("the box"),
         "open a jar",
+        "turn the lid",
+        "turn the table ",
         "Which of these is hard, goal 1",
+        "Which of these is hard, one 1",
+        "Which of these is hard, two 1",
     ]
 
 
@@ -114,6 +119,34 @@ def test_a_planted_question_is_found_whatever_its_punctuation():
     refuse_unseen([planted.replace("too", "very")], unseen)
     with pytest.raises(UserError, match=r"alpaca holds a question of an unseen.*'the cup did"):
         refuse_unseen(["clean", planted], unseen, "alpaca")
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "Fill in: The cup did not fit into the box because _ was too big. Options: cup, box",
+        "A woman kneads dough on a table. She",  # without the activity
+        "puts all of it into the oven for an hour",  # an ending alone
+        "Turn the lid with a wet cloth until it gives.",  # a solution, whose goal is short
+    ],
+)
+def test_a_question_is_found_in_the_other_forms_that_data_have_it_in(tmp_path, planted):
+    ending = "puts all of it into the oven for an hour."
+    hellaswag, piqa = make_rows("hellaswag", 1), make_rows("piqa", 1)
+    hellaswag[0]["endings"] = [ending, *hellaswag[0]["endings"][1:]]
+    piqa[0]["sol1"] = "turn the lid with a wet cloth until it gives"
+    write_lines(tmp_path / "hellaswag.test.jsonl", hellaswag)
+    write_lines(tmp_path / "winogrande.test.jsonl", make_rows("winogrande", 1))
+    write_lines(tmp_path / "piqa.test.jsonl", piqa)
+    with pytest.raises(UserError, match="holds a question of an unseen benchmark"):
+        refuse_unseen([planted], unseen_texts(tmp_path))
+
+
+def test_the_task_that_holds_one_is_named():
+    unseen = ["the cup did not fit into the box because it was too big"]
+    task = dataclasses.replace(CLEAN, instances=((unseen[0], ("d",)),))
+    with pytest.raises(UserError, match="in 'task500_seasons: the cup did"):
+        refuse_unseen(NaturalSource([task]).texts(), unseen)
 
 
 def test_short_texts_are_not_looked_for():

@@ -172,6 +172,20 @@ def test_an_interrupted_run_goes_on_where_it_was(system, calls, mode, tmp_path, 
         evaluate_agent(system, ITEMS, mode, path=path, stop=(), **options)
 
 
+def test_results_of_other_items_or_in_another_dtype_are_not_taken_for_these(
+    system, calls, tmp_path
+):
+    path = tmp_path / "items.jsonl"
+    evaluate_agent(system, ITEMS, "request", path=path)
+    changed = [dataclasses.replace(ITEMS[0], output=CALL.format("Another")), *ITEMS[1:]]
+    with pytest.raises(UserError, match="is of a run with items"):
+        evaluate_agent(system, changed, "request", path=path)
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), system.edge.params)
+    rounded = System(dataclasses.replace(system.edge, params=params))
+    with pytest.raises(UserError, match="is of a run with edge_dtype"):
+        evaluate_agent(rounded, ITEMS, "request", path=path)
+
+
 @pytest.mark.parametrize("by", ["positions", "max_length"])
 def test_what_the_model_has_no_room_for_loses_its_beginning(system, monkeypatch, by):
     short = System(system.edge, max_length=24)

@@ -3,6 +3,7 @@
 import builtins
 import json
 import logging
+import subprocess
 import sys
 
 import numpy as np
@@ -233,6 +234,20 @@ def test_the_model_is_in_the_registry():
     harness.register()
     harness.register()  # once more does no harm
     assert get_model("lorax_gen") is HarnessModel
+
+
+def test_the_models_of_lm_eval_stay_in_the_registry():
+    code = (
+        "from lorax_gen.evaluation.harness import register; register()\n"
+        "from lm_eval.api.registry import model_registry\n"
+        "assert {'lorax_gen', 'dummy', 'hf'} <= set(model_registry.keys())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_task_that_lm_eval_does_not_have_is_named(capsys):
+    with pytest.raises(UserError, match="Tasks not found: no_such_task; `lorax-gen lm-eval ls"):
+        harness.main(["--model", "lorax_gen", "--tasks", "no_such_task"])
 
 
 def test_what_was_answered_is_kept_for_the_next_time(ours, monkeypatch):

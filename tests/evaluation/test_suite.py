@@ -8,6 +8,7 @@ import pytest
 from lorax_gen.data.agent import AgentItem
 from lorax_gen.data.benchmarks import BENCHMARKS
 from lorax_gen.errors import UserError
+from lorax_gen.evaluation.benchmark import Mode
 from lorax_gen.evaluation.metrics import harmonic_mean
 from lorax_gen.evaluation.suite import evaluate_agent_suite, evaluate_suite, other_of
 from lorax_gen.evaluation.system import System
@@ -73,7 +74,12 @@ def test_the_report_is_in_files_too(report, run_dir):
     assert [row["benchmark"] for row in rows] == [*NAMES, "AVE", "HAR"] * len(MODES)
     for row in rows:
         if row["benchmark"] == "AVE":
-            assert float(row["acc"]) == report["modes"][row["mode"]]["average"]
+            found = report["modes"][row["mode"]]
+            assert float(row["acc"]) == found["average"]
+            assert float(row["latency_ms"]) == found["latency_ms"]["median"]
+            assert float(row["latency_p90_ms"]) == found["latency_ms"]["p90"]
+            for name in ("memory_bytes", "context_tokens", "prompt_tokens", "flops", "cloud_flops"):
+                assert float(row[name]) == found[name]
     assert {path.name for path in (run_dir / "items").iterdir()} == {
         f"{name}.{mode}.jsonl" for name in NAMES for mode in MODES
     }
@@ -87,6 +93,34 @@ def test_the_table_is_the_papers(report, capsys):
     assert f"{100 * report['modes']['plain']['average']:.1f}" in out
 
 
+def test_all_benchmarks_and_modes_fit_into_80_columns(report, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    found = report["modes"]["plain"]
+    result = found["benchmarks"]["boolq"] | {"acc": 1.0, "acc_stderr": 0.123, "n": 10042}
+    found = found | {"benchmarks": dict.fromkeys(BENCHMARKS, result), "average": 1.0}
+    print_suite(report | {"modes": dict.fromkeys(Mode.__args__, found | {"harmonic": 1.0})})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    (titles,) = (line.split() for line in lines if "HellaS" in line)
+    assert titles == [*(record.title for record in BENCHMARKS.values()), "AVE", "HAR"]
+    (full,) = (
+        line.split() for line in lines if line.startswith("edge + LoRA-Gen") and "100" in line
+    )
+    assert full == ["edge", "+", "LoRA-Gen", *["100.0"] * 10]
+
+
+def test_what_was_cut_is_said_under_the_table(report, capsys):
+    print_suite(report)
+    assert "lost their beginning" not in capsys.readouterr().out
+    found = report["modes"]["lora_gen"]
+    result = found["benchmarks"]["boolq"] | {"truncated": 3, "prompts_truncated": 2}
+    found = found | {"benchmarks": found["benchmarks"] | {"boolq": result}}
+    print_suite(report | {"modes": {"lora_gen": found}})
+    out = capsys.readouterr().out
+    assert "lora_gen: 3 questions too long for the model lost their beginning" in out
+    assert "lora_gen: 2 prompts too long for the model lost their beginning" in out
+
+
 @pytest.mark.parametrize(
     "name, other",
     [("arc_challenge", "arc_easy"), ("boolq", "social_iqa"), ("piqa", "arc_challenge")],
@@ -94,6 +128,13 @@ def test_the_table_is_the_papers(report, capsys):
 def test_the_control_reads_prompts_of_the_next_benchmark_that_is_trained_on(name, other, directory):
     found, questions = other_of(BENCHMARKS[name], directory)
     assert found.name == other and questions
+
+
+def test_the_shuffled_control_needs_no_training_questions_of_its_own(system, directory, tmp_path):
+    for name in ("piqa.test", "arc_challenge.train"):
+        (tmp_path / f"{name}.jsonl").symlink_to(directory / f"{name}.jsonl")
+    options = {"shots": 1, "directory": tmp_path, "timed": 1}
+    assert evaluate_suite(system, ["piqa"], ["shuffled"], **options)["modes"]["shuffled"]
 
 
 def test_what_cannot_be_is_said_before_anything_is_scored(system, directory):
@@ -114,9 +155,14 @@ def test_tools_are_called_in_modes(system, tmp_path, capsys):
         system, items, ("full", "lora_gen"), run_dir=tmp_path, max_new_tokens=4
     )
     assert json.loads((tmp_path / "agent.json").read_text()) == report
-    assert report["modes"]["full"]["compression"] == 1 < report["modes"]["lora_gen"]["compression"]
+    full, lora_gen = report["modes"].values()
+    assert full["compression"] == 1 < lora_gen["compression"]
+    assert full["flops"] > lora_gen["flops"] > 0
+    assert full["cloud_flops"] == full["prompt_tokens"] == 0
+    assert lora_gen["cloud_flops"] > 0 < lora_gen["prompt_tokens"]
     with (tmp_path / "agent.csv").open() as file:
         assert [row["mode"] for row in csv.DictReader(file)] == ["full", "lora_gen"]
     print_agent(report)
     out = capsys.readouterr().out
     assert "edge, tools in context" in out and "the edge sees previous conversation" in out
+    assert "cloud GFLOPs" in out
