@@ -514,6 +514,10 @@ def evaluate(command: Evaluate) -> int:
     world, run_dir = command.tasks == ("world",), command.run_dir
     if "world" in command.tasks and not world:
         raise UserError("world is evaluated by itself; leave out the other tasks, or it")
+    if command.seed is not None and command.seed < 0:
+        raise UserError(f"seed={command.seed}: choose 0 or more")
+    if command.questions < 1:
+        raise UserError(f"questions={command.questions}: choose 1 or more")
     if run_dir is not None and run_dir.exists():
         ours = run_dir.is_dir() and (run_dir / "items").is_dir() and not world
         if not ours and not (run_dir.is_dir() and not any(run_dir.iterdir())):

@@ -437,6 +437,8 @@ def test_evaluate_refuses_a_directory_that_holds_something_else(refused, tmp_pat
         (["boolq", "--modes", "plain", "--data-dir", "."], "no file boolq.test.jsonl"),
         (["boolq", "--modes", "plain", "--data-dir", "nowhere"], "no such data directory"),
         (["boolq", "--modes", "plain"], "cannot load aps/super_glue from the hub"),
+        (["world", "--questions", "0"], "questions=0: choose 1 or more"),
+        (["boolq", "--seed", "-1"], "seed=-1: choose 0 or more"),
         (["boolq", "--limit", "-1"], "limit=-1: choose 1 or more"),
         (["boolq", "--tokens-per-batch", "0"], "tokens_per_batch=0: choose 1 or more"),
         (["boolq", "--fsdp", "3"], "cannot be laid over"),

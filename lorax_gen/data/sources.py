@@ -14,7 +14,7 @@ from lorax_gen.data.episodes import QuestionSource, Source
 from lorax_gen.data.instructions import NaturalSource, TripleSource, load_tasks, load_triples
 from lorax_gen.data.mixture import Mixture
 from lorax_gen.data.readers import FORMATS
-from lorax_gen.data.unseen import unseen_texts
+from lorax_gen.data.unseen import refuse_name, unseen_texts
 from lorax_gen.data.world import FAMILIES, World, make_world
 from lorax_gen.errors import UserError
 
@@ -85,6 +85,8 @@ class MixtureConfig:
     """Solved examples in those prompts."""
 
     def __post_init__(self):
+        if not self.sources:
+            raise UserError("data.sources is empty; name two or more")
         for entry in self.sources:
             split_weight(entry)
         for name in self.evaluate_on:
@@ -158,6 +160,7 @@ def open_source(
         tasks = load_tasks(_find(directory, name, ARCHIVES, folders=True), leave_out=leave_out)
         return NaturalSource(tasks, per_task)
     path = Path(name)
+    refuse_name(path.name)
     if path.is_dir() or (path.is_file() and name.endswith(ARCHIVES)):
         tasks = load_tasks(path, leave_out=leave_out)
         return NaturalSource(tasks, per_task, name=path.name.partition(".")[0])

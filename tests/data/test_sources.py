@@ -78,6 +78,13 @@ def test_unseen_benchmarks_are_no_sources(name, directory):
         open_source(name, directory)
 
 
+@pytest.mark.parametrize("name", ["my.HellaSwag.jsonl", "PIQA", "wino-grande"])
+def test_files_called_like_an_unseen_benchmark_are_refused(name, directory):
+    write_lines(directory / name, [TRIPLE])
+    with pytest.raises(UserError, match=f"{name} must not be trained on"):
+        open_source(str(directory / name), None)
+
+
 def test_what_cannot_be_opened_is_said(directory, tmp_path):
     for name, where, message in (
         ("arc_esy", directory, "unknown source 'arc_esy': neither a file nor one of arc_challenge"),
@@ -94,5 +101,7 @@ def test_what_cannot_be_opened_is_said(directory, tmp_path):
         open_source("alpaca", directory)
     with pytest.raises(UserError, match="weight that is no number"):
         MixtureConfig(sources=("alpaca=half",))
+    with pytest.raises(UserError, match=r"data\.sources is empty"):
+        MixtureConfig(sources=())
     with pytest.raises(UserError, match="unknown benchmark 'bolq'; did you mean boolq"):
         MixtureConfig(evaluate_on=("bolq",))
