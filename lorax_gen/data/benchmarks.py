@@ -295,6 +295,7 @@ def _find_file(benchmark: Benchmark, split: str, directory: Path) -> Path:
     raise UserError(
         f"no file {benchmark.name}.{split}.jsonl, .jsonl.gz or .parquet in or below {directory}; "
         + (f"of {benchmark.name} there is {others}" if others else "put one there")
+        + ("; shots are drawn from it" if split == "train" else "")
     )
 
 

@@ -57,6 +57,15 @@ def unseen_texts(directory: Path | None) -> list[str]:
     return texts
 
 
+def without_texts(directory: Path | None) -> list[str]:
+    """The unseen benchmarks of which a directory has no file: training data can be held against
+    their names, not against their texts."""
+    if directory is None:
+        return []
+    records = [BENCHMARKS[name] for name in UNSEEN]
+    return [r.name for r in records if not any(has_split(r, s, directory) for s in r.hub.splits)]
+
+
 def _texts(record: Benchmark, question: Question) -> list[str]:
     if record.blank:
         behind = record.continuations(question)

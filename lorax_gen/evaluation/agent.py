@@ -93,13 +93,14 @@ def evaluate_agent(
         todo = [items[i] for i in left]
         whole = [encoder.ids(full_prompt(item)) for item in todo]
         seen = whole if mode == "full" else [encoder.ids(item.request) for item in todo]
-        prompts: list[list[int]] = [[] for _ in todo]
+        prompts = read = [[] for _ in todo]
         lora = {}
         if mode in BY_CLOUD:
             texts = prompts_read(items, mode, seed)
             cloud = Encoder(system.cloud.tokenizer)
             prompts = [cloud.ids(texts[i]) for i in left]
-            lora["lora"] = lora_maker(system, prompts, tokens_per_batch, mesh)
+            read = [ids[-system.prompt_room :] for ids in prompts]
+            lora["lora"] = lora_maker(system, read, tokens_per_batch, mesh)
 
         def on_batch(indices: list[int], texts: list[str]) -> None:
             nonlocal start
@@ -112,7 +113,8 @@ def evaluate_agent(
                     "edge_tokens": min(len(seen[i]), room),
                     "full_tokens": len(whole[i]),
                     "cut_tokens": max(len(seen[i]) - room, 0),
-                    "prompt_tokens": len(prompts[i]),
+                    "prompt_tokens": len(read[i]),
+                    "prompt_cut_tokens": len(prompts[i]) - len(read[i]),
                     "seconds": round(seconds, 4),
                     **dataclasses.asdict(score_answer(todo[i].output, text)),
                 }
@@ -145,7 +147,8 @@ def summary(system: System, mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
                     cloud_flops: of the cloud and the generator, for one prompt
     compression     tokens of the whole instructions / tokens read by the edge
     edge_sees       which part of the instruction that is
-    items, cut_items    counted; those that are cut off on the left, for the model is too short
+    items, cut_items    counted; those that are cut off on the left, for the edge is too short
+    cut_prompts     the same of their prompts and the cloud
     seconds         of all items together, compilation included
     """
     names = [field.name for field in dataclasses.fields(ToolScores)]
@@ -169,6 +172,7 @@ def summary(system: System, mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
         "compression": sum(row["full_tokens"] for row in rows) / seen,
         "edge_sees": SEES[mode],
         "cut_items": sum(row["cut_tokens"] > 0 for row in rows),
+        "cut_prompts": sum(row["prompt_cut_tokens"] > 0 for row in rows),
         "seconds": sum(row["seconds"] for row in rows),
     }
 
@@ -199,19 +203,15 @@ def lora_maker(
     tokens_per_batch: int,
     mesh: Mesh | None = None,
 ) -> Callable[[list[int]], Mapping]:
-    """The function from indices of prompts, token ids, to the LoRA tree of rows `[L, B, ...]`.
-
-    Raises UserError where a prompt is longer than the cloud model.
-    """
-    cloud, edge, generator = system.cloud, system.edge, system.generator
-    positions = cloud.config.max_position_embeddings
-    limit = min(system.max_length or positions, positions)
-    limit -= edge.config.num_hidden_layers  # places of the meta tokens
-    longest = max(map(len, prompts))
-    if longest > limit:
-        raise UserError(f"a prompt of {longest} tokens is longer than the cloud's limit of {limit}")
+    """The function from indices of prompts, token ids, to the LoRA tree of rows `[L, B, ...]`."""
+    generator = system.generator
     gates = gates_of_prompts(
-        prompts, cloud, edge.config, generator, tokens_per_batch=tokens_per_batch, mesh=mesh
+        prompts,
+        system.cloud,
+        system.edge.config,
+        generator,
+        tokens_per_batch=tokens_per_batch,
+        mesh=mesh,
     )
 
     def lora(indices: list[int]) -> Mapping:
@@ -248,6 +248,7 @@ def settings(
         "mode": mode,
         "edge": identity(system.edge),
         "edge_dtype": str(system.edge.params["embed"].dtype),
+        "n": len(items),
         "items": digest(list(map(dataclasses.asdict, items))),
         "max_length": system.max_length,
         "max_new_tokens": max_new_tokens,

@@ -310,10 +310,7 @@ def prompts_of(
     encoder = Encoder(system.cloud.tokenizer)
     if setting.mode == "empty":
         return [Prompt(encoder.ids(""))] * len(questions)
-    positions = system.cloud.config.max_position_embeddings
-    limit = min(system.max_length or positions, positions)
-    limit -= system.edge.config.num_hidden_layers  # places of the meta tokens
-    prompts = []
+    limit, prompts = system.prompt_room, []
     for i, shots in enumerate(
         harness_shots(benchmark, train, setting.shots, questions, setting.seed)
     ):
@@ -351,6 +348,7 @@ def describe(
         "max_length": system.max_length,
         "edge": identity(system.edge),
         "edge_dtype": str(system.edge.params["embed"].dtype),
+        "n": len(questions),
         "questions": digest([benchmark.template, *map(dataclasses.asdict, questions)]),
     }
     if setting.shots:

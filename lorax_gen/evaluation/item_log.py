@@ -67,7 +67,9 @@ class ItemLog:
                 rows.append(json.loads(line))
             except ValueError:
                 rows.append(None)
-            if not isinstance(rows[-1], dict) or ("settings" in rows[-1]) != (number == 1):
+            row = rows[-1]
+            settings = row.get("settings") if isinstance(row, dict) else row
+            if not isinstance(row, dict) or isinstance(settings, dict) != (number == 1):
                 raise UserError(
                     f"{self.path}, line {number}: not a line of results; remove the file or "
                     "choose another place"

@@ -28,6 +28,7 @@ from lorax_gen.data.benchmarks import (
     load_shots,
 )
 from lorax_gen.data.questions import Question
+from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent import evaluate_agent
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.choices import TOKENS_PER_BATCH
@@ -77,7 +78,8 @@ def evaluate_suite(
     train: dict[str, list[Question]] = {}
     if any(setting.shots for mode, setting in settings.items() if mode != "shuffled"):
         train = {r.name: load_shots(r, directory) for r in records}
-    report = about(system) | {"shots": shots, "limit": limit, "modes": {}}
+    report = about(system) | {"benchmarks": [*tests], "shots": shots, "limit": limit}
+    report["modes"] = earlier_modes(run_dir and run_dir / "report.json", report)
     for mode, setting in settings.items():
         served = dataclasses.replace(system, edge=card) if mode == "card" else system
         results = {}
@@ -127,7 +129,8 @@ def evaluate_agent_suite(
     bar: Any = None,
 ) -> Report:
     """Has tools called in modes; see `evaluation.agent`. Arguments as of `evaluate_suite`."""
-    report = about(system) | {"limit": len(items), "modes": {}}
+    report = about(system) | {"limit": len(items)}
+    report["modes"] = earlier_modes(run_dir and run_dir / "agent.json", report)
     for mode in modes:
         if bar is not None:
             bar.reset(total=len(items))
@@ -148,6 +151,26 @@ def evaluate_agent_suite(
         files.write_json(run_dir / "agent.json", report)
         files.write_text(run_dir / "agent.csv", agent_csv(report))
     return report
+
+
+def earlier_modes(path: Path | None, report: Report) -> dict[str, Any]:
+    """The modes that are in the report at `path`, of an earlier call in the same run directory.
+
+    Raises UserError where that report is of something else.
+    """
+    if path is None or not path.exists():
+        return {}
+    old = files.read_json(path)
+    for name in report.keys() - {"device", "versions"}:
+        if name == "cloud" and None in (old.get(name), report[name]):
+            continue  # not every mode needs one
+        if old.get(name) != report[name]:
+            raise UserError(
+                f"{path} is of {name} {old.get(name)!r}, this evaluation of {report[name]!r}; "
+                "choose another run directory"
+            )
+    report["cloud"] = report["cloud"] or old.get("cloud")
+    return old["modes"]
 
 
 def about(system: System) -> Report:
@@ -191,7 +214,7 @@ def sample_contexts(
 def serving_cost(model: Model, texts: Sequence[str]) -> Report:
     """Latency of the first token behind texts, one at a time, and memory; see `latency`."""
     room = model.config.max_position_embeddings - 1
-    rows = [encode(model.tokenizer, text, bos=model.scoring_bos or None)[-room:] for text in texts]
+    rows = [encode(model.tokenizer, text, bos=model.scoring_bos)[-room:] for text in texts]
     rows = [row for row in rows if row]
     latency = measure_latency(model, rows)
     memory = peak_memory(model, max(map(len, rows)))

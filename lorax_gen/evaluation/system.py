@@ -25,6 +25,13 @@ class System:
     lora: Tree | None = None
     max_length: int | None = None
 
+    @property
+    def prompt_room(self) -> int:
+        """Tokens of a prompt that the cloud has room for, before the meta tokens."""
+        positions = self.cloud.config.max_position_embeddings
+        limit = min(self.max_length or positions, positions)
+        return limit - self.edge.config.num_hidden_layers
+
 
 def identity(model: Model) -> str:
     """What tells a model from others: a hash of its weights, or, spread over hosts, its name."""

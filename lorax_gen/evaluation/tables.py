@@ -112,6 +112,7 @@ def print_agent(report: dict[str, Any]) -> None:
             f"the edge sees {found['edge_sees']}"
         )
         print_cut(console, mode, found["cut_items"], "questions")
+        print_cut(console, mode, found["cut_prompts"], "prompts")
 
 
 def print_cut(console: Console, mode: str, count: int, what: str) -> None:

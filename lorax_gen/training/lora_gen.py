@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorax_gen.config import at_least_one
 from lorax_gen.data.batches import Encoder, generator_batch
 from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
 from lorax_gen.data.sources import MixtureConfig, WorldConfig
+from lorax_gen.data.unseen import without_texts
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.cost import train_step_macs
 from lorax_gen.evaluation.questions import WorldQuiz, right_specialised
@@ -187,6 +189,13 @@ def world_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
 def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
     """Real tasks: accuracy on benchmarks, each question under a prompt of its own."""
     data = config.data
+    missing = ", ".join(without_texts(data.root))
+    if missing and hosts.is_first():
+        print(
+            f"lorax-gen: warning: {data.root} has no files of {missing}: whether the training data "
+            "holds these unseen tasks is told by names alone, not by texts",
+            file=sys.stderr,
+        )
     mixture = data.mixture(
         Encoder(cloud.tokenizer),
         Encoder(edge.tokenizer, bos=edge.scoring_bos),  # rows as evaluation scores them

@@ -11,8 +11,9 @@ import pytest
 from lorax_gen import generate_text, specialize
 from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation import continuations
+from lorax_gen.evaluation import agent, continuations
 from lorax_gen.evaluation.agent import evaluate_agent, prompts_read
+from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.system import System
 from lorax_gen.training.sharding import MeshConfig, make_mesh
 from tests.tiny import PROMPTS, make_generator
@@ -226,11 +227,21 @@ def test_answers_are_those_of_the_model_specialised_to_the_prompt(system, mode, 
         assert [written[item.id]] == generate_text(model, [text], max_new_tokens=4)
 
 
-def test_a_prompt_too_long_for_the_cloud_is_refused(system, calls):
+def test_a_prompt_too_long_for_the_cloud_loses_its_beginning(system, calls, monkeypatch):
     config = dataclasses.replace(system.cloud.config, max_position_embeddings=20)
     cloud = dataclasses.replace(system.cloud, config=config)
-    with pytest.raises(UserError, match="longer than the cloud's limit of 18"):
-        evaluate_agent(dataclasses.replace(system, cloud=cloud), ITEMS, "lora_gen")
+    short, read = dataclasses.replace(system, cloud=cloud), []
+
+    def gates(rows, *rest, **options):
+        read.extend(rows)
+        return gates_of_prompts(rows, *rest, **options)
+
+    monkeypatch.setattr(agent, "gates_of_prompts", gates)
+    report = evaluate_agent(short, ITEMS, "lora_gen")
+    prompts = [system.cloud.tokenizer(item.prompt)["input_ids"] for item in ITEMS]
+    assert read == [ids[-18:] for ids in prompts]  # two places are the meta tokens'
+    assert report["cut_prompts"] == sum(len(ids) > 18 for ids in prompts) > 0
+    assert report["prompt_tokens"] == np.mean([min(len(ids), 18) for ids in prompts])
 
 
 @pytest.mark.parametrize(

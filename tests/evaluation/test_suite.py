@@ -67,6 +67,19 @@ def test_a_question_costs_the_edge_what_it_reads(report):
         assert found["latency_ms"]["questions"] == 3 and found["memory_bytes"] > 0
 
 
+def test_modes_may_come_in_several_calls(system, directory, tmp_path):
+    options = {"shots": 1, "limit": 2, "directory": directory, "run_dir": tmp_path, "timed": 1}
+    alone = System(system.edge)
+    first = evaluate_suite(alone, NAMES, ["plain"], **options)
+    both = evaluate_suite(system, NAMES, ["lora_gen"], **options)
+    assert list(both["modes"]) == ["plain", "lora_gen"]
+    assert both["modes"]["plain"] == first["modes"]["plain"]
+    again = evaluate_suite(alone, NAMES, ["plain"], **options)
+    assert again["cloud"] == both["cloud"] and list(again["modes"]) == ["plain", "lora_gen"]
+    with pytest.raises(UserError, match=r"of benchmarks \['boolq', 'piqa'\], this evaluation of"):
+        evaluate_suite(alone, NAMES[:1], ["plain"], **options)
+
+
 def test_the_report_is_in_files_too(report, run_dir):
     assert json.loads((run_dir / "report.json").read_text()) == report
     with (run_dir / "report.csv").open() as file:

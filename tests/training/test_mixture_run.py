@@ -42,7 +42,9 @@ def test_a_mixture_trains_and_its_generator_is_released(config_file, tmp_path, c
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", str(config_file), "--run-dir", str(run)])
-    assert stop.value.code == 0, capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 0, said
+    assert "has no files of hellaswag, piqa: whether the training data holds" in said
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     *steps, evaluation = rows
     assert [row["data/samples"] for row in steps] == [4, 8, 12]
