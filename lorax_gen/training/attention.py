@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from lorax_gen.errors import UserError
 from lorax_gen.models.attention import attend
 from lorax_gen.training.sharding import BATCH_AXES, row_shards
 
@@ -29,9 +30,13 @@ def make_attention(name: Name, mesh: Mesh, mode: str = "jit") -> Callable:
     """The attention of a name; `auto` is `splash` on TPU, `cudnn` on GPU and `xla` elsewhere.
 
     `mode` is that of the mesh: under pmap each device has rows and heads of its own.
+
+    Raises UserError for a kernel of other devices than the mesh's.
     """
+    platform = mesh.devices.flat[0].platform
+    if platform != {"cudnn": "gpu", "splash": "tpu"}.get(name, platform):
+        raise UserError(f"attention={name} does not run on a {platform}; auto takes what does")
     if name == "auto":
-        platform = mesh.devices.flat[0].platform
         name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
     over = mesh if mode == "jit" else None
     return {"xla": attend, "cudnn": cudnn, "splash": partial(splash, mesh=over)}[name]

@@ -73,6 +73,7 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
         return released
     watch.use_compilation_cache(run.compilation_cache)
     mesh = sharding.make_mesh(experiment.mesh)
+    check_mode(experiment.mesh.mode, mesh)
     transformation = optimizer.make_optimizer(experiment.optimizer, run.steps)
 
     def fresh() -> State:
@@ -186,6 +187,16 @@ def check_processes(experiment: Experiment, config: dict[str, Any]) -> None:
         raise UserError("the processes have different configs; start all with the same command")
     if hosts.several() and experiment.mesh.mode == "pmap":
         raise UserError("mesh.mode=pmap is for one process; over several use jit, with data=-1")
+
+
+def check_mode(mode: str, mesh: Mesh) -> None:
+    """UserError where a mesh splits weights that pmap replicates."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    if mode == "pmap" and fsdp * tensor > 1:
+        raise UserError(
+            f"mesh.mode=pmap replicates the weights, but fsdp={fsdp} and tensor={tensor} would "
+            "split them; set these to 1 and data to -1, or use jit"
+        )
 
 
 def claim_run_dir(run_dir: Path, config: dict[str, Any]) -> None:

@@ -158,6 +158,12 @@ def make_work(config: LoraGenConfig, devices: list) -> Work:
             f"{prompts} prompts cannot be split into {config.microbatches} microbatches; "
             "choose a divisor"
         )
+    own = prompts // work.shards
+    if own % config.microbatches:
+        raise UserError(
+            f"{own} prompts of a device cannot be split into {config.microbatches} microbatches; "
+            "choose a divisor, so that every device has its share of each"
+        )
     return work
 
 

@@ -49,13 +49,6 @@ class MeshConfig:
     mode: Literal["jit", "pmap"] = "jit"
     """jit: arrays sharded over the mesh. pmap: weights replicated, the batch split by device."""
 
-    def __post_init__(self):
-        if self.mode == "pmap" and (self.fsdp, self.tensor) != (1, 1):
-            raise UserError(
-                f"mesh.mode=pmap replicates the weights, but fsdp={self.fsdp} and "
-                f"tensor={self.tensor} would split them; leave these at 1, or use jit"
-            )
-
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh `('data', 'fsdp', 'tensor')` over all devices, or over those given.

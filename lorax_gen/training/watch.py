@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,25 @@ class MetricsLog:
     def __exit__(self, *_) -> None:
         for writer in (self.file, self.board):
             if writer is not None:
-                writer.close()
+                with suppress(OSError):  # rows are flushed as they are written, or that has failed
+                    writer.close()
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Waits for the metrics and appends them as one line."""
+        """Waits for the metrics and appends them as one line.
+
+        Raises UserError where they cannot be written.
+        """
         row = {"step": step} | {key: plain(value) for key, value in metrics.items()}
         self.last.update(row)
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path} ({error.strerror}); what was saved before is whole, "
+                "and the same command resumes the run from there"
+            ) from error
         if self.board is not None:
             for key, value in row.items():
                 if key != "step" and isinstance(value, float):

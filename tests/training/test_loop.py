@@ -24,6 +24,7 @@ from lorax_gen.training.checkpoint import Checkpoints
 from lorax_gen.training.experiment import RunConfig
 from lorax_gen.training.loop import Interrupted, fit
 from lorax_gen.training.methods import METHODS, load_config
+from lorax_gen.training.sharding import MeshConfig
 from tests.tiny import linear_experiment, write_system
 
 FAMILY = FAMILIES[1]
@@ -266,6 +267,14 @@ def test_a_foreign_directory_is_refused_and_untouched(tmp_path):
     assert snapshot(tmp_path) == before
     (tmp_path / "empty").mkdir()
     fit(experiment, tmp_path / "empty", {"steps": 2})
+
+
+@pytest.mark.parametrize("sizes", [(-1, 2, 1), (1, 1, -1)])
+def test_a_run_that_replicates_its_weights_splits_none(sizes, tmp_path):
+    made = linear_experiment(RunConfig(steps=1))
+    mesh = MeshConfig(*sizes, mode="pmap")
+    with pytest.raises(UserError, match="pmap replicates the weights, but fsdp=.* and tensor="):
+        fit(dataclasses.replace(made, mesh=mesh), tmp_path / "run", {})
 
 
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path):

@@ -299,6 +299,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_to_change(call):
         (("paper", "--topology", "gpu:8", "--mesh.fsdp", "3"), "cannot be laid over 8 devices"),
         (("paper", "--topology", "gpu:6"), "64 prompts cannot be split over 6 devices"),
         (("paper", "--topology", "gpu:8", "--microbatches", "3"), "into 3 microbatches"),
+        (("paper", "--topology", "gpu:8", "--microbatches", "64"), "8 prompts of a device cannot"),
         (("paper", "--topology", "gpu:8", "--mesh.mode", "pmap"), "mesh.mode=jit only"),
         (("paper", "--topology", "gpu:8", "--edge", "org/name"), "no model org/name.*tinyllama_1b"),
         (("paper", "--topology", "gpu:8", "--utilisation", "0"), "utilisation is 0"),

@@ -161,12 +161,6 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message, devices
         make_mesh(MeshConfig(*sizes), devices)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"tensor": -1}])
-def test_a_replicated_mesh_splits_no_weights(sizes):
-    with pytest.raises(UserError, match=r"pmap replicates the weights.*leave these at 1"):
-        MeshConfig(mode="pmap", **sizes)
-
-
 def test_a_batch_that_cannot_be_split_is_refused(devices):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     with pytest.raises(UserError, match=r"6 rows cannot be split over 4 devices.* multiple of 4"):

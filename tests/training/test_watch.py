@@ -4,6 +4,7 @@ import dataclasses
 import json
 import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -34,6 +35,17 @@ def test_a_log_drops_rows_behind_the_checkpoint_and_a_line_cut_off(tmp_path):
         assert log.last == {"step": 2, "loss": 0.5}
         log.write(3, {"loss": np.float32(1 / 3), "load": np.ones((1, 2), np.float32)})
     assert rows_of(tmp_path) == [*rows[:3], {"step": 3, "loss": 0.333333, "load": [[1.0, 1.0]]}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_log_on_a_full_disk_says_what_to_do(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"metrics\.jsonl \(No space left on device\); what was"),
+        MetricsLog(tmp_path / "metrics.jsonl", 0) as log,
+    ):
+        log.file.close()
+        log.file = open("/dev/full", "a")  # noqa: SIM115
+        log.write(1, {"loss": 0.5})
 
 
 @pytest.mark.parametrize("line", ["garbage", "[1]", '{"loss": 0.5}', "\x00\x00"])
