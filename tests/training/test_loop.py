@@ -273,7 +273,7 @@ def test_a_foreign_directory_is_refused_and_untouched(tmp_path):
 def test_a_run_that_replicates_its_weights_splits_none(sizes, tmp_path):
     made = linear_experiment(RunConfig(steps=1))
     mesh = MeshConfig(*sizes, mode="pmap")
-    with pytest.raises(UserError, match="pmap replicates the weights, but fsdp=.* and tensor="):
+    with pytest.raises(UserError, match=r"pmap replicates the weights, but fsdp=.* and tensor="):
         fit(dataclasses.replace(made, mesh=mesh), tmp_path / "run", {})
 
 
