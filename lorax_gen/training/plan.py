@@ -173,7 +173,8 @@ def make_work(config: LoraGenConfig, devices: list) -> Work:
 def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | None]:
     """Memory and collectives of the step as compiled for the mesh's devices.
 
-    Where it does not fit, XLA gives no program, only how much it would have needed.
+    Where it does not fit, XLA gives no program, only how much it would have needed. No collectives
+    either where libtpu is newer than jaxlib and writes programs that jaxlib cannot read.
     """
     config = work.config
     loss = generator_loss(
@@ -206,7 +207,10 @@ def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
     found["arguments"] = max(found["arguments"], arguments(work)["total"])
     new_outputs = found["outputs"] - found["aliased"]
     found["needed"] = found["arguments"] + new_outputs + found["temporaries"] + found["program"]
-    return found, hlo.collectives(compiled.as_text())
+    try:
+        return found, hlo.collectives(compiled.as_text())
+    except jax.errors.JaxRuntimeError:
+        return found, None
 
 
 def read_out_of_memory(message: str, arguments: int) -> dict[str, Any]:

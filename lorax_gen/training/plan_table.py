@@ -70,6 +70,11 @@ def print_plan(report: dict[str, Any]) -> None:
         for kind, each in report["collectives"].items():
             sends.add_row(kind, f"{each['count']:,}", gib(each["bytes"]))
         console.print(sends)
+    elif needs["method"] == "compiled":
+        console.print(
+            "what it sends is not known: this libtpu writes programs that this jaxlib cannot read; "
+            "pip install 'lorax-gen\\[plan]' installs the one that fits\n"
+        )
 
     time = report["time"]
     work = table("work of a step", "", "")

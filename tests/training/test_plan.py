@@ -16,6 +16,7 @@ from lorax_gen.models import presets
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.training import lora_gen, memory, plan, topology
 from lorax_gen.training.methods import load_config
+from lorax_gen.training.plan_table import print_plan
 from lorax_gen.training.sharding import MeshConfig
 from lorax_gen.training.state import init_state
 from lorax_gen.training.watch import peak_flops
@@ -99,6 +100,19 @@ def test_the_compiled_step_is_read(config):
     assert found["needed"] >= found["arguments"] + found["temporaries"]
     assert traffic["all-gather"].count > work.spec.cloud.num_hidden_layers  # more than one a layer
     assert all(each.bytes > 0 for each in traffic.values())
+
+
+def test_a_program_that_jaxlib_cannot_read_is_planned_all_the_same(config, monkeypatch, capsys):
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    monkeypatch.setattr(plan, "find_devices", lambda name: (topology.TPUS["v5e"], jax.devices()))
+    report = plan.make_plan(config, "v5e:2x4")
+    assert report["fits"] and report["memory"]["method"] == "compiled"
+    assert report["collectives"] is None and report["time"]["sending"] is None
+    print_plan(report)
+    assert "what it sends is not known" in capsys.readouterr().out
 
 
 # --- estimates -----------------------------------------------------------------------------------
