@@ -62,38 +62,40 @@ class Checkpoints:
             if kind is None or not issubclass(kind, UserError):  # one failure is told once
                 raise
 
-    def save(
-        self,
-        step: int,
-        state: State,
-        metrics: dict[str, Any] | None = None,
-        *,
-        force: bool = False,
-        wait: bool = False,
-    ) -> None:
+    def save(self, step: int, state: State, *, force: bool = False, wait: bool = False) -> None:
         """Saves each `checkpoint_every` steps, with `force` always.
 
         Args:
-          metrics: the evaluation of this step, if there was one; a new best is saved always.
           wait: until it is on disk; replaces an earlier one of this step.
         """
-        best, chosen = self.run.best, None
-        if metrics and best:
-            if best not in metrics:
-                self.save(step, state, force=True, wait=True)
-                names = ", ".join(metrics)
-                raise UserError(
-                    f"run.best is {best!r}, but an evaluation gives {names}; the state is saved, "
-                    "and the run resumes with one of these"
-                )
-            chosen = {best: float(metrics[best])}
-            force = force or self._is_best(chosen[best])
         if not force and step % self.run.checkpoint_every:
             return
         with self._clear_errors():
-            self.orbax.save_async(step, state, force=True, overwrite=wait, metrics=chosen)
+            self.orbax.save_async(step, state, force=True, overwrite=wait)
             if wait:
                 self.orbax.wait()
+
+    def save_best(self, step: int, state: State, evaluation: dict[str, Any]) -> None:
+        """Where `run.best` asks for it and the evaluation is the best so far: saves once more, with
+        the metric that says so.
+
+        Raises UserError where the evaluation has no such metric.
+        """
+        best = self.run.best
+        if not best:
+            return
+        if best not in evaluation:
+            raise UserError(
+                f"run.best is {best!r}, but an evaluation gives {', '.join(evaluation)}; the state "
+                "is saved, and the run resumes with one of these"
+            )
+        value = float(evaluation[best])
+        if self._is_best(value):
+            with self._clear_errors():
+                self.orbax.wait()  # or it would replace what is still being written
+                self.orbax.save_async(
+                    step, state, force=True, overwrite=True, metrics={best: value}
+                )
 
     def _is_best(self, value: float) -> bool:
         saved = [(kept.metrics or {}).get(self.run.best) for kept in self.orbax.checkpoints]

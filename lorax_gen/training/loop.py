@@ -133,9 +133,21 @@ def train(
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             pending = None
 
+    def evaluate(step: int) -> None:
+        """Of the state after `step` steps, which is saved: a run stopped here makes up for it."""
+        if not due(run, step) or hosts.from_first(step in log.evaluated):
+            return
+        if stop := int(hosts.vote(max(stopped, default=0), mesh)):
+            raise Interrupted(f"stopped at step {step} of {run.steps}, state saved", stop)
+        evaluation = hosts.from_first(experiment.evaluate(read_whole(state)))
+        log.write(step, evaluation)
+        checkpoints.save_best(step, state, evaluation)
+        clock.restart(step)
+
     with bar, profiler, stop_signals() as stopped:
         clock.restart(start)
         for step in range(start, run.steps):
+            evaluate(step)
             done, last = step + 1, step + 1 == run.steps
             batch = experiment.batch(step)
             stop = hosts.vote(max(stopped, default=0), mesh)
@@ -145,22 +157,24 @@ def train(
             write_pending()  # those of the step before: the device is busy meanwhile
             clock.count(batch)
             profiler.behind(done, state)
-            stop, evaluation = int(stop), None
-            evaluating = last or done % run.evaluate_every == 0
+            stop, evaluating = int(stop), due(run, done)
             if done % run.log_every == 0 or last:
                 more = {"learning_rate": schedule(step), **watch.memory()}
                 more |= {f"data/{name}": count for name, count in experiment.counts().items()}
                 pending = (done, {**metrics, **more})
             if evaluating or stop or done % run.checkpoint_every == 0:
                 write_pending()  # a checkpoint must not be there before the rows that lead to it
-            if evaluating:
-                evaluation = hosts.from_first(experiment.evaluate(read_whole(state)))
-                log.write(done, evaluation)
-                clock.restart(done)
-            checkpoints.save(done, state, evaluation, force=last or bool(stop), wait=bool(stop))
+            # In front of an evaluation, which may last longer than a machine waits that is taken.
+            checkpoints.save(done, state, force=evaluating or bool(stop), wait=bool(stop))
             if stop:
                 raise Interrupted(f"stopped at step {done} of {run.steps}, state saved", stop)
+        evaluate(run.steps)
     return state
+
+
+def due(run: RunConfig, step: int) -> bool:
+    """Whether the state after so many steps is evaluated."""
+    return step > 0 and (step % run.evaluate_every == 0 or step == run.steps)
 
 
 def read_whole(state: State) -> State:

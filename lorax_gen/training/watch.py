@@ -29,18 +29,23 @@ class MetricsLog:
 
     Rows behind the resumed step are dropped first. With `write=False`, in all processes but the
     first, rows are made and not written.
+
+    Attributes:
+      last: the latest value of everything.
+      evaluated: steps with a row of an evaluation, which is one without a loss.
     """
 
     def __init__(self, path: Path, start: int, tensorboard: Path | None = None, write: bool = True):
         self.path = path
         self.last: dict[str, Any] = {}
+        self.evaluated: set[int] = set()
         self.file = self.board = None
         if not write:
             return
         rows = read_rows(path)
         kept = [row for row in rows if row["step"] <= start]
         for row in kept:
-            self.last.update(row)
+            self._note(row)
         if tensorboard is not None:
             self.board = open_tensorboard(tensorboard, start)
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -61,7 +66,7 @@ class MetricsLog:
         Raises UserError where they cannot be written.
         """
         row = {"step": step} | {key: plain(value) for key, value in metrics.items()}
-        self.last.update(row)
+        self._note(row)
         try:
             if self.file is not None:
                 self.file.write(json.dumps(row) + "\n")
@@ -77,6 +82,11 @@ class MetricsLog:
                     self.board.add_scalar(key, value, step)
             self.board.flush()
         return row
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.last.update(row)
+        if "loss" not in row:
+            self.evaluated.add(row["step"])
 
 
 def open_tensorboard(directory: Path, start: int) -> Any:

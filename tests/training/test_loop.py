@@ -340,3 +340,48 @@ def test_a_stop_at_the_last_step_leaves_only_the_release(tmp_path, number):
     fit(made, tmp_path / "run", {})
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [2, 2, 3, 3]
     assert (tmp_path / "run" / "released" / "weights.safetensors").exists()
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
+    """What led to it is not lost, however long it lasts and however hard the end."""
+    run = RunConfig(steps=4, log_every=1, evaluate_every=2, checkpoint_every=100)
+    made, begun, asked = linear_experiment(run), [], []
+
+    def evaluate(state):
+        begun.append(int(state["step"]))
+        if len(begun) == 1:
+            raise RuntimeError("the machine is gone")
+        return made.evaluate(state)
+
+    def batch(step):
+        asked.append(step)
+        return made.batch(step)
+
+    experiment = dataclasses.replace(made, evaluate=evaluate, batch=batch)
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        fit(experiment, tmp_path / "run", {})
+    fit(experiment, tmp_path / "run", {})
+    assert begun == [2, 2, 4] and asked == [0, 1, 2, 3]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_stop_in_front_of_an_evaluation_does_not_wait_for_it(tmp_path):
+    run = RunConfig(steps=4, log_every=1, evaluate_every=2, checkpoint_every=100)
+    made, steps, begun = linear_experiment(run), [], []
+
+    def counts():  # asked for behind each step
+        steps.append(len(steps) + 1)
+        if steps[-1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    def evaluate(state):
+        begun.append(int(state["step"]))
+        return made.evaluate(state)
+
+    experiment = dataclasses.replace(made, evaluate=evaluate, counts=counts)
+    with pytest.raises(Interrupted, match="step 2 of 4"):
+        fit(experiment, tmp_path / "run", {})
+    assert begun == []
+    fit(experiment, tmp_path / "run", {})
+    assert begun == [2, 4]
