@@ -195,6 +195,17 @@ def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
     return {**fixed, "run": {name: run[name] for name in run if name not in free_of_run}}
 
 
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The keys, joined by dots, in which two configs differ."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [prefix.removesuffix(".")]
+    return [
+        found
+        for name in {**old, **new}
+        for found in differences(old.get(name), new.get(name), f"{prefix}{name}.")
+    ]
+
+
 def check_processes(experiment: Experiment, config: dict[str, Any]) -> None:
     """UserError where processes were started for different runs, or cannot run this one."""
     if len(set(hosts.each(zlib.crc32(configs.to_yaml(config).encode())))) > 1:
@@ -218,10 +229,11 @@ def claim_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
     path, text = run_dir / "config.yaml", configs.to_yaml(config)
     if path.exists():
         old, new = configs.read_yaml(path), configs.read_yaml_text(text)
-        if fixed_part(old) != fixed_part(new):
+        if differing := differences(fixed_part(old), fixed_part(new)):
             raise UserError(
-                f"{run_dir} already holds another run (its config.yaml differs); "
-                "choose another --run-dir, or repeat that run's config to resume it"
+                f"{run_dir} already holds another run (its config.yaml differs in "
+                f"{', '.join(differing[:5])}); choose another --run-dir, or repeat that run's "
+                "config to resume it"
             )
         if old == new or (run_dir / "released").is_dir():
             return
