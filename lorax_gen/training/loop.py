@@ -14,6 +14,7 @@ several processes all take the same steps and write checkpoints; only the first 
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -60,7 +61,8 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
       the directory of the released artifact.
 
     Raises:
-      UserError: the directory holds another run, cannot be written to or lacks the room.
+      UserError: the directory holds another run, cannot be written to or lacks the room, or the
+        loss is not finite.
       Interrupted: SIGINT or SIGTERM came; the state was saved first.
     """
     run = experiment.run
@@ -129,6 +131,11 @@ def train(
         if pending is not None:
             step, metrics = pending
             jax.block_until_ready(metrics)  # or the clock would tell how fast steps are dispatched
+            if not math.isfinite(metrics["loss"]):  # in front of a checkpoint that would hold it
+                raise UserError(
+                    f"the loss of step {step} is {float(metrics['loss'])}: training has diverged; "
+                    "a smaller optimizer.learning-rate or a longer warm-up may help"
+                )
             row = log.write(step, {**metrics, **clock.read(step), **router(metrics)})
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             pending = None

@@ -385,3 +385,18 @@ def test_a_stop_in_front_of_an_evaluation_does_not_wait_for_it(tmp_path):
     assert begun == []
     fit(experiment, tmp_path / "run", {})
     assert begun == [2, 4]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
+    run = RunConfig(steps=6, log_every=1, evaluate_every=6, checkpoint_every=1)
+    made = linear_experiment(run)
+
+    def batch(step):
+        rows = made.batch(step)
+        return rows if step < 3 else rows | {"y": rows["y"] * np.nan}
+
+    with pytest.raises(UserError, match="the loss of step 4 is nan: training has diverged"):
+        fit(dataclasses.replace(made, batch=batch), tmp_path / "run", {})
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
+    steps = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert max(steps) == 3
