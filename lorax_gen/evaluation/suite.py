@@ -35,7 +35,7 @@ from lorax_gen.evaluation.choices import TOKENS_PER_BATCH
 from lorax_gen.evaluation.latency import measure_latency, peak_memory
 from lorax_gen.evaluation.metrics import arithmetic_mean, harmonic_mean
 from lorax_gen.evaluation.system import System
-from lorax_gen.evaluation.tables import agent_csv, as_csv
+from lorax_gen.evaluation.tables import MEANS, agent_csv, as_csv
 from lorax_gen.models.huggingface import Model
 from lorax_gen.tokenizers import encode
 
@@ -79,7 +79,7 @@ def evaluate_suite(
     if any(setting.shots for mode, setting in settings.items() if mode != "shuffled"):
         train = {r.name: load_shots(r, directory) for r in records}
     report = about(system) | {"benchmarks": [*tests], "shots": shots, "limit": limit}
-    report["modes"] = earlier_modes(run_dir and run_dir / "report.json", report)
+    report = with_earlier_modes(report, run_dir and run_dir / "report.json")
     for mode, setting in settings.items():
         served = dataclasses.replace(system, edge=card) if mode == "card" else system
         results = {}
@@ -106,7 +106,7 @@ def evaluate_suite(
             "harmonic": harmonic_mean(accuracies),
             **{
                 name: arithmetic_mean([getattr(found, name) for found in results.values()])
-                for name in ("context_tokens", "prompt_tokens", "flops", "cloud_flops")
+                for name in MEANS
             },
             **serving_cost(served.edge, contexts),
         }
@@ -130,7 +130,7 @@ def evaluate_agent_suite(
 ) -> Report:
     """Has tools called in modes; see `evaluation.agent`. Arguments as of `evaluate_suite`."""
     report = about(system) | {"limit": len(items)}
-    report["modes"] = earlier_modes(run_dir and run_dir / "agent.json", report)
+    report = with_earlier_modes(report, run_dir and run_dir / "agent.json")
     for mode in modes:
         if bar is not None:
             bar.reset(total=len(items))
@@ -153,13 +153,13 @@ def evaluate_agent_suite(
     return report
 
 
-def earlier_modes(path: Path | None, report: Report) -> dict[str, Any]:
-    """The modes that are in the report at `path`, of an earlier call in the same run directory.
+def with_earlier_modes(report: Report, path: Path | None) -> Report:
+    """A report begun with the modes of an earlier call in the same run directory, if there was one.
 
     Raises UserError where that report is of something else.
     """
     if path is None or not path.exists():
-        return {}
+        return report | {"modes": {}}
     old = files.read_json(path)
     for name in report.keys() - {"device", "versions"}:
         if name == "cloud" and None in (old.get(name), report[name]):
@@ -169,8 +169,7 @@ def earlier_modes(path: Path | None, report: Report) -> dict[str, Any]:
                 f"{path} is of {name} {old.get(name)!r}, this evaluation of {report[name]!r}; "
                 "choose another run directory"
             )
-    report["cloud"] = report["cloud"] or old.get("cloud")
-    return old["modes"]
+    return report | {"cloud": report["cloud"] or old.get("cloud"), "modes": old["modes"]}
 
 
 def about(system: System) -> Report:
