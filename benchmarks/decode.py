@@ -30,16 +30,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lorax_gen.generation import advance, prefill
+from lorax_gen.inference.generation import advance, prefill
 from lorax_gen.models import decoding, presets
-from lorax_gen.models.decoder import DecoderConfig, Params, logits
-from lorax_gen.models.families import (
-    abstract_params,
-    is_transposed,
-    leaf_at,
-    tensor_names,
-    write_config,
-)
+from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params, logits
+from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, write_config
 
 try:
     import torch

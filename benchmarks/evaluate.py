@@ -40,18 +40,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lorax_gen.data.benchmarks import find_benchmark, load_questions
-from lorax_gen.evaluation import choices
-from lorax_gen.evaluation.choices import TOKENS_PER_BATCH, encode_items, score_items
+from lorax_gen.inference import choices
+from lorax_gen.inference.choices import TOKENS_PER_BATCH, encode_items, score_items
 from lorax_gen.models import presets
-from lorax_gen.models.decoder import DecoderConfig, Params
-from lorax_gen.models.families import (
-    abstract_params,
-    is_transposed,
-    leaf_at,
-    tensor_names,
-    write_config,
-)
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params
+from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, write_config
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import SPECIAL, load_tokenizer, word_level
 
 try:

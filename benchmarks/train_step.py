@@ -15,7 +15,7 @@ and the ratio is to the lean one. A row `lora` is a step of one plain LoRA on al
 edge. Without torch (pip install -e '.[parity]'), or without its CUDA where jax runs on a GPU, only
 our own times.
 
-MFU is of the work that the step needs, counted by `lorax_gen.evaluation.cost` and not counting what
+MFU is of the work that the step needs, counted by `lorax_gen.cost` and not counting what
 is computed twice, against the device's nominal speed, or, on one that is not known here, that of a
 large product of matrices, measured first. Memory is, of ours, what XLA allots to the step:
 arguments, frozen weights among them, and temporaries; of theirs the peak that was allocated.
@@ -43,24 +43,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lorax_gen.baselines.lora import LoraConfig, lora_loss
-from lorax_gen.evaluation import cost
+from lorax_gen import cost
+from lorax_gen.mesh import chips
+from lorax_gen.mesh.kernels import Name, make_attention
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.method import GeneratorConfig, init_generator, init_lora
 from lorax_gen.models import presets
-from lorax_gen.models.decoder import DecoderConfig, Params, kernel_shapes
-from lorax_gen.models.families import (
-    abstract_params,
-    is_transposed,
-    leaf_at,
-    tensor_names,
-    write_config,
-)
-from lorax_gen.training import watch
-from lorax_gen.training.attention import Name, make_attention
+from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params, kernel_shapes
+from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, write_config
+from lorax_gen.recipes.lora import LoraConfig, lora_loss
+from lorax_gen.system import GeneratorSpec
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
-from lorax_gen.training.sharding import MeshConfig, make_mesh
 from lorax_gen.training.state import init_state
-from lorax_gen.training.step import GeneratorSpec, generator_loss, make_train_step
+from lorax_gen.training.step import generator_loss, make_train_step
 
 try:
     import torch
@@ -335,7 +330,7 @@ def check_agreement(ours: tuple, theirs: tuple, dtype: str) -> dict[str, float]:
 
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
     """FLOP per second of the device, and where that is from."""
-    nominal = watch.peak_flops(device.device_kind)
+    nominal = chips.peak_flops(device.device_kind)
     if nominal is not None and dtype == "bfloat16":
         return nominal, "nominal"
     size = 2048 if device.platform == "cpu" else 8192

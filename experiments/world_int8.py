@@ -13,11 +13,12 @@ import numpy as np
 from rich.console import Console
 
 import lorax_gen
-from lorax_gen.data.batches import Encoder
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.data.world import FAMILIES, make_world
-from lorax_gen.evaluation.gates import gates_of_prompts
-from lorax_gen.evaluation.questions import WorldQuiz, right_specialised
+from lorax_gen.evaluation.greedy import right_specialised
 from lorax_gen.evaluation.system import System
+from lorax_gen.evaluation.world import WorldQuiz
+from lorax_gen.inference.cards import gates_of_prompts
 
 
 def main() -> None:

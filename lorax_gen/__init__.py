@@ -17,9 +17,10 @@ from lorax_gen.artifacts.generator import Generator, load_generator, save_genera
 from lorax_gen.artifacts.peft import load_adapter, save_adapter
 from lorax_gen.artifacts.verify import verify
 from lorax_gen.errors import UserError
-from lorax_gen.generation import generate_text, stream_text
-from lorax_gen.models.huggingface import Model, load_model, save_model
-from lorax_gen.specialize import specialize
+from lorax_gen.inference.cards import specialize
+from lorax_gen.inference.generation import generate_text, stream_text
+from lorax_gen.models.huggingface import load_model, save_model
+from lorax_gen.models.model import Model
 
 __version__ = "0.1.0"
 

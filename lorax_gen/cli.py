@@ -79,9 +79,9 @@ def demo(command: Demo) -> int:
 
 def train(name: str, overrides: list[str]) -> int:
     from lorax_gen import config as configs
-    from lorax_gen.training.hosts import Hosts, initialize, is_first
+    from lorax_gen.mesh.hosts import Hosts, initialize, is_first
+    from lorax_gen.recipes.registry import METHODS, load_config
     from lorax_gen.training.loop import Interrupted, fit
-    from lorax_gen.training.methods import METHODS, load_config
 
     method, config = load_config(name)
     options = dataclasses.make_dataclass(
@@ -118,9 +118,9 @@ def plan(name: str, overrides: list[str]) -> int:
     import jax
 
     from lorax_gen import files
-    from lorax_gen.training.methods import load_config
-    from lorax_gen.training.plan import make_plan
-    from lorax_gen.training.plan_table import print_plan
+    from lorax_gen.planning.plan import make_plan
+    from lorax_gen.planning.table import print_plan
+    from lorax_gen.recipes.registry import load_config
 
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
     method, config = load_config(name)
@@ -160,7 +160,7 @@ def plan(name: str, overrides: list[str]) -> int:
 def specialize(command: Specialize) -> int:
     import lorax_gen
     from lorax_gen import files
-    from lorax_gen.specialize import read_prompt
+    from lorax_gen.files import read_prompt
 
     files.must_be_new(command.output)
     if command.merged is not None:
@@ -275,9 +275,9 @@ def evaluate(command: Evaluate) -> int:
 
 def evaluate_world(command: Evaluate) -> int:
     from lorax_gen import files
-    from lorax_gen.data.sources import WorldConfig
+    from lorax_gen.data.config import WorldConfig
     from lorax_gen.demo import load_system, print_table, progress
-    from lorax_gen.evaluation import report as world
+    from lorax_gen.evaluation import world as world
 
     lora = command.lora or ("world/lora" if command.edge == "world/edge" else None)
     system = load_system(command.cloud, command.edge, command.generator, lora)
@@ -306,7 +306,7 @@ def evaluate_real(command: Evaluate) -> int:
     from lorax_gen.evaluation import suite, tables
     from lorax_gen.evaluation.benchmark import BY_CLOUD
     from lorax_gen.evaluation.system import System
-    from lorax_gen.training.sharding import serving_mesh, tree_shardings
+    from lorax_gen.mesh.sharding import serving_mesh, tree_shardings
 
     if command.limit is not None and command.limit < 1:
         raise UserError(f"limit={command.limit}: choose 1 or more, or leave it out for all")

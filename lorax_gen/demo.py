@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from lorax_gen import assets, files
 from lorax_gen.artifacts.generator import load_generator
-from lorax_gen.baselines.lora import load_lora
-from lorax_gen.data.sources import WorldConfig
+from lorax_gen.data.config import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import pictures
-from lorax_gen.evaluation.report import METHODS, evaluate_world
 from lorax_gen.evaluation.system import System
-from lorax_gen.generation import generate_text
+from lorax_gen.evaluation.world import METHODS, evaluate_world
+from lorax_gen.inference.cards import specialize
+from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
-from lorax_gen.specialize import specialize
+from lorax_gen.recipes.lora import load_lora
 
 
 def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> System:

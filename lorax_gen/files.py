@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,3 +76,18 @@ def new_directory(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_prompt(text: str) -> str:
+    """The prompt itself, or the text of standard input (`-`) or of a file (`@FILE`)."""
+    if text == "-":
+        return sys.stdin.read()
+    if text.startswith("@"):
+        path = Path(text[1:])
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError):
+            raise UserError(
+                f"cannot read the prompt file {path}; after @ stands the name of a text file"
+            ) from None
+    return text

@@ -1,7 +1,7 @@
 """What can be asked on the command line: a dataclass for each command, its fields the options.
 
 tyro makes the parser and `--help` of them; `cli` runs what was asked. A training config's options
-are its own dataclasses' (`training.methods`).
+are its own dataclasses' (`recipes.registry`).
 """
 
 from __future__ import annotations

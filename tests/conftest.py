@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_gen.data.batches import Encoder
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.data.world import World, make_world, vocabulary
 from lorax_gen.method import GeneratorConfig, init_generator
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.model import Model
+from lorax_gen.system import GeneratorSpec
 from lorax_gen.tokenizers import word_level
-from lorax_gen.training.step import GeneratorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ import yaml
 
 from lorax_gen import cli, load_card, load_model
 from lorax_gen.models.huggingface import save_model
-from lorax_gen.training import methods
+from lorax_gen.recipes import registry as methods
 from lorax_gen.training.loop import fit
 from tests.data import rows
 from tests.tiny import (

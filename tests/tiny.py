@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_gen.artifacts.generator import Generator, model_shape, save_generator
+from lorax_gen.artifacts.generator import Generator, save_generator
 from lorax_gen.files import new_directory
+from lorax_gen.mesh.sharding import MeshConfig
 from lorax_gen.method import init_generator
 from lorax_gen.models.decoder import kernel_shapes
-from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.models.huggingface import save_model
+from lorax_gen.models.model import Model
+from lorax_gen.system import model_shape
 from lorax_gen.tensors import write_tensors
 from lorax_gen.tokenizers import SPECIAL
-from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.experiment import Experiment
 from lorax_gen.training.optimizer import OptimizerConfig
-from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.run import RunConfig
 
 PROMPTS = (
     "Grade each thing by its color and say the grade in tikaish .",

@@ -23,7 +23,7 @@ from lorax_gen.artifacts.generator import Generator
 from lorax_gen.errors import UserError
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.method.lora import Tree
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.model import Model
 from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
 
 FORMAT = "lorax-gen card 1"

@@ -14,7 +14,8 @@ from lorax_gen.artifacts.gguf import save_gguf_lora
 from lorax_gen.artifacts.peft import CONFIG, load_adapter, save_adapter
 from lorax_gen.errors import UserError
 from lorax_gen.method.lora import Tree
-from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.models.huggingface import save_model
+from lorax_gen.models.model import Model
 
 Format = Literal["merged", "peft", "gguf-lora"]
 CARD = "task.card.safetensors"  # a merged directory keeps the card that it was made with

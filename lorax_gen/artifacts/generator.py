@@ -21,9 +21,9 @@ from lorax_gen import files
 from lorax_gen.errors import UserError
 from lorax_gen.hub import find_directory
 from lorax_gen.method.generator import GeneratorConfig
-from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.system import GeneratorSpec, model_shape
 from lorax_gen.tensors import flatten, read_tensors, tree_hash, unflatten, write_tensors
-from lorax_gen.training.step import GeneratorSpec
 
 FORMAT = "lorax-gen generator 1"
 
@@ -55,14 +55,6 @@ class Generator:
     def pool_hash(self) -> str:
         """Identifies the pool of experts and its scale alpha."""
         return tree_hash({**self.params["pool"], "alpha": np.float32(self.config.alpha)})
-
-
-def model_shape(config: DecoderConfig) -> dict[str, Any]:
-    """What of a decoder's shape a generator depends on, as plain values."""
-    return {
-        "layers": config.num_hidden_layers,
-        "kernels": {name: list(shape) for name, shape in kernel_shapes(config).items()},
-    }
 
 
 def save_generator(

@@ -24,7 +24,8 @@ from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.errors import UserError
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.models import decoder
-from lorax_gen.models.huggingface import Model, load_model
+from lorax_gen.models.huggingface import load_model
+from lorax_gen.models.model import Model
 
 # Largest difference of logits, as a share of the largest logit: some tens of roundings.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}

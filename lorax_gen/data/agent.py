@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorax_gen.data.episodes import Episode, cycled
 from lorax_gen.data.readers import FORMATS, Row, parse_row, read_rows, text_of
+from lorax_gen.data.sources import Episode, cycled
 from lorax_gen.errors import UserError
 
 CUT = "\n\n"

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lorax_gen.data.episodes import Episode, Pair, cycled, draw
 from lorax_gen.data.hub_rows import HubData, load_hub_rows
 from lorax_gen.data.readers import Row, is_text, parse_row, read_rows, text_of
+from lorax_gen.data.sources import Episode, Pair, cycled, draw
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.errors import UserError
 

@@ -16,8 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from lorax_gen.data.batches import Batch, Encoder, answer_batch, pad_rows
-from lorax_gen.data.episodes import Episode, Source
+from lorax_gen.data.sources import Episode, Source
+from lorax_gen.data.tokens import Batch, Encoder, answer_batch, pad_rows
 from lorax_gen.data.unseen import refuse_name, refuse_unseen
 from lorax_gen.errors import UserError
 

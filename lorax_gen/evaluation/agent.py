@@ -27,15 +27,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lorax_gen.cost import generator_macs, mean_flops, prefill_macs
 from lorax_gen.data.agent import AgentItem, full_prompt
-from lorax_gen.data.batches import Encoder
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent_metrics import ToolScores, mean_scores, score_answer
-from lorax_gen.evaluation.continuations import TOKENS_PER_BATCH, continue_texts, room_for
-from lorax_gen.evaluation.cost import generator_macs, mean_flops, prefill_macs
-from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.item_log import ItemLog, Row, digest
 from lorax_gen.evaluation.system import System, identity
+from lorax_gen.inference.cards import gates_of_prompts
+from lorax_gen.inference.continuations import TOKENS_PER_BATCH, continue_texts, room_for
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.tensors import tree_hash
 

@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lorax_gen.config import to_dict
-from lorax_gen.data.batches import Encoder
+from lorax_gen.cost import generator_macs, mean_flops, prefill_macs
 from lorax_gen.data.benchmarks import (
     HARNESS_SEED,
     Benchmark,
@@ -39,21 +39,16 @@ from lorax_gen.data.benchmarks import (
     system_prompt,
 )
 from lorax_gen.data.questions import Question
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.choices import (
-    TOKENS_PER_BATCH,
-    ChoiceScores,
-    encode_items,
-    score_items,
-)
-from lorax_gen.evaluation.cost import generator_macs, mean_flops, prefill_macs
-from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.item_log import ItemLog, Row, digest
 from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
 from lorax_gen.evaluation.system import System, identity
-from lorax_gen.models.huggingface import Model
+from lorax_gen.inference.cards import gates_of_prompts
+from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceScores, encode_items, score_items
+from lorax_gen.mesh import hosts
+from lorax_gen.models.model import Model
 from lorax_gen.tensors import tree_hash
-from lorax_gen.training import hosts
 
 Mode = Literal["plain", "icl", "card", "lora_gen", "shuffled", "empty", "random"]
 BY_CLOUD = ("lora_gen", "shuffled", "empty", "random")

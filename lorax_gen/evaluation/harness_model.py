@@ -1,8 +1,8 @@
 """A model of ours as lm-evaluation-harness asks models: the class behind `--model lorax_gen`.
 
 Texts become tokens as in lm-eval's own `hf` backend, so that the numbers are the same. Choices of a
-question are scored together (`evaluation.choices`), texts are continued in batches of like lengths
-(`evaluation.continuations`).
+question are scored together (`inference.choices`), texts are continued in batches of like lengths
+(`inference.continuations`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from tqdm import tqdm
 from lorax_gen.artifacts.export import lora_of
 from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.choices import TOKENS_PER_BATCH, ChoiceItem, score_items
-from lorax_gen.evaluation.continuations import continue_texts, room_for
-from lorax_gen.models.huggingface import Model, load_model
-from lorax_gen.specialize import read_prompt, specialize
+from lorax_gen.files import read_prompt
+from lorax_gen.inference.cards import specialize
+from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceItem, score_items
+from lorax_gen.inference.continuations import continue_texts, room_for
+from lorax_gen.mesh.sharding import serving_mesh, tree_shardings
+from lorax_gen.models.huggingface import load_model
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import encode
-from lorax_gen.training.sharding import serving_mesh, tree_shardings
 
 log = logging.getLogger(__name__)
 

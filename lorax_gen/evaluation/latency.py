@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_gen.data.batches import bucket, pad_rows
+from lorax_gen.data.tokens import bucket, pad_rows
 from lorax_gen.errors import UserError
 from lorax_gen.models.decoding import generate
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.model import Model
 
 SMALLEST = 8  # tokens that a question is padded to at least
 

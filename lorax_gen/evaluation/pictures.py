@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lorax_gen.evaluation.report import METHODS
+from lorax_gen.evaluation.world import METHODS
 
 INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
 VERMILION = "#d55e00"

@@ -31,12 +31,12 @@ from lorax_gen.data.questions import Question
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent import evaluate_agent
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
-from lorax_gen.evaluation.choices import TOKENS_PER_BATCH
 from lorax_gen.evaluation.latency import measure_latency, peak_memory
 from lorax_gen.evaluation.metrics import arithmetic_mean, harmonic_mean
 from lorax_gen.evaluation.system import System
 from lorax_gen.evaluation.tables import MEANS, agent_csv, as_csv
-from lorax_gen.models.huggingface import Model
+from lorax_gen.inference.choices import TOKENS_PER_BATCH
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import encode
 
 Report = dict[str, Any]

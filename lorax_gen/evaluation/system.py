@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from lorax_gen.artifacts.generator import Generator
+from lorax_gen.mesh import hosts
 from lorax_gen.method.lora import Tree
-from lorax_gen.models.huggingface import Model
-from lorax_gen.training import hosts
+from lorax_gen.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

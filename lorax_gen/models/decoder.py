@@ -383,3 +383,8 @@ def logits(params: Params, config: DecoderConfig, hidden: Array) -> Array:
     equation = "...d,vd->...v" if tied else "...d,dv->...v"
     scores = jnp.einsum(equation, hidden, head, preferred_element_type=jnp.float32)
     return softcapped(scores, config.final_logit_softcapping)
+
+
+def abstract_params(config: DecoderConfig) -> Params:
+    """The parameter tree as shapes and dtypes; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))

@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lorax_gen import files
 from lorax_gen.config import from_dict
 from lorax_gen.errors import UserError
-from lorax_gen.models import decoder
-from lorax_gen.models.decoder import DecoderConfig, RopeScaling
+from lorax_gen.models.decoder import DecoderConfig, RopeScaling, abstract_params
 
 LLAMA_NAMES = {
     "embed": "model.embed_tokens.weight",
@@ -275,11 +272,6 @@ def leaf_at(tree: Mapping, path: str) -> Any:
     for name in path.split("/"):
         tree = tree[name]
     return tree
-
-
-def abstract_params(config: DecoderConfig) -> decoder.Params:
-    """The parameter tree as shapes and dtypes; nothing is allocated."""
-    return jax.eval_shape(lambda: decoder.init_params(jax.random.key(0), config))
 
 
 def tensor_names(config: DecoderConfig) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from lorax_gen.errors import UserError
-from lorax_gen.training.experiment import RunConfig
+from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
 
 policies = ocp.training.preservation_policies

@@ -31,12 +31,21 @@ from tqdm import tqdm
 from lorax_gen import config as configs
 from lorax_gen import files
 from lorax_gen.errors import UserError
-from lorax_gen.training import hosts, optimizer, sharding, watch
+from lorax_gen.mesh import hosts, sharding
+from lorax_gen.training import optimizer
 from lorax_gen.training.checkpoint import Checkpoints
-from lorax_gen.training.experiment import Experiment, RunConfig
+from lorax_gen.training.experiment import Experiment
+from lorax_gen.training.metrics import (
+    Clock,
+    MetricsLog,
+    Profiler,
+    RouterWatch,
+    device_memory,
+    use_compilation_cache,
+)
+from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State, init_state
 from lorax_gen.training.step import make_train_step
-from lorax_gen.training.watch import MetricsLog
 
 
 class Interrupted(Exception):
@@ -50,7 +59,7 @@ class Interrupted(Exception):
 def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
     """Trains to the end, from the latest checkpoint if there is one, and releases the result.
 
-    Over several processes (see `training.hosts`) each calls it with the same arguments.
+    Over several processes (see `mesh.hosts`) each calls it with the same arguments.
 
     Args:
       run_dir: a new directory, or that of the same run; one that all processes can reach.
@@ -73,7 +82,7 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
     released = run_dir / "released"
     if hosts.from_first(released.is_dir()):
         return released
-    watch.use_compilation_cache(run.compilation_cache)
+    use_compilation_cache(run.compilation_cache)
     mesh = sharding.make_mesh(experiment.mesh)
     check_mode(experiment.mesh.mode, mesh)
     transformation = optimizer.make_optimizer(experiment.optimizer, run.steps)
@@ -117,9 +126,9 @@ def train(
     places = sharding.tree_shardings(experiment.frozen, mesh)
     frozen = sharding.place(experiment.frozen, places)
     schedule = optimizer.make_schedule(experiment.optimizer, run.steps)
-    clock, router = watch.Clock(experiment.work, list(mesh.devices.flat)), watch.RouterWatch()
+    clock, router = Clock(experiment.work, list(mesh.devices.flat)), RouterWatch()
     window = run.profile_window if hosts.is_first() else None
-    profiler = watch.Profiler(window, run_dir / "profile")
+    profiler = Profiler(window, run_dir / "profile")
     bar = tqdm(
         total=run.steps, initial=start, desc=run_dir.name, unit="step",
         disable=not (sys.stderr.isatty() and hosts.is_first()),
@@ -166,7 +175,7 @@ def train(
             profiler.behind(done, state)
             stop, evaluating = int(stop), due(run, done)
             if done % run.log_every == 0 or last:
-                more = {"learning_rate": schedule(step), **watch.memory()}
+                more = {"learning_rate": schedule(step), **device_memory()}
                 more |= {f"data/{name}": count for name, count in experiment.counts().items()}
                 pending = (done, {**metrics, **more})
             if evaluating or stop or done % run.checkpoint_every == 0:

@@ -15,7 +15,6 @@ N experts, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +23,11 @@ import jax.numpy as jnp
 import optax
 
 from lorax_gen.errors import UserError
-from lorax_gen.method import balance, generator, meta_tokens
-from lorax_gen.method.generator import GeneratorConfig
+from lorax_gen.method import balance, generator
 from lorax_gen.models import decoder
 from lorax_gen.models.attention import attend
 from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.system import GeneratorSpec, meta_states
 from lorax_gen.training.state import State
 
 Array = jax.Array
@@ -133,38 +132,6 @@ def pretraining_loss(config: DecoderConfig, **options: Any) -> Loss:
         return total, (stats, {f"accuracy/{name}": acc for name, (_, acc) in parts.items()})
 
     return loss
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorSpec:
-    """The static part of a LoRA-Gen system: the generator's and both models' shapes."""
-
-    generator: GeneratorConfig
-    cloud: DecoderConfig
-    edge: DecoderConfig
-
-
-def meta_states(
-    params: dict,
-    cloud_params: dict,
-    spec: GeneratorSpec,
-    prompt: Array,
-    lengths: Array,
-    **options: Any,
-) -> Array:
-    """The cloud LM reads prompts `[P, T]` in one forward pass; its states `[P, L, D]`.
-
-    L meta tokens stand directly behind each prompt; T^i is the final-norm hidden state at the
-    i-th. The cloud's own LoRA is applied, its head never computed.
-    """
-    layers = spec.edge.num_hidden_layers
-    embeddings = decoder.embed(cloud_params, spec.cloud, prompt)
-    embeddings = meta_tokens.insert(embeddings, lengths, params["meta_tokens"], layers)
-    lora = generator.cloud_lora(params, spec.generator)
-    hidden = decoder.hidden_states(
-        cloud_params, spec.cloud, embeddings=embeddings, lora=lora, **options
-    )
-    return meta_tokens.read(hidden, lengths, layers)
 
 
 def generator_loss(

@@ -9,7 +9,8 @@ import pytest
 from lorax_gen import load_generator, load_model, save_adapter, save_card
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.models.huggingface import save_model
+from lorax_gen.models.model import Model
 from tests.tiny import PROMPTS, make_generator, write_generator
 
 COMPOSITIONS = ("factors", "products")

@@ -12,11 +12,11 @@ import pytest
 
 from lorax_gen import load_card, save_card, specialize
 from lorax_gen.artifacts.card import TaskCard, make_card
-from lorax_gen.data.batches import Encoder, prompt_batch
+from lorax_gen.data.tokens import Encoder, prompt_batch
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.gates import prompt_gates
 from lorax_gen.method import lora_from_gates
 from lorax_gen.models import decoder
+from lorax_gen.system import prompt_gates
 from lorax_gen.tensors import read_tensors, write_tensors
 from tests.tiny import PROMPTS, make_generator
 

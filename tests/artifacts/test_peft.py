@@ -17,7 +17,8 @@ from lorax_gen.artifacts.peft import CONFIG, TENSORS
 from lorax_gen.errors import UserError
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import kernel_shapes
-from lorax_gen.models.huggingface import Model, save_model
+from lorax_gen.models.huggingface import save_model
+from lorax_gen.models.model import Model
 from lorax_gen.tensors import read_tensors, write_tensors
 from lorax_gen.tokenizers import word_level
 from tests.models.configs import CONFIGS, LLAMA

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from lorax_gen.data.benchmarks import find_benchmark, load_questions
-from lorax_gen.data.episodes import QuestionSource
 from lorax_gen.data.instructions import (
     NaturalSource,
     NaturalTask,
@@ -13,6 +12,7 @@ from lorax_gen.data.instructions import (
     load_tasks,
     load_triples,
 )
+from lorax_gen.data.sources import QuestionSource
 from lorax_gen.data.unseen import UNSEEN, refuse_name, refuse_unseen, unseen_texts
 from lorax_gen.errors import UserError
 from tests.data.rows import make_rows, write_lines

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lorax_gen.data.batches import Encoder, generator_batch
-from lorax_gen.data.sources import WorldConfig
+from lorax_gen.data.config import WorldConfig
 from lorax_gen.data.tasks import behind_prompt
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.data.world import (
     ATTRIBUTES,
     BOXES,
@@ -21,6 +21,7 @@ from lorax_gen.data.world import (
     make_world,
     vocabulary,
 )
+from lorax_gen.data.world_batches import generator_batch
 from lorax_gen.tokenizers import word_level
 
 SIZES = {"sort": 8 * 24, "grade": 8 * 12, "clock": 12 * 12, "check": 32 * 12}

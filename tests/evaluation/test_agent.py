@@ -11,11 +11,12 @@ import pytest
 from lorax_gen import generate_text, specialize
 from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation import agent, continuations
+from lorax_gen.evaluation import agent
 from lorax_gen.evaluation.agent import evaluate_agent, prompts_read
-from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.system import System
-from lorax_gen.training.sharding import MeshConfig, make_mesh
+from lorax_gen.inference import continuations
+from lorax_gen.inference.cards import gates_of_prompts
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from tests.tiny import PROMPTS, make_generator
 
 CALL = "Thought: Do I need to use a tool? Yes\nAction: {}\nAction Input: image/a.png\nObservation:"

@@ -9,19 +9,19 @@ import pytest
 
 from lorax_gen import load_model, specialize
 from lorax_gen.artifacts.generator import load_generator
-from lorax_gen.data.batches import Encoder
+from lorax_gen.cost import generator_macs, prefill_macs
 from lorax_gen.data.benchmarks import Benchmark, few_shot, harness_shots, system_prompt
 from lorax_gen.data.hub_rows import HubData
 from lorax_gen.data.questions import Question
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.data.world import make_world
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import benchmark as module
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
-from lorax_gen.evaluation.choices import encode_items, score_items
-from lorax_gen.evaluation.cost import generator_macs, prefill_macs
-from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.system import System
-from lorax_gen.training.sharding import MeshConfig, make_mesh
+from lorax_gen.inference.cards import gates_of_prompts
+from lorax_gen.inference.choices import encode_items, score_items
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from tests.tiny import PROMPTS, make_generator
 
 N = 24

@@ -5,9 +5,10 @@ import pytest
 
 from lorax_gen import generate_text, specialize
 from lorax_gen.data.tasks import behind_prompt
-from lorax_gen.evaluation.choices import ChoiceItem, score_items
-from lorax_gen.evaluation.questions import WorldQuiz, right_answers, right_specialised
+from lorax_gen.evaluation.greedy import right_answers, right_specialised
 from lorax_gen.evaluation.system import System
+from lorax_gen.evaluation.world import WorldQuiz
+from lorax_gen.inference.choices import ChoiceItem, score_items
 from lorax_gen.models.decoding import generate
 from tests.tiny import PROMPTS, make_generator, one_word_edge
 

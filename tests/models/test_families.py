@@ -8,9 +8,8 @@ import jax
 import pytest
 
 from lorax_gen.errors import UserError
-from lorax_gen.models.decoder import DecoderConfig, RopeScaling
+from lorax_gen.models.decoder import DecoderConfig, RopeScaling, abstract_params
 from lorax_gen.models.families import (
-    abstract_params,
     family_of,
     read_config,
     tensor_names,

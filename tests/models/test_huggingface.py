@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from lorax_gen.assets import ASSETS
 from lorax_gen.errors import UserError
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.models import huggingface
 from lorax_gen.models.families import tensor_shapes
-from lorax_gen.models.huggingface import Checkpoint, Model, load_model, read_params, save_model
-from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
+from lorax_gen.models.huggingface import Checkpoint, load_model, read_params, save_model
+from lorax_gen.models.model import Model
 from tests.models.configs import CONFIGS, LLAMA
 
 TIED = CONFIGS["llama-tied"]

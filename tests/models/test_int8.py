@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from lorax_gen.errors import UserError
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.models import decoder, decoding, int8
 from lorax_gen.models.decoder import kernel_shapes
-from lorax_gen.models.huggingface import Model, load_model, save_model
+from lorax_gen.models.huggingface import load_model, save_model
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import word_level
-from lorax_gen.training.sharding import MeshConfig, make_mesh, tree_shardings
 from tests.models.configs import CONFIGS
 
 CONFIG = CONFIGS["qwen2-window"]

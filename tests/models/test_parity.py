@@ -13,7 +13,8 @@ pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorax_gen.models.huggingface import Model, read_config, read_params, save_model
+from lorax_gen.models.huggingface import read_config, read_params, save_model
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import word_level
 from tests.golden.compare import assert_matches
 from tests.golden.make import CASES, COMMON, GOLDEN, compute, random_model, random_tokens, save

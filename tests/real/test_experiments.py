@@ -8,8 +8,9 @@ import pytest
 
 from lorax_gen import cli
 from lorax_gen.models.decoder import DecoderConfig
-from lorax_gen.models.huggingface import Model, save_model
-from lorax_gen.training.methods import load_config
+from lorax_gen.models.huggingface import save_model
+from lorax_gen.models.model import Model
+from lorax_gen.recipes.registry import load_config
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 RUNS = sorted(EXPERIMENTS.glob("*.yaml"))

@@ -27,7 +27,7 @@ from lorax_gen.data.benchmarks import find_benchmark, load_questions
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.system import System
 from lorax_gen.models.decoder import DecoderConfig
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
 
 COUNT = int(os.environ.get("ITEMS", 10))

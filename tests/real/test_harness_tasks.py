@@ -20,7 +20,7 @@ from lorax_gen import save_model
 from lorax_gen.data.benchmarks import BENCHMARKS, few_shot, harness_shots, load_questions
 from lorax_gen.evaluation.harness_model import HarnessModel
 from lorax_gen.models.decoder import DecoderConfig
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
 
 COUNT = int(os.environ.get("ITEMS", 4))  # of each task; more by hand

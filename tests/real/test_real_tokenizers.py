@@ -12,7 +12,7 @@ import regex
 
 from lorax_gen.errors import UserError
 from lorax_gen.models import presets
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import encode, load_tokenizer
 from tests.real.real_tokenizers import (
     BYTES,

@@ -8,12 +8,12 @@ import pytest
 
 from lorax_gen import cli, load_generator, load_model
 from lorax_gen.data.benchmarks import BENCHMARKS, Benchmark
+from lorax_gen.data.config import WorldConfig
 from lorax_gen.data.questions import Question
-from lorax_gen.data.sources import WorldConfig
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
-from lorax_gen.evaluation.choices import encode_items, score_items
-from lorax_gen.evaluation.gates import gates_of_prompts
 from lorax_gen.evaluation.system import System
+from lorax_gen.inference.cards import gates_of_prompts
+from lorax_gen.inference.choices import encode_items, score_items
 
 STORIES = Benchmark(  # a ninth benchmark is a record
     name="stories",

@@ -6,7 +6,7 @@ import pytest
 
 from lorax_gen import generate_text, load_model, save_model, specialize, stream_text
 from lorax_gen.models.decoder import DecoderConfig
-from lorax_gen.models.huggingface import Model
+from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
 from tests.tiny import make_generator
 

@@ -19,11 +19,13 @@ import pytest
 from lorax_gen import cli
 from lorax_gen import config as configs
 from lorax_gen.errors import UserError
-from lorax_gen.training import checkpoint, methods, sharding
+from lorax_gen.mesh import sharding
+from lorax_gen.mesh.sharding import MeshConfig
+from lorax_gen.recipes import registry as methods
+from lorax_gen.training import checkpoint
 from lorax_gen.training.checkpoint import Checkpoints
-from lorax_gen.training.experiment import RunConfig
 from lorax_gen.training.loop import Interrupted, fit
-from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.run import RunConfig
 from tests.tiny import linear_experiment
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,11 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from lorax_gen.data.batches import generator_batch
-from lorax_gen.data.sources import WorldConfig
-from lorax_gen.training import hlo
-from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
-from lorax_gen.training.sharding import (
+from lorax_gen.data.config import WorldConfig
+from lorax_gen.data.world_batches import generator_batch
+from lorax_gen.mesh.sharding import (
     MeshConfig,
     init_sharded,
     keep_rows,
@@ -19,6 +17,8 @@ from lorax_gen.training.sharding import (
     put_batch,
     tree_shardings,
 )
+from lorax_gen.planning import hlo
+from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.state import init_state
 from lorax_gen.training.step import generator_loss, make_train_step
 

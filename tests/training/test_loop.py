@@ -18,13 +18,13 @@ from lorax_gen import cli, load_generator
 from lorax_gen import config as configs
 from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
+from lorax_gen.mesh.sharding import MeshConfig
+from lorax_gen.recipes import registry as methods
+from lorax_gen.recipes.registry import METHODS, load_config
 from lorax_gen.tensors import flatten, read_tensors
-from lorax_gen.training import methods
 from lorax_gen.training.checkpoint import Checkpoints
-from lorax_gen.training.experiment import RunConfig
 from lorax_gen.training.loop import Interrupted, fit
-from lorax_gen.training.methods import METHODS, load_config
-from lorax_gen.training.sharding import MeshConfig
+from lorax_gen.training.run import RunConfig
 from tests.tiny import linear_experiment, write_system
 
 FAMILY = FAMILIES[1]
@@ -53,7 +53,7 @@ import dataclasses, os, signal, sys, time
 from pathlib import Path
 import tests.conftest
 from lorax_gen import cli
-from lorax_gen.training.methods import METHODS
+from lorax_gen.recipes.registry import METHODS
 
 name, run_dir = sys.argv[1:]
 method = METHODS["lora_gen"]

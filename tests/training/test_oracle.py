@@ -22,11 +22,12 @@ import torch
 from lorax_gen.method import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import read_config, read_params
+from lorax_gen.system import GeneratorSpec
 from lorax_gen.tensors import flatten
 from lorax_gen.training import step as training
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.state import init_state
-from lorax_gen.training.step import GeneratorSpec, generator_loss, make_train_step
+from lorax_gen.training.step import generator_loss, make_train_step
 from tests.golden.make import COMMON, case, random_model, rope, save
 
 # By its place: benchmarks are no package.

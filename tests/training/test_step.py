@@ -11,20 +11,21 @@ import numpy as np
 import optax
 import pytest
 
-from lorax_gen.data.batches import generator_batch, prompt_batch
-from lorax_gen.data.sources import WorldConfig
-from lorax_gen.evaluation.gates import prompt_gates
-from lorax_gen.method import count_params, generate, merge, router_logits, take_example
-from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
-from lorax_gen.training.sharding import (
+from lorax_gen.data.config import WorldConfig
+from lorax_gen.data.tokens import prompt_batch
+from lorax_gen.data.world_batches import generator_batch
+from lorax_gen.mesh.sharding import (
     MeshConfig,
     init_sharded,
     make_mesh,
     parallelize,
     tree_shardings,
 )
+from lorax_gen.method import count_params, generate, merge, router_logits, take_example
+from lorax_gen.system import meta_states, prompt_gates
+from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.state import init_state
-from lorax_gen.training.step import answer_loss, generator_loss, make_train_step, meta_states
+from lorax_gen.training.step import answer_loss, generator_loss, make_train_step
 
 PROMPTS, QUERIES, STEPS = 8, 2, 3
 LAYOUTS = {

@@ -1,0 +1,190 @@
+"""Where training data comes from, as a config: the embedded world, or a mixture of real tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorax_gen.data.agent import AgentSource, load_agent
+from lorax_gen.data.benchmarks import BENCHMARKS, find_benchmark, load_questions
+from lorax_gen.data.instructions import NaturalSource, TripleSource, load_tasks, load_triples
+from lorax_gen.data.mixture import Mixture
+from lorax_gen.data.readers import FORMATS
+from lorax_gen.data.sources import QuestionSource, Source
+from lorax_gen.data.tokens import Encoder
+from lorax_gen.data.unseen import refuse_name, unseen_texts
+from lorax_gen.data.world import FAMILIES, World, make_world
+from lorax_gen.errors import UserError
+
+ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
+SETS = ("alpaca", "natural_instructions", "gpt4tools")
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """The embedded world and the shape of the batches drawn from it."""
+
+    seed: int = 0
+    """Which world; the shipped models know world 0."""
+    families: tuple[str, ...] = FAMILIES
+    """Families of tasks to train and evaluate on."""
+    max_shots: int = 0
+    """Solved examples in a prompt: from none up to this many."""
+    prompt_length: int = 32
+    """Longest system prompt, in tokens of the cloud model."""
+    question_length: int = 5
+    """Longest question with its answer, in tokens of the edge model."""
+
+    def __post_init__(self):
+        for family in self.families:
+            if family not in FAMILIES:
+                raise UserError(f"unknown family {family!r}; the world has {', '.join(FAMILIES)}")
+        if self.max_shots < 0:
+            raise UserError(f"data.max_shots is {self.max_shots}; it must be at least 0")
+
+    def world(self) -> World:
+        return make_world(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Real tasks: which are mixed, where they lie, and the shape of the batches drawn from them."""
+
+    sources: tuple[str, ...] = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
+    """What to train on: benchmarks by name, alpaca, natural_instructions, gpt4tools, or paths: a
+    .jsonl, .json or .parquet file of instruction triples, an archive or directory of Natural
+    Instructions tasks. Behind a name its weight, how often an epoch takes a sample: alpaca=0.5."""
+    leave_out: tuple[str, ...] = ()
+    """Tasks of Natural Instructions to leave out, as patterns: *winogrande*. Those made from an
+    unseen benchmark must be, for they are refused."""
+    per_task: int | None = 1000
+    """Most instances of a task of Natural Instructions, evenly spaced; None: all, and the largest
+    tasks decide what is learned."""
+    directory: str = ""
+    """Where data files lie, at any depth; empty: they are loaded from the hub."""
+    shots: int = 5
+    """Most solved examples in a prompt."""
+    min_shots: int | None = None
+    """Fewest; drawn between the two for each sample. None: always `shots`."""
+    prompt_length: int = 2048
+    """Longest system prompt, in tokens of the cloud model; shots are left out of longer ones."""
+    question_length: int = 512
+    """Longest question with its answer, in tokens of the edge model; longer ones are dropped."""
+    prompt_buckets: tuple[int, ...] = ()
+    """Lengths that prompts are padded to, rising to prompt_length; each compiles a program. Empty:
+    a quarter, a half and all of it."""
+    question_buckets: tuple[int, ...] = ()
+    """The same for questions."""
+    evaluate_on: tuple[str, ...] = ("arc_challenge", "boolq", "hellaswag", "winogrande")
+    """Benchmarks that are scored during training, each question with a prompt of its own."""
+    evaluate_questions: int = 200
+    """Questions of each, the first ones."""
+    evaluate_shots: int = 1
+    """Solved examples in those prompts."""
+
+    def __post_init__(self):
+        if not self.sources:
+            raise UserError("data.sources is empty; name two or more")
+        for entry in self.sources:
+            split_weight(entry)
+        for name in self.evaluate_on:
+            find_benchmark(name)
+        if self.evaluate_questions < 1:
+            raise UserError(f"data.evaluate_questions is {self.evaluate_questions}; at least 1")
+
+    @property
+    def root(self) -> Path | None:
+        """The directory, or None for the hub."""
+        return Path(self.directory) if self.directory else None
+
+    def mixture(self, cloud: Encoder, edge: Encoder, **options: Any) -> Mixture:
+        """Opens all sources; options as of `Mixture`.
+
+        Raises UserError where a source is unknown, unseen, or cannot be read.
+        """
+        names, weights = zip(*map(split_weight, self.sources), strict=True)
+        return Mixture(
+            [open_source(name, self.root, self.leave_out, self.per_task) for name in names],
+            weights,
+            cloud,
+            edge,
+            shots=self.shots,
+            min_shots=self.min_shots,
+            prompt_length=self.prompt_length,
+            question_length=self.question_length,
+            buckets=self.prompt_buckets,
+            question_buckets=self.question_buckets,
+            unseen=unseen_texts(self.root),
+            **options,
+        )
+
+
+def split_weight(entry: str) -> tuple[str, float]:
+    """`name=weight`, or a name of weight 1. Raises UserError where the weight is no number."""
+    name, given, weight = entry.partition("=")
+    try:
+        return name, float(weight) if given else 1.0
+    except ValueError:
+        raise UserError(
+            f"the source {entry!r} has a weight that is no number; expected such as alpaca=0.5"
+        ) from None
+
+
+def open_source(
+    name: str,
+    directory: Path | None,
+    leave_out: Sequence[str] = (),
+    per_task: int | None = None,
+) -> Source:
+    """The source of a name or path; see `MixtureConfig` for the arguments.
+
+    Raises UserError where it is unknown, unseen, or cannot be read.
+    """
+    if name in BENCHMARKS:
+        record = BENCHMARKS[name]
+        if record.unseen:
+            raise UserError(f"{name} is an unseen benchmark: it is never trained on")
+        return QuestionSource(record, load_questions(record, "train", directory))
+    if name == "gpt4tools":
+        if directory is None:
+            raise UserError("gpt4tools has no copy on the hub; set data.directory to its files")
+        return AgentSource(load_agent("train", directory))
+    if name == "alpaca":
+        path = None if directory is None else _find(directory, name, FORMATS)
+        return TripleSource(load_triples(path))
+    if name == "natural_instructions":
+        if directory is None:
+            raise UserError("natural_instructions: set data.directory to its archive or folder")
+        tasks = load_tasks(_find(directory, name, ARCHIVES, folders=True), leave_out=leave_out)
+        return NaturalSource(tasks, per_task)
+    path = Path(name)
+    refuse_name(path.name)
+    if path.is_dir() or (path.is_file() and name.endswith(ARCHIVES)):
+        tasks = load_tasks(path, leave_out=leave_out)
+        return NaturalSource(tasks, per_task, name=path.name.partition(".")[0])
+    if path.is_file():
+        return TripleSource(load_triples(path), name=path.name.partition(".")[0])
+    known = [record.name for record in BENCHMARKS.values() if not record.unseen]
+    raise UserError(
+        f"unknown source {name!r}: neither a file nor one of {', '.join([*known, *SETS])}"
+    )
+
+
+def _find(directory: Path, name: str, endings: tuple[str, ...], *, folders: bool = False) -> Path:
+    """The one file in or below a directory whose name begins with `name`, or such a folder."""
+    if not directory.is_dir():
+        raise UserError(f"no such data directory: {directory}")
+    found = [
+        path
+        for path in sorted(directory.rglob(f"{name}*"))
+        if (folders if path.is_dir() else path.name.endswith(endings))
+    ]
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found) or "nothing"
+        raise UserError(
+            f"expected one file {name}*{endings[0]} in or below {directory}, found {there}; "
+            "name the one you mean as the source"
+        )
+    return found[0]

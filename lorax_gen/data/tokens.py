@@ -1,0 +1,116 @@
+"""Text to fixed-shape integer arrays: encoding, bucketing, padding. Rows are right-padded.
+
+Dims: P prompts, B rows, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from lorax_gen.errors import UserError
+from lorax_gen.tokenizers import encode
+
+Batch = dict[str, np.ndarray]
+
+
+class Encoder:
+    """A tokenizer with a memory: question and answer pairs recur, prompts mostly do not.
+
+    `bos` is that of `tokenizers.encode`: None leaves it to the tokenizer what stands in front.
+    """
+
+    def __init__(self, tokenizer, bos: bool | None = None):
+        self.tokenizer, self.bos = tokenizer, bos
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.row = lru_cache(maxsize=1 << 16)(self._row)
+        self.ids = lru_cache(maxsize=1 << 16)(self.encode)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; `ids` is the same, remembered."""
+        return encode(self.tokenizer, text, bos=self.bos)
+
+    def joined(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Ids of context + continuation + end of text, and the index where the latter begins.
+
+        The continuation brings what parts it from the context. Both are encoded together and split
+        at the token count of the context, whose trailing white space belongs to the continuation.
+        """
+        together = self.encode(context + continuation)
+        return [*together, self.tokenizer.eos_token_id], len(self.encode(context.rstrip()))
+
+    def _row(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Ids of a question, a space and its answer; see `joined`."""
+        return self.joined(question, f" {answer}")
+
+
+def bucket(size: int, smallest: int = 32) -> int:
+    """The next of few sizes: powers of two up to 128, then multiples of 128. Few compilations."""
+    return (
+        max(smallest, 1 << (int(size) - 1).bit_length()) if size <= 128 else -(-size // 128) * 128
+    )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, pad_id: int, what: str) -> np.ndarray:
+    """`[len(rows), length]` int32. Raises UserError where a row is longer: nothing is cut."""
+    out = np.full((len(rows), length), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            raise UserError(
+                f"{what} of {len(row)} tokens is longer than the limit of {length}; "
+                "shorten it or raise the limit"
+            )
+        out[i, : len(row)] = row
+    return out
+
+
+def prompt_batch(encoder: Encoder, prompts: Sequence[str], length: int) -> Batch:
+    """`{'prompt': [P, T], 'prompt_lengths': [P]}` of system prompts."""
+    rows = []
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UserError("the prompt is empty; write what the task is, in a sentence or more")
+        rows.append(encoder.ids(prompt))
+    return {
+        "prompt": pad_rows(rows, length, encoder.pad_id, "a prompt"),
+        "prompt_lengths": np.array([len(row) for row in rows], np.int32),
+    }
+
+
+def question_batch(
+    encoder: Encoder,
+    questions: Sequence[tuple[str, str]],
+    length: int,
+    whole: bool = False,
+    answer_length: int | None = None,
+) -> Batch:
+    """`{'tokens': [B, T], 'answer': [B, T]}`: `answer` marks the answer and the end of text.
+
+    With `whole` it marks every token of a row: the loss over the whole edge sequence.
+
+    Raises UserError for a row longer than `length`, or one with more than `answer_length` marks.
+    """
+    rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
+    return answer_batch(rows, starts, length, encoder.pad_id, whole, answer_length)
+
+
+def answer_batch(
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    length: int,
+    pad_id: int,
+    whole: bool = False,
+    answer_length: int | None = None,
+) -> Batch:
+    """As `question_batch`, of rows of ids and the index where the answer of each begins."""
+    answer = np.zeros((len(rows), length), bool)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        answer[i, 0 if whole else start : len(row)] = True
+    longest = int(answer[:, 1:].sum(1).max())
+    if answer_length is not None and longest > answer_length:
+        raise UserError(
+            f"an answer of {longest} tokens is longer than answer_length={answer_length}; raise it"
+        )
+    return {"tokens": pad_rows(rows, length, pad_id, "a question"), "answer": answer}

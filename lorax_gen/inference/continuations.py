@@ -1,0 +1,96 @@
+"""Many texts continued by a model: longest first, in batches of few shapes.
+
+Dimensions: N texts, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lorax_gen.data.tokens import bucket
+from lorax_gen.errors import UserError
+from lorax_gen.inference.generation import generate_text
+from lorax_gen.mesh.sharding import place, tree_shardings
+from lorax_gen.method.lora import Tree
+from lorax_gen.models.model import Model
+
+TOKENS_PER_BATCH = 8192
+
+
+def continue_texts(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    most_rows: int | None = None,
+    lora: Callable[[list[int]], Tree | None] = lambda indices: None,
+    on_batch: Callable[[list[int], list[str]], None] = lambda indices, texts: None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    **options,
+) -> list[str]:
+    """The continuation of each row of token ids, in their order.
+
+    Args:
+      tokens_per_batch: B times the cache slots of a row, at most, where a single row fits.
+      most_rows: B at most.
+      lora: the LoRA tree of a batch, or None, of the indices of its rows.
+      on_batch: called with the indices of a batch and what was written, as soon as it is.
+      seed: of what is drawn; no two batches draw the same.
+      mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
+      options: of `generation.stream_text`.
+    """
+    texts = [""] * len(rows)
+    if mesh is not None:  # once for all batches
+        params = place(model.params, tree_shardings(model.params, mesh))
+        model = dataclasses.replace(model, params=params)
+    for number, indices in enumerate(
+        batches([len(row) for row in rows], max_new_tokens, tokens_per_batch, most_rows)
+    ):
+        written = generate_text(
+            model,
+            [rows[i] for i in indices],
+            max_new_tokens=max_new_tokens,
+            lora=lora(indices),
+            mesh=mesh,
+            seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
+            **options,
+        )
+        for i, text in zip(indices, written, strict=True):
+            texts[i] = text
+        on_batch(indices, written)
+    return texts
+
+
+def batches(
+    lengths: Sequence[int], new_tokens: int, tokens_per_batch: int, most_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Indices of rows by falling length, a power of two of them at a time as long as there are."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        slots = bucket(lengths[order[start]]) + bucket(new_tokens)
+        count = max(tokens_per_batch // slots, 1)
+        count = 1 << (min(count, most_rows or count).bit_length() - 1)
+        yield order[start : start + count]
+        start += count
+
+
+def room_for(model: Model, new_tokens: int, max_length: int | None = None) -> int:
+    """Tokens that may stand before `new_tokens` new ones, where the model reads `max_length`.
+
+    Raises UserError where there is none.
+    """
+    positions = model.config.max_position_embeddings
+    limit = min(max_length or positions, positions)
+    if new_tokens >= limit:
+        raise UserError(
+            f"{new_tokens} new tokens leave no room for a text in the {limit} positions of the "
+            "model; ask for fewer"
+        )
+    return limit - new_tokens

@@ -1,0 +1,187 @@
+"""Text in, text out: batches of prompts continued by a model, whole or as they are written.
+
+Shapes are bucketed, so a session of many prompts compiles few programs: a handful of lengths and
+batch sizes, one program for reading prompts and one for each chunk of new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lorax_gen.data.tokens import bucket, pad_rows
+from lorax_gen.errors import UserError
+from lorax_gen.mesh import hosts
+from lorax_gen.mesh.sharding import keep_decoding, place_lora, put_batch, row_shards
+from lorax_gen.models import decoding
+from lorax_gen.models.decoding import Sampling
+from lorax_gen.models.model import Model
+from lorax_gen.tokenizers import chat_ids, encode
+
+CHUNK = 8  # tokens between two looks at the text: few enough to stream, enough to hide the look
+
+STATIC = ("config", "stop_ids", "constrain")
+prefill = partial(jax.jit, static_argnames=(*STATIC, "slots"))(decoding.prefill)
+advance = partial(jax.jit, static_argnames=(*STATIC, "steps"), donate_argnames="state")(
+    decoding.advance
+)
+
+
+def generate_text(
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], **options
+) -> list[str]:
+    """The continuations of texts, all in one batch, without special tokens.
+
+    Options as of `stream_text`.
+    """
+    written = [""] * len(texts)
+    for written in stream_text(model, texts, **options):  # noqa: B007
+        pass
+    return written
+
+
+def stream_text(
+    model: Model,
+    texts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 16,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    lora: Mapping | None = None,
+    chat: bool = False,
+    system: str = "",
+    mesh: Mesh | None = None,
+) -> Iterator[list[str]]:
+    """Yields what has been written of every continuation so far, a few tokens further each time.
+
+    What was yielded once stays: half a character, or what may be the beginning of a stop string,
+    is held back.
+
+    Args:
+      texts: or their token ids, to which nothing is added.
+      temperature: 0 is greedy; above, `top_k` and `top_p` restrict what is drawn, and `seed` says
+        what it is: row i of two calls draws the same.
+      stop: strings that end a text and are not part of it; so do the model's `stop_ids`.
+      lora: a LoRA tree for the whole batch or per example.
+      chat: texts are a user's turns, put into the tokenizer's chat template behind `system`.
+      mesh: over which the weights lie (`load_model(..., shardings=...)`); texts are split over its
+        batch axes. None: no mesh.
+
+    Raises UserError for an option out of range, an empty text where the tokenizer adds nothing, a
+    text too long for the model, and a tokenizer without a chat template.
+    """
+    stop = [stop] if isinstance(stop, str) else stop
+    check_options(max_new_tokens, temperature, top_k, top_p, seed, stop)
+    top_p = None if top_p == 1 else top_p  # rounding would cut the far tail off
+    if not texts:
+        return
+    if chat:
+        rows = [chat_ids(model.tokenizer, text, system) for text in texts]
+    else:
+        rows = [
+            encode(model.tokenizer, text) if isinstance(text, str) else [*text] for text in texts
+        ]
+    check_rows(rows, texts, max_new_tokens, model)
+    shards = 1 if mesh is None else row_shards(mesh)
+    count = bucket(-(-len(rows) // shards), 1) * shards
+    rows += [rows[-1]] * (count - len(rows))
+    lora = jax.tree.map(lambda x: pad_examples(x, len(texts), count), lora)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = pad_rows(rows, bucket(lengths.max()), 0, "a prompt")
+
+    greedy = temperature == 0.0
+    shared = {
+        "stop_ids": model.stop_ids,
+        "sampling": None if greedy else Sampling(temperature, top_k, top_p),
+        "key": None if greedy else jax.random.key(seed),
+        "lora": lora,
+    }
+    params, config = model.decoding_params, model.config
+    put = jax.device_put if mesh is None else partial(put_batch, mesh=mesh)
+    if mesh is not None:
+        shared |= {"lora": place_lora(lora, mesh), "constrain": keep_decoding(mesh)}
+    slots = tokens.shape[1] + bucket(max_new_tokens)
+    state = prefill(params, config, *put((tokens, lengths)), slots=slots, **shared)
+    ids = np.asarray(hosts.gather(state.token))[:, None]
+    shown, ended = [""] * len(texts), np.ones(len(rows), bool)  # the rows that fill up have ended
+    ended[: len(texts)] = False
+    while True:
+        full = ids.shape[1] >= max_new_tokens
+        for i in np.flatnonzero(~ended):  # an ended row only repeats itself: not looked at again
+            text, ended[i] = text_of(model, ids[i, :max_new_tokens], stop)
+            text = text if full or ended[i] else settled(text, stop)
+            # Where bytes are tokens, half a character makes those before it unreadable too.
+            shown[i] = text if text.startswith(shown[i]) else shown[i]
+        yield list(shown)
+        if full or ended.all():
+            return
+        state = state._replace(finished=put(ended))
+        # Always whole chunks, so that there is one program; what is too much is cut.
+        state, more = advance(params, config, state, steps=CHUNK, **shared)
+        ids = np.concatenate([ids, np.asarray(hosts.gather(more))], axis=1)
+
+
+def text_of(model: Model, ids: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text of new tokens up to a stop token or string, and whether there was one.
+
+    Of several strings the one counts that is complete first, however many tokens came at once.
+    """
+    ends = np.flatnonzero(np.isin(ids, model.stop_ids))
+    ids = ids[: ends[0]] if len(ends) else ids
+    text = model.tokenizer.decode(ids, skip_special_tokens=True)
+    found = [(text.index(string) + len(string), -len(string)) for string in stop if string in text]
+    if found:
+        end, length = min(found)
+        return text[: end + length], True
+    return text, bool(len(ends))
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """A text without an end that the next tokens may still change."""
+    text = text.rstrip("\ufffd")  # bytes of a character that is not whole yet
+    held = max(
+        (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])),
+        default=0,
+    )
+    return text[: len(text) - held]
+
+
+def pad_examples(leaf: jax.Array, rows: int, padded: int) -> jax.Array:
+    """A LoRA per example `[L, B, ...]` for the rows that fill a batch up; a shared one as it is."""
+    if leaf.ndim == 3 or rows == padded:
+        return leaf
+    return jnp.concatenate([leaf, jnp.repeat(leaf[:, -1:], padded - rows, axis=1)], axis=1)
+
+
+def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None:
+    valid = {
+        f"max_new_tokens={max_new_tokens}: choose at least 1": max_new_tokens >= 1,
+        f"temperature={temperature}: choose 0 (greedy) or more": 0 <= temperature < float("inf"),
+        f"top_k={top_k}: choose at least 1": top_k is None or top_k >= 1,
+        f"top_p={top_p}: choose a share above 0, up to 1": top_p is None or 0 < top_p <= 1,
+        f"seed={seed}: choose a number of at least 0 and below 2**63": 0 <= seed < 2**63,
+        "a stop string is empty: it would end every text at once": "" not in stop,
+    }
+    for message, holds in valid.items():
+        if not holds:
+            raise UserError(message)
+
+
+def check_rows(rows, texts, max_new_tokens: int, model: Model) -> None:
+    limit = model.config.max_position_embeddings
+    for row, text in zip(rows, texts, strict=True):
+        if not row:
+            raise UserError(f"the text {text!r} has no tokens to continue; write some")
+        if len(row) + max_new_tokens > limit:
+            raise UserError(
+                f"a text of {len(row)} tokens and {max_new_tokens} new ones are more than the "
+                f"{limit} positions of the model; shorten either"
+            )

@@ -1,0 +1,69 @@
+"""A language model as the rest of the package holds it: shape, parameters, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_gen.method.lora import Tree, merge
+from lorax_gen.models import decoder, int8
+from lorax_gen.models.decoder import DecoderConfig, Params
+from lorax_gen.models.families import (
+    family_of,
+)
+from lorax_gen.tensors import tree_hash
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A language model: its shape, its parameters and its tokenizer.
+
+    Attributes:
+      stop_ids: tokens that end a text; the tokenizer's end of text where none are given.
+      name: what it was loaded as: a hub name, or the last part of a directory's.
+    """
+
+    config: DecoderConfig
+    params: Params
+    tokenizer: Any
+    stop_ids: tuple[int, ...] = ()
+    name: str = ""
+
+    def __post_init__(self):
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        if not self.stop_ids and eos is not None:
+            object.__setattr__(self, "stop_ids", (eos,))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the parameters, whatever directory they lie in, and in fp32 as in bf16."""
+        return tree_hash(self.params, jnp.bfloat16)
+
+    @functools.cached_property
+    def decoding_params(self) -> Params:
+        """The parameters with `layers` as a list, as decoding wants them: a copy, made once."""
+        layers = decoder.unstack(self.params["layers"], self.config.num_hidden_layers)
+        return {**self.params, "layers": layers}
+
+    @property
+    def scoring_bos(self) -> bool:
+        """Whether a prompt whose continuations are scored begins with BOS (the Gemmas)."""
+        return family_of(self.config).scoring_bos
+
+    def merged(self, lora: Tree) -> Model:
+        """The model with a LoRA tree merged into its kernels (eq. 1): the same shape, no LoRA.
+
+        Raises UserError where the tree does not fit, or the kernels are in int8.
+        """
+        int8.refuse(self.params, "merge a LoRA into")
+        layers = merge(self.params["layers"], lora)
+        return dataclasses.replace(self, params={**self.params, "layers": layers})
+
+    def __call__(self, tokens: jax.Array, lora: Tree | None = None) -> jax.Array:
+        """Next-token logits `[B, T, V]` (fp32) of token ids `[B, T]`."""
+        hidden = decoder.hidden_states(self.params, self.config, jnp.asarray(tokens), lora=lora)
+        return decoder.logits(self.params, self.config, hidden)

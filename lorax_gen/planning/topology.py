@@ -1,0 +1,85 @@
+"""Devices that are not here: TPU slices as libtpu describes them, GPUs by their data sheets."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+from lorax_gen.errors import UserError
+from lorax_gen.mesh.chips import Chip, find_chip
+
+# Names that `--topology` takes.
+TPUS = {
+    "v4": find_chip("TPU v4"),
+    "v5e": find_chip("TPU v5 lite"),
+    "v5p": find_chip("TPU v5"),
+    "v6e": find_chip("TPU v6 lite"),
+}
+GPUS = {
+    "gpu": find_chip("NVIDIA H100"),
+    "gpu-a100": find_chip("NVIDIA A100"),
+    "gpu-h100": find_chip("NVIDIA H100"),
+    "gpu-h200": find_chip("NVIDIA H200"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    device_kind: str
+    platform: str = "gpu"
+    process_index: int = 0
+
+
+def find_devices(topology: str) -> tuple[Chip, list]:
+    """The chip of a topology such as `v5e:4x4` or `gpu:8`, and its devices.
+
+    Raises UserError for an unknown one, or a TPU where libtpu is not installed.
+    """
+    name, _, size = topology.partition(":")
+    dimensions = 3 if name in ("v4", "v5p") else 2
+    if name in GPUS and re.fullmatch(r"[1-9]\d*", size):
+        chip = GPUS[name]
+        return chip, [Absent(i, chip.kind) for i in range(int(size))]
+    if name in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{dimensions - 1}}}", size):
+        return TPUS[name], tpu_devices(topology)
+    raise UserError(
+        f"unknown topology {topology!r}; expected v5e:4x4 or v6e:4x4 (two numbers), v4:2x2x1 or "
+        f"v5p:2x2x1 (three), or {', '.join(f'{gpu}:8' for gpu in GPUS)} (gpu is an H100)"
+    )
+
+
+def tpu_devices(topology: str) -> list:
+    """Descriptions of a TPU slice's devices, from libtpu; no TPU is looked for."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for a TPU takes its compiler, libtpu: pip install 'lorax-gen[plan]'"
+        )
+    # Read when libtpu is loaded: no question to the cloud which TPU this machine is, no lock file,
+    # no complaints that there is no answer.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    }.items():
+        os.environ.setdefault(name, value)
+    # It ends the process at a flag of another backend; its own go into LIBTPU_INIT_ARGS.
+    os.environ.pop("XLA_FLAGS", None)
+    from jax.experimental import topologies
+
+    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
+    options: dict[str, Any] = {}
+    if any(size % 2 for size in sizes[:2]):  # less than a host of 2x2 chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.startswith("v4:"):  # two cores as one device, as jax has them on a TPU v4
+        options["chip_config_name"] = "megacore"
+    try:
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
+    except Exception as error:  # of libtpu: a shape that it does not know
+        raise UserError(f"no topology {topology}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,54 @@
+"""The methods that `lorax-gen train` knows: a config class and what assembles a run of it.
+
+A config file names its method; the rest of it are that method's fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorax_gen import config as configs
+from lorax_gen.errors import UserError
+from lorax_gen.recipes import lora, lora_gen, pretrain
+from lorax_gen.training.experiment import Experiment
+
+SHIPPED = Path(configs.__file__).parent / "configs"
+
+
+class Method(NamedTuple):
+    config: type
+    experiment: Callable[[Any], Experiment]
+
+
+METHODS = {
+    "lora_gen": Method(lora_gen.LoraGenConfig, lora_gen.experiment),
+    "lora": Method(lora.LoraConfig, lora.experiment),
+    "pretrain": Method(pretrain.PretrainConfig, pretrain.experiment),
+}
+
+
+def shipped_configs() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_config(name: str) -> tuple[str, Any]:
+    """`(method, config)` of a YAML file, or of a shipped config by its name.
+
+    Raises UserError for an unknown name, method or key, or a value of a wrong type.
+    """
+    path = Path(name)
+    if not path.exists() and name in shipped_configs():
+        path = SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        known = shipped_configs()
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"shipped configs: {', '.join(known)}"
+        raise UserError(f"no config file {name}; {hint}")
+    values = configs.read_yaml(path)
+    method = values.pop("method", None)
+    if method not in list(METHODS):  # a list, for YAML may give what has no hash
+        raise UserError(f"{path.name}: method is {method!r}; expected one of {', '.join(METHODS)}")
+    return method, configs.from_dict(METHODS[method].config, values, path.name)

@@ -1,0 +1,253 @@
+"""What a run says of itself: rows of metrics, speed, memory, the router's health, a profile."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from tqdm import tqdm
+
+from lorax_gen import files
+from lorax_gen.errors import UserError
+from lorax_gen.mesh import hosts
+from lorax_gen.mesh.chips import peak_flops
+from lorax_gen.training.step import Batch
+
+# --- the log -------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl, and to TensorBoard's files where asked.
+
+    Rows behind the resumed step are dropped first. With `write=False`, in all processes but the
+    first, rows are made and not written.
+
+    Attributes:
+      last: the latest value of everything.
+      evaluated: steps with a row of an evaluation, which is one without a loss.
+    """
+
+    def __init__(self, path: Path, start: int, tensorboard: Path | None = None, write: bool = True):
+        self.path = path
+        self.last: dict[str, Any] = {}
+        self.evaluated: set[int] = set()
+        self.file = self.board = None
+        if not write:
+            return
+        rows = read_rows(path)
+        kept = [row for row in rows if row["step"] <= start]
+        for row in kept:
+            self._note(row)
+        if tensorboard is not None:
+            self.board = open_tensorboard(tensorboard, start)
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a")
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for writer in (self.file, self.board):
+            if writer is not None:
+                with suppress(OSError):  # rows are flushed as they are written, or that has failed
+                    writer.close()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Waits for the metrics and appends them as one line.
+
+        Raises UserError where they cannot be written.
+        """
+        row = {"step": step} | {key: plain(value) for key, value in metrics.items()}
+        self._note(row)
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path} ({error.strerror}); what was saved before is whole, "
+                "and the same command resumes the run from there"
+            ) from error
+        if self.board is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, float):
+                    self.board.add_scalar(key, value, step)
+            self.board.flush()
+        return row
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.last.update(row)
+        if "loss" not in row:
+            self.evaluated.add(row["step"])
+
+
+def open_tensorboard(directory: Path, start: int) -> Any:
+    """A writer whose events hide earlier ones behind step `start`."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "run.tensorboard needs tensorboardX: pip install 'lorax-gen[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, without a last one that was cut off.
+
+    Raises UserError where another line is no row.
+    """
+    text = path.read_text(errors="replace") if path.exists() else ""
+    rows = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            _ = rows[-1]["step"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"line {number} of {path} is no row of metrics; repair or remove it"
+            ) from None
+    return rows
+
+
+def plain(value: Any) -> Any:
+    """A number or nested lists of numbers, to six significant digits."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    array = np.asarray(value)
+    rounded = np.vectorize(lambda x: float(f"{x:.6g}"), otypes=[float])(array)
+    return rounded.tolist()
+
+
+# --- speed and memory ----------------------------------------------------------------------------
+
+
+class Clock:
+    """How fast steps go, between one reading and the next."""
+
+    def __init__(self, work: Callable[[Batch], dict[str, float]], devices: list[jax.Device]):
+        self.work = work
+        peak = peak_flops(devices[0].device_kind)
+        self.peak = None if peak is None else peak * len(devices)
+
+    def restart(self, step: int) -> None:
+        """Leaves out what lies behind, such as an evaluation."""
+        self.since, self.time, self.done = step, time.perf_counter(), Counter()
+
+    def count(self, batch: Batch) -> None:
+        """Takes note of a step on a batch."""
+        self.done.update(self.work(batch))
+
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds per step, examples and tokens per second, MFU; those that are known.
+
+        Call it when the devices are through with `step`, and before the next one is counted.
+        """
+        done, steps, seconds = self.done, step - self.since, time.perf_counter() - self.time
+        self.restart(step)
+        flops = done.pop("flops", None)
+        rates = {"step_time": seconds / steps}
+        rates |= {f"{name}_per_second": count / seconds for name, count in done.items()}
+        if self.peak is not None and flops is not None:
+            rates["mfu"] = flops / (self.peak * seconds)
+        return rates
+
+
+def device_memory() -> dict[str, float]:
+    """The most that any device of this process has held, in GiB. CPUs do not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return {"memory_gib": max(peaks) / 2**30} if peaks else {}
+
+
+# --- the router ----------------------------------------------------------------------------------
+
+# A router has collapsed when its gates no longer depend on the prompt. The loss may fall all the
+# same, for what is generated then is one LoRA for all tasks. Two signs:
+# Gates of two prompts differ, in the mean over pairs and layers, by less than 5 % of their mass. In
+# the world they differ by 80 to 93 %, from the first step to the last; from a fresh router without
+# BatchNorm by 60 %.
+SAME_GATES = 0.05
+# One expert carries over 95 % of the mass, in the mean over layers. In the world the most loaded
+# of 32 carries 7 %, and of 8 at K = 2, untrained, 18 %.
+ONE_EXPERT = 0.95
+# One row may come from a batch of like prompts; so many, one behind another, do not.
+ROWS = 3
+
+
+class RouterWatch:
+    """Warns once when the router has collapsed."""
+
+    def __init__(self):
+        self.rows, self.warned = 0, False
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, float]:
+        """`{'router_collapsed': 0 or 1}` for a row with gates in it, else nothing."""
+        signs = []
+        if "gate_distance" in row:
+            signs.append(float(row["gate_distance"]) < SAME_GATES)
+        load = np.asarray(row.get("expert_load", []))
+        if load.ndim == 2 and load.shape[1] > 1:
+            signs.append(load.max(1).mean() > ONE_EXPERT)
+        if not signs or load.shape[-1] == 1:  # a pool of one expert knows no other
+            return {}
+        self.rows = self.rows + 1 if any(signs) else 0
+        if self.rows >= ROWS and not self.warned and hosts.is_first():
+            self.warned = True
+            tqdm.write(
+                f"lorax-gen: warning: the router has collapsed: for {ROWS} rows of metrics the "
+                "gates have hardly depended on the prompt. See gate_distance and expert_load; a "
+                "smaller learning rate, a larger generator.balance-coefficient or batches that mix "
+                "more tasks may help",
+                file=sys.stderr,
+            )
+        return {"router_collapsed": float(any(signs))}
+
+
+# --- on request ----------------------------------------------------------------------------------
+
+
+class Profiler:
+    """Traces the steps of a window, and nothing before, behind or half done.
+
+    The trace is for TensorBoard's profile plugin, XProf or Perfetto.
+    """
+
+    def __init__(self, window: tuple[int, int] | None, directory: Path):
+        self.first, self.last = window or (None, None)
+        self.directory, self.running = directory, False
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, state: Any) -> None:
+        if step == self.first:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self.directory))
+            self.running = True
+
+    def behind(self, step: int, state: Any) -> None:
+        if step == self.last and self.running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self.running = False
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in a directory; the next run of the same shapes compiles nothing."""
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser().absolute()))
+        compilation_cache.reset_cache()  # or what has been compiled before decides against one

@@ -1,0 +1,61 @@
+"""How long a run is and what it writes when."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from lorax_gen.config import at_least_one
+from lorax_gen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long a run is and what it writes when. Every training config holds one as `run`."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of initial weights, batches and dropout."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 500
+    """Steps between evaluations on seen and unseen tasks."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; a resumed run loses at most this much."""
+    keep: int = 2
+    """Latest checkpoints kept."""
+    best: str = ""
+    """Metric of the evaluations, such as accuracy/unseen, by which the best checkpoint is kept too;
+    a new best is saved whenever it is found."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which value of it is best."""
+    tensorboard: bool = False
+    """Also write metrics for TensorBoard (pip install 'lorax-gen[tensorboard]')."""
+    profile_steps: str = ""
+    """First and last step to profile, such as 100-102; the trace goes into the run directory."""
+    compilation_cache: str = ""
+    """Directory that keeps compiled programs from run to run."""
+
+    def __post_init__(self):
+        sizes = ("steps", "log_every", "evaluate_every", "checkpoint_every", "keep")
+        at_least_one(self, sizes, "run.")
+        window = self.profile_window  # raises where it cannot be read
+        if window and window[0] > self.steps:
+            raise UserError(
+                f"run.profile_steps is {self.profile_steps!r}, but the run ends at step "
+                f"{self.steps}"
+            )
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """`profile_steps` as numbers."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition("-")
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise UserError(
+                f"run.profile_steps is {self.profile_steps!r}; expected a first and a last step, "
+                "counted from 1, such as 100-102"
+            )
+        return int(first), int(last)
