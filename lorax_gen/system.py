@@ -41,12 +41,12 @@ def meta_states(
     """
     layers = spec.edge.num_hidden_layers
     embeddings = decoder.embed(cloud_params, spec.cloud, prompt)
-    embeddings = meta_tokens.insert(embeddings, lengths, params["meta_tokens"], layers)
+    embeddings = meta_tokens.insert_meta_tokens(embeddings, lengths, params["meta_tokens"], layers)
     lora = generator.cloud_lora(params, spec.generator)
     hidden = decoder.hidden_states(
         cloud_params, spec.cloud, embeddings=embeddings, lora=lora, **options
     )
-    return meta_tokens.read(hidden, lengths, layers)
+    return meta_tokens.read_meta_states(hidden, lengths, layers)
 
 
 def model_shape(config: DecoderConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lorax_gen.method.lora import (
     scaled,
     take_example,
 )
-from lorax_gen.method.meta_tokens import init_meta_tokens, insert, read
+from lorax_gen.method.meta_tokens import init_meta_tokens, insert_meta_tokens, read_meta_states
 from lorax_gen.method.router import gumbel, init_router, keep_top_k, router_logits
 
 __all__ = [
@@ -49,11 +49,11 @@ __all__ = [
     "init_meta_tokens",
     "init_pool",
     "init_router",
-    "insert",
+    "insert_meta_tokens",
     "keep_top_k",
     "lora_from_gates",
     "merge",
-    "read",
+    "read_meta_states",
     "router_logits",
     "scaled",
     "take_example",

@@ -31,7 +31,7 @@ def init_meta_tokens(
     return embedding.astype(jnp.float32) + perturbation
 
 
-def insert(embeddings: Array, lengths: Array, meta: Array, layers: int) -> Array:
+def insert_meta_tokens(embeddings: Array, lengths: Array, meta: Array, layers: int) -> Array:
     """Puts the meta tokens at positions `length .. length + L - 1` of every row.
 
     Args:
@@ -52,7 +52,7 @@ def insert(embeddings: Array, lengths: Array, meta: Array, layers: int) -> Array
     return jax.vmap(insert_row)(padded, lengths)
 
 
-def read(hidden: Array, lengths: Array, layers: int) -> Array:
+def read_meta_states(hidden: Array, lengths: Array, layers: int) -> Array:
     """The states T^1 .. T^L at the meta positions: `[B, T + L, D] -> [B, L, D]`."""
 
     def read_row(row: Array, length: Array) -> Array:

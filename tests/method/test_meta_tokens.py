@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_gen.method import init_meta_tokens, insert, read
+from lorax_gen.method import init_meta_tokens, insert_meta_tokens, read_meta_states
 
 B, T, L, D = 4, 6, 3, 5
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles much faster than the default
 LENGTHS = np.array([0, 2, 5, 6], np.int32)
 
-inserted = jax.jit(insert, static_argnums=3)
-read_back = jax.jit(read, static_argnums=2)
+inserted = jax.jit(insert_meta_tokens, static_argnums=3)
+read_back = jax.jit(read_meta_states, static_argnums=2)
 
 
 @pytest.fixture
