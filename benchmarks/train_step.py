@@ -49,7 +49,13 @@ from lorax_gen.mesh.kernels import Name, make_attention
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.method import GeneratorConfig, init_generator, init_lora
 from lorax_gen.models import presets
-from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params, kernel_shapes
+from lorax_gen.models.decoder import (
+    DecoderConfig,
+    Execution,
+    Params,
+    abstract_params,
+    kernel_shapes,
+)
 from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, write_config
 from lorax_gen.recipes.lora import LoraConfig, lora_loss
 from lorax_gen.system import GeneratorSpec
@@ -413,8 +419,9 @@ def make_cases(options: Options, spec: GeneratorSpec, frozen: dict[str, Params])
             spec,
             microbatches=options.microbatches,
             answer_length=options.answer_length,
-            remat=options.remat,
-            attention=make_attention(options.attention, mesh),
+            execution=Execution(
+                attention=make_attention(options.attention, mesh), remat=options.remat
+            ),
         )
         cases.append(Case("lora-gen", queries, batch, macs, params, stats, loss, frozen))
     if options.baseline:

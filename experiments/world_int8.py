@@ -28,7 +28,7 @@ def main() -> None:
     gates = []
     for in_int8 in (False, True):
         cloud = lorax_gen.load_model("world/cloud", in_int8=in_int8)
-        encoder = Encoder(cloud.tokenizer)
+        encoder = Encoder.of(cloud)
         prompts = [encoder.ids(prompt) for prompt in quiz.prompts]
         gates.append(gates_of_prompts(prompts, cloud, edge.config, generator))
         system = System(edge, cloud, generator)

@@ -10,10 +10,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lorax_gen.method import generator, meta_tokens
-from lorax_gen.method.generator import GeneratorConfig, gates_from_states
+from lorax_gen.method.experts import apply_experts
+from lorax_gen.method.generator import GeneratorConfig, gates_from_states, lora_from_gates
+from lorax_gen.method.lora import Tree, apply_lora
 from lorax_gen.models import decoder
+from lorax_gen.models.adapter import Adapter, Apply, LowRank
 from lorax_gen.models.decoder import Array, DecoderConfig, Params, kernel_shapes
 
 
@@ -38,13 +42,17 @@ def meta_states(
 
     L meta tokens stand directly behind each prompt; T^i is the final-norm hidden state at the
     i-th. The cloud's own LoRA is applied, its head never computed.
+
+    Args:
+      options: `dropout_key` and `execution` of `decoder.hidden_states`.
     """
     layers = spec.edge.num_hidden_layers
     embeddings = decoder.embed(cloud_params, spec.cloud, prompt)
     embeddings = meta_tokens.insert_meta_tokens(embeddings, lengths, params["meta_tokens"], layers)
-    lora = generator.cloud_lora(params, spec.generator)
+    config = spec.generator
+    adapter = Adapter(generator.cloud_lora(params, config), apply=LowRank(config.cloud_dropout))
     hidden = decoder.hidden_states(
-        cloud_params, spec.cloud, embeddings=embeddings, lora=lora, **options
+        cloud_params, spec.cloud, embeddings=embeddings, adapter=adapter, **options
     )
     return meta_tokens.read_meta_states(hidden, lengths, layers)
 
@@ -55,6 +63,37 @@ def model_shape(config: DecoderConfig) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "kernels": {name: list(shape) for name, shape in kernel_shapes(config).items()},
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedPool(Apply):
+    """Eq. 8 in a decoder: `shared` is the pool of experts, `rows` the gates of each row.
+
+    Zero gates leave a row as the frozen model has it. `gated_pool` makes the adapter.
+    """
+
+    config: GeneratorConfig
+
+    def kernel(self, name, x, shared, rows, key):
+        if name not in shared:
+            return None
+        gates, config = rows["gates"], self.config
+        if x.shape[1] == 1:  # one token, as in decoding: a LoRA of its own would not pay
+            scale = config.alpha / config.rank
+            return scale * apply_experts(x, shared[name], gates, config.composition)
+        # One layer's pool and many rows are to `lora_from_gates` one pool that layers share.
+        return apply_lora(x, lora_from_gates({name: shared[name]}, gates, config)[name])
+
+
+def gated_pool(pool: Tree, gates: Any, config: GeneratorConfig) -> Adapter:
+    """The adapter of the edge model that gates `[P, L, N]` make of a pool, one row for each.
+
+    The LoRA of a row is composed layer by layer while the decoder runs, so what is held is the
+    pool and the gates, which may stay on the host.
+    """
+    if config.pool == "shared":
+        pool = jax.tree.map(lambda x: jnp.broadcast_to(x, (gates.shape[1], *x.shape)), pool)
+    return Adapter(pool, {"gates": gates.swapaxes(0, 1)}, GatedPool(config))
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,23 +31,36 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer by itself puts a BOS before a text, as LLaMA's and Gemma's do."""
+    first = tokenizer.bos_token_id
+    return first is not None and tokenizer("a")["input_ids"][:1] == [first]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, bos: bool | None = None) -> list[int]:
-    """Token ids of a text.
+    """Token ids of a text: one BOS before it or none, and nothing else around it.
 
     Args:
-      bos: None leaves it to the tokenizer what to put around a text; True puts exactly one BOS in
-        front and nothing else; False puts nothing.
+      bos: None: as the tokenizer does it by itself.
 
     Raises UserError where a BOS is asked of a tokenizer that has none.
     """
-    if bos is None:
-        return tokenizer(text)["input_ids"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not bos:
+    if not (adds_bos(tokenizer) if bos is None else bos):
         return ids
     if tokenizer.bos_token_id is None:
-        raise UserError("this tokenizer has no BOS token to put in front of a text")
+        raise UserError("this tokenizer has no BOS token to put before a text")
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """First 16 hex digits of the SHA-256 over what turns a text into ids."""
+    if tokenizer.is_fast:
+        text = tokenizer.backend_tokenizer.to_str()
+    else:
+        text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id, adds_bos(tokenizer)])
+    return hashlib.sha256((text + special).encode()).hexdigest()[:16]
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "") -> list[int]:

@@ -11,6 +11,7 @@ from lorax_gen.artifacts.generator import Generator, save_generator
 from lorax_gen.files import new_directory
 from lorax_gen.mesh.sharding import MeshConfig
 from lorax_gen.method import init_generator
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.model import Model
@@ -26,6 +27,14 @@ PROMPTS = (
     "Put each thing into a box by its size : tiny=alpha , small=beta , big=gamma , huge=delta .",
     "Look at the place of each thing : garden=alpha , else=beta .",
 )
+
+
+def adapter_of(tree) -> Adapter | None:
+    """The adapter of a LoRA tree for all rows, `[L, D, R]`, or of one each, `[L, B, D, R]`."""
+    if tree is None:
+        return None
+    own = all(leaf.ndim == 4 for leaf in jax.tree.leaves(tree))
+    return Adapter(rows=tree) if own else Adapter(shared=tree)
 
 
 def make_generator(system, seed: int = 0, **overrides) -> Generator:
@@ -54,14 +63,7 @@ def make_generator(system, seed: int = 0, **overrides) -> Generator:
 
 
 def write_generator(directory: Path, generator: Generator, system) -> None:
-    save_generator(
-        directory,
-        generator.config,
-        generator.params,
-        generator.stats,
-        cloud=system.cloud.config,
-        edge=system.edge.config,
-    )
+    save_generator(directory, generator)
 
 
 def write_system(directory: Path, system, generator: Generator | None = None) -> Path:

@@ -25,9 +25,12 @@ from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.model import Model
 from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
+from lorax_gen.tokenizers import fingerprint
 
-FORMAT = "lorax-gen card 1"
-METADATA = ("pool", "edge", "prompt", "composition")
+FORMAT = "lorax-gen card 2"
+METADATA = ("pool", "edge", "prompt", "composition", "generator", "cloud", "tokenizer")
+# Cards of version 1 did not say who made them: what they lack is left empty.
+FIRST_FORMAT, FIRST_METADATA = "lorax-gen card 1", METADATA[:4]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class TaskCard:
     Attributes:
       pool: hash of the pool of experts; edge: hash of the edge model's parameters.
       prompt: SHA-256 of the prompt's text.
+      generator, cloud, tokenizer: fingerprints of what made it, the tokenizer being the cloud's.
     """
 
     indices: np.ndarray
@@ -45,6 +49,14 @@ class TaskCard:
     edge: str
     prompt: str
     composition: str
+    generator: str = ""
+    cloud: str = ""
+    tokenizer: str = ""
+
+    @property
+    def top_k(self) -> int:
+        """Experts kept in each layer (K)."""
+        return self.indices.shape[1]
 
     def dense_gates(self, n_experts: int) -> np.ndarray:
         """Gates over all experts, `[L, N]` fp32, zero but for the K kept."""
@@ -87,7 +99,9 @@ class TaskCard:
         return edge.merged(self.lora(generator))
 
 
-def make_card(gates: np.ndarray, prompt: str, edge: Model, generator: Generator) -> TaskCard:
+def make_card(
+    gates: np.ndarray, prompt: str, cloud: Model, edge: Model, generator: Generator
+) -> TaskCard:
     """A card of gates `[L, N]`: the experts with non-zero gates, the heaviest first."""
     config = generator.config
     kept = config.top_k if config.strategy == "keep_top_k" else config.n_experts
@@ -99,6 +113,9 @@ def make_card(gates: np.ndarray, prompt: str, edge: Model, generator: Generator)
         edge=edge.fingerprint,
         prompt=hashlib.sha256(prompt.encode()).hexdigest(),
         composition=config.composition,
+        generator=generator.fingerprint,
+        cloud=cloud.fingerprint,
+        tokenizer=fingerprint(cloud.tokenizer),
     )
 
 
@@ -114,7 +131,8 @@ def load_card(path: str | Path) -> TaskCard:
     """Reads a card; UserError where the file is missing, truncated or not a card."""
     path = Path(path)
     metadata, tensors = json.loads(read_metadata(path).get("card", "{}")), read_tensors(path)
-    known = metadata.pop("format", None) == FORMAT and set(metadata) == set(METADATA)
+    names = {FORMAT: METADATA, FIRST_FORMAT: FIRST_METADATA}.get(metadata.pop("format", None))
+    known = names is not None and set(metadata) == set(names)
     if not known or set(tensors) != {"indices", "gates"}:
         raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
     return TaskCard(**tensors, **metadata)

@@ -56,7 +56,7 @@ def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
         "pool": card.pool,
         "prompt_sha256": card.prompt,
         "composition": card.composition,
-        "experts_per_layer": int(card.indices.shape[1]),
+        "experts_per_layer": card.top_k,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ FORMAT = "lorax-gen generator 1"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """A trained generator, as `specialize` wants it."""
+    """A trained generator.
+
+    Attributes:
+      metadata: `shapes` of the two models (see `make_generator`), and what training has to say.
+    """
 
     config: GeneratorConfig
     params: dict[str, Any]
@@ -52,31 +57,48 @@ class Generator:
         return GeneratorSpec(self.config, cloud, edge)
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies all of it: parameters, BatchNorm statistics and config."""
+        config = json.dumps(configs.to_dict(self.config), sort_keys=True)
+        tree = {"params": self.params, "stats": self.stats}
+        return tree_hash(tree | {"config": np.frombuffer(config.encode(), np.uint8)})
+
+    @functools.cached_property
     def pool_hash(self) -> str:
         """Identifies the pool of experts and its scale alpha."""
         return tree_hash({**self.params["pool"], "alpha": np.float32(self.config.alpha)})
 
 
-def save_generator(
-    directory: str | Path,
+def make_generator(
     config: GeneratorConfig,
     params: dict[str, Any],
     stats: dict[str, Any],
     *,
     cloud: DecoderConfig,
     edge: DecoderConfig,
-    provenance: dict[str, Any] | None = None,
+) -> Generator:
+    """A generator of trained parameters, for the two models that it was trained with."""
+    shapes = {"cloud": model_shape(cloud), "edge": model_shape(edge)}
+    return Generator(config, params, stats, {"shapes": shapes})
+
+
+def save_generator(
+    directory: str | Path, generator: Generator, provenance: dict[str, Any] | None = None
 ) -> None:
-    """Writes a generator directory; replaces nothing."""
+    """Writes a generator directory; replaces nothing.
+
+    Args:
+      provenance: added to the generator's metadata in its `config.json`.
+    """
     with files.new_directory(Path(directory)) as partial:
-        tensors = flatten({"params": params, "stats": stats})
+        tensors = flatten({"params": generator.params, "stats": generator.stats})
         write_tensors(partial / "generator.safetensors", tensors)
         files.write_json(
             partial / "config.json",
             {
                 "format": FORMAT,
-                "generator": configs.to_dict(config),
-                "shapes": {"cloud": model_shape(cloud), "edge": model_shape(edge)},
+                "generator": configs.to_dict(generator.config),
+                **generator.metadata,
                 **(provenance or {}),
             },
         )

@@ -24,6 +24,7 @@ from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.errors import UserError
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.models import decoder
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.models.model import Model
 
@@ -85,14 +86,15 @@ def verify(
     tokens = jnp.asarray(rng.integers(0, edge.config.vocab_size, (rows, length)), jnp.int32)
     compute = jax.jit(run, static_argnums=1)
 
-    def logits(model: Model, lora: Any = None) -> np.ndarray:
-        return np.asarray(compute(model.params, model.config, tokens, lora))
+    def logits(model: Model, adapter: Adapter | None = None) -> np.ndarray:
+        return np.asarray(compute(model.params, model.config, tokens, adapter))
 
     own = edge.params["embed"].dtype
-    reference = logits(edge, lora)
+    reference = logits(edge, Adapter(shared=lora))
     forms = {"edge without it": (logits(edge), None)}
     if not adapter:
-        forms["gates, one row each"] = logits(edge, per_row(card, generator(), rows)), own
+        alone = Adapter(rows=per_row(card, generator(), rows))
+        forms["gates, one row each"] = logits(edge, alone), own
     forms["merged"] = logits(edge.merged(lora)), own
     if merged_dir is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +102,7 @@ def verify(
                 export(artifact, Path(folder) / format, format, edge, generator)
             forms["merged, written and read"] = logits(load_model(f"{folder}/merged", None)), own
             tree = load_adapter(Path(folder) / "peft", edge.config)
-            forms["adapter, written and read"] = logits(edge, tree), own
+            forms["adapter, written and read"] = logits(edge, Adapter(shared=tree)), own
     else:
         again = load_model(merged_dir, None)
         if again.config != edge.config:
@@ -121,8 +123,8 @@ def verify(
     ]
 
 
-def run(params: dict, config: Any, tokens: jax.Array, lora: Any) -> jax.Array:
-    hidden = decoder.hidden_states(params, config, tokens, lora=lora)
+def run(params: dict, config: Any, tokens: jax.Array, adapter: Any) -> jax.Array:
+    hidden = decoder.hidden_states(params, config, tokens, adapter=adapter)
     return decoder.logits(params, config, hidden)
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from lorax_gen.errors import UserError
-from lorax_gen.tokenizers import encode
+from lorax_gen.tokenizers import adds_bos, encode
 
 Batch = dict[str, np.ndarray]
 
@@ -19,14 +19,20 @@ Batch = dict[str, np.ndarray]
 class Encoder:
     """A tokenizer with a memory: question and answer pairs recur, prompts mostly do not.
 
-    `bos` is that of `tokenizers.encode`: None leaves it to the tokenizer what stands in front.
+    `bos` says whether a text begins with BOS; None: as the tokenizer does it by itself. That of a
+    model is `Encoder.of(model)`, in training as in use.
     """
 
     def __init__(self, tokenizer, bos: bool | None = None):
-        self.tokenizer, self.bos = tokenizer, bos
+        self.tokenizer, self.bos = tokenizer, adds_bos(tokenizer) if bos is None else bos
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.row = lru_cache(maxsize=1 << 16)(self._row)
         self.ids = lru_cache(maxsize=1 << 16)(self.encode)
+
+    @classmethod
+    def of(cls, model) -> Encoder:
+        """The encoder of a `models.model.Model`."""
+        return cls(model.tokenizer, model.bos)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; `ids` is the same, remembered."""

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,7 +35,8 @@ from lorax_gen.evaluation.item_log import ItemLog, Row, digest
 from lorax_gen.evaluation.system import System, identity
 from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.inference.continuations import TOKENS_PER_BATCH, continue_texts, room_for
-from lorax_gen.method.generator import lora_from_gates
+from lorax_gen.models.adapter import Adapter
+from lorax_gen.system import gated_pool
 from lorax_gen.tensors import tree_hash
 
 Mode = Literal["full", "request", "lora_gen", "lora_gen_shuffled"]
@@ -45,7 +45,6 @@ MAX_NEW_TOKENS = 512
 STOP = ("Observation:",)
 REQUEST = "previous conversation, new input, and the reminder to use tools behind it"
 SEES = {"full": "the whole instruction"} | dict.fromkeys(get_args(Mode)[1:], REQUEST)
-lora_of_gates = partial(jax.jit, static_argnames="config")(lora_from_gates)
 
 
 def evaluate_agent(
@@ -87,20 +86,20 @@ def evaluate_agent(
     if left:
         start = time.perf_counter()
         encoder, room = (
-            Encoder(system.edge.tokenizer),
+            Encoder.of(system.edge),
             room_for(system.edge, max_new_tokens, system.max_length),
         )
         todo = [items[i] for i in left]
         whole = [encoder.ids(full_prompt(item)) for item in todo]
         seen = whole if mode == "full" else [encoder.ids(item.request) for item in todo]
         prompts = read = [[] for _ in todo]
-        lora = {}
+        adapter = None
         if mode in BY_CLOUD:
             texts = prompts_read(items, mode, seed)
-            cloud = Encoder(system.cloud.tokenizer)
+            cloud = Encoder.of(system.cloud)
             prompts = [cloud.ids(texts[i]) for i in left]
             read = [ids[-system.prompt_room :] for ids in prompts]
-            lora["lora"] = lora_maker(system, read, tokens_per_batch, mesh)
+            adapter = gated(system, read, tokens_per_batch, mesh)
 
         def on_batch(indices: list[int], texts: list[str]) -> None:
             nonlocal start
@@ -133,7 +132,7 @@ def evaluate_agent(
             on_batch=on_batch,
             stop=stop,
             mesh=mesh,
-            **lora,
+            adapter=adapter,
         )
     return summary(system, mode, [done[item.id] for item in items])
 
@@ -197,13 +196,13 @@ def prompts_read(items: Sequence[AgentItem], mode: Mode, seed: int) -> list[str]
     return [others[prompt] for prompt in prompts]
 
 
-def lora_maker(
+def gated(
     system: System,
     prompts: Sequence[Sequence[int]],
     tokens_per_batch: int,
     mesh: Mesh | None = None,
-) -> Callable[[list[int]], Mapping]:
-    """The function from indices of prompts, token ids, to the LoRA tree of rows `[L, B, ...]`."""
+) -> Adapter:
+    """The edge's adapter of one row for each prompt, token ids."""
     generator = system.generator
     gates = gates_of_prompts(
         prompts,
@@ -213,11 +212,7 @@ def lora_maker(
         tokens_per_batch=tokens_per_batch,
         mesh=mesh,
     )
-
-    def lora(indices: list[int]) -> Mapping:
-        return lora_of_gates(generator.params["pool"], gates[indices], config=generator.config)
-
-    return lora
+    return gated_pool(generator.params["pool"], gates, generator.config)
 
 
 # --- what must hold ------------------------------------------------------------------------------

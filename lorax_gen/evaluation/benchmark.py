@@ -48,6 +48,7 @@ from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceScores, encode_items, score_items
 from lorax_gen.mesh import hosts
 from lorax_gen.models.model import Model
+from lorax_gen.system import gated_pool
 from lorax_gen.tensors import tree_hash
 
 Mode = Literal["plain", "icl", "card", "lora_gen", "shuffled", "empty", "random"]
@@ -152,7 +153,7 @@ def evaluate_benchmark(
     left = np.flatnonzero(np.isnan(numbers).any(1)).tolist()
 
     prompts = prompts_of(benchmark, questions, setting, system, train, other)
-    gates = None
+    adapter = None
     if prompts is not None:
         show(bar, f"{benchmark.name}, prompts", len(left))
         gates = gates_of_prompts(
@@ -164,6 +165,8 @@ def evaluate_benchmark(
             mesh=mesh,
             progress=advance(bar),
         )
+        generator = system.generator
+        adapter = gated_pool(generator.params["pool"], gates, generator.config)
 
     def record(indices: list[int], scores: list[ChoiceScores]) -> None:
         rows = []
@@ -183,8 +186,7 @@ def evaluate_benchmark(
             [questions[i].id for i in left],
             bos=setting.bos,
         ),
-        gates=gates,
-        generator=system.generator,
+        adapter=adapter,
         max_length=system.max_length,
         tokens_per_batch=tokens_per_batch,
         mesh=mesh,
@@ -302,7 +304,7 @@ def prompts_of(
         if other is None or other[0].name == benchmark.name:
             raise UserError("mode shuffled needs another benchmark, whose prompts are read")
         benchmark, train = other
-    encoder = Encoder(system.cloud.tokenizer)
+    encoder = Encoder.of(system.cloud)
     if setting.mode == "empty":
         return [Prompt(encoder.ids(""))] * len(questions)
     limit, prompts = system.prompt_room, []

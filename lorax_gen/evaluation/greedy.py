@@ -19,13 +19,14 @@ from lorax_gen.evaluation.system import System
 from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.inference.choices import ChoiceItem, score_items
 from lorax_gen.models.model import Model
+from lorax_gen.system import gated_pool
 
 Question = tuple[str, str]
 
 
 def right_answers(model: Model, questions: Sequence[Question], **options: Any) -> np.ndarray:
     """`[N]` bool of questions and their answers; options as of `choices.score_items`."""
-    encoder, items = Encoder(model.tokenizer), []
+    encoder, items = Encoder.of(model), []
     for question, answer in questions:
         row, start = encoder.row(question, answer)
         items.append(ChoiceItem(((row[:start], row[start:]),), question))
@@ -39,7 +40,7 @@ def right_specialised(
     mesh: Mesh | None = None,
 ) -> np.ndarray:
     """`[N]` bool: bare questions `(i, pair)`, the edge specialised by prompt i."""
-    encoder = Encoder(system.cloud.tokenizer)
+    encoder = Encoder.of(system.cloud)
     gates = gates_of_prompts(
         [encoder.ids(prompt) for prompt in prompts],
         system.cloud,
@@ -50,8 +51,11 @@ def right_specialised(
     return right_answers(
         system.edge,
         [pair for _, pair in questions],
-        gates=gates[[i for i, _ in questions]],
-        generator=system.generator,
+        adapter=gated_pool(
+            system.generator.params["pool"],
+            gates[[i for i, _ in questions]],
+            system.generator.config,
+        ),
         mesh=mesh,
     )
 

@@ -89,7 +89,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
         self.mesh = serving_mesh(fsdp, tensor)
         place = partial(tree_shardings, mesh=self.mesh) if self.mesh else None
-        model = load_model(edge, DTYPES[dtype], shardings=place)
+        model = load_model(edge, DTYPES[dtype], shardings=place, bos=add_bos_token)
         positions = model.config.max_position_embeddings
         if max_length is not None and not 0 < max_length <= positions:
             raise UserError(f"max_length is {max_length}: choose from 1 to the model's {positions}")
@@ -97,7 +97,6 @@ class HarnessModel(TemplateLM):
         config = dataclasses.replace(model.config, max_position_embeddings=max_length or positions)
         self.model = dataclasses.replace(model, config=config)
         self.tokenizer = model.tokenizer
-        self.add_bos_token = add_bos_token
         self.tokens_per_batch = tokens_per_batch
         self.most_rows = None if str(batch_size).startswith("auto") else int(batch_size)
         if self.most_rows == 1:
@@ -147,7 +146,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Ids:
         """Token ids, where `add_special_tokens` leaves it open with BOS as `add_bos_token` says."""
-        bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        bos = self.model.bos if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(
             self.tokenizer.decode([self.prefix_token_id])
         ):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 
 from lorax_gen.data.tokens import bucket, pad_rows
 from lorax_gen.errors import UserError
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoding import generate
 from lorax_gen.models.model import Model
 
@@ -49,20 +50,20 @@ def measure_latency(
     questions: Sequence[Sequence[int]],
     *,
     new_tokens: int = 1,
-    lora: Mapping | None = None,
+    adapter: Adapter | None = None,
 ) -> Latency:
     """Times the questions one by one, in their order.
 
     Args:
       questions: token ids, each question of at least one.
       new_tokens: length of an answer; a stop token ends it earlier.
-      lora: a LoRA tree that is not merged, or None.
+      adapter: see `models.adapter`; its rows, if any, are those of every question.
 
     Raises UserError where there is no question, or one with its answer is beyond the model.
     """
     if not questions:
         raise UserError("no question to time; give at least one")
-    answer = answerer(model, new_tokens, lora)
+    answer = answerer(model, new_tokens, adapter)
     rows = [padded(model, ids, new_tokens) for ids in questions]
     for tokens in {tokens.shape: (tokens, lengths) for tokens, lengths in rows}.values():
         answer(*tokens)
@@ -75,7 +76,7 @@ def measure_latency(
 
 
 def peak_memory(
-    model: Model, tokens: int, *, new_tokens: int = 1, lora: Mapping | None = None
+    model: Model, tokens: int, *, new_tokens: int = 1, adapter: Adapter | None = None
 ) -> Memory:
     """Of the device that answers questions of up to `tokens` tokens, after it has answered one.
 
@@ -84,7 +85,7 @@ def peak_memory(
     question = padded(model, [0] * tokens, new_tokens)
     device = jax.local_devices()[0]
     if "peak_bytes_in_use" in (device.memory_stats() or {}):
-        answerer(model, new_tokens, lora)(*question)
+        answerer(model, new_tokens, adapter)(*question)
         return Memory(int(device.memory_stats()["peak_bytes_in_use"]), measured=True)
     compiled = generate.lower(
         model.decoding_params,
@@ -92,7 +93,7 @@ def peak_memory(
         *map(jnp.asarray, question),
         max_new_tokens=new_tokens,
         stop_ids=model.stop_ids,
-        lora=lora,
+        adapter=adapter,
     ).compile()
     sizes = compiled.memory_analysis()
     program = sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
@@ -101,7 +102,7 @@ def peak_memory(
 
 
 def answerer(
-    model: Model, new_tokens: int, lora: Mapping | None
+    model: Model, new_tokens: int, adapter: Adapter | None
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The function from a question's tokens `[1, T]` and length `[1]` to its answer `[1, N]`."""
 
@@ -114,7 +115,7 @@ def answerer(
                 lengths,
                 max_new_tokens=new_tokens,
                 stop_ids=model.stop_ids,
-                lora=lora,
+                adapter=adapter,
             )
         )
 

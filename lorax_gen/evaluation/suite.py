@@ -37,7 +37,6 @@ from lorax_gen.evaluation.system import System
 from lorax_gen.evaluation.tables import MEANS, agent_csv, as_csv
 from lorax_gen.inference.choices import TOKENS_PER_BATCH
 from lorax_gen.models.model import Model
-from lorax_gen.tokenizers import encode
 
 Report = dict[str, Any]
 
@@ -213,7 +212,7 @@ def sample_contexts(
 def serving_cost(model: Model, texts: Sequence[str]) -> Report:
     """Latency of the first token behind texts, one at a time, and memory; see `latency`."""
     room = model.config.max_position_embeddings - 1
-    rows = [encode(model.tokenizer, text, bos=model.scoring_bos)[-room:] for text in texts]
+    rows = [model.encode(text)[-room:] for text in texts]
     rows = [row for row in rows if row]
     latency = measure_latency(model, rows)
     memory = peak_memory(model, max(map(len, rows)))

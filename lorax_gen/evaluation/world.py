@@ -19,6 +19,7 @@ from lorax_gen.data.world import World
 from lorax_gen.evaluation.greedy import Question, right_answers, right_specialised
 from lorax_gen.evaluation.latency import measure_latency
 from lorax_gen.evaluation.system import System
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.model import Model
 
 METHODS = {
@@ -55,7 +56,7 @@ def evaluate_world(
     """
     world, rng = data.world(), np.random.default_rng(seed)
     edge, cloud = system.edge, system.cloud
-    edge_encoder, cloud_encoder = Encoder(edge.tokenizer), Encoder(cloud.tokenizer)
+    edge_encoder, cloud_encoder = Encoder.of(edge), Encoder.of(cloud)
     report: dict[str, Any] = {"accuracy": {}, "chance": {}, "tasks": {}, "questions": {}}
     contexts: dict[str, list[tuple[Model, str]]] = {}
     for family in progress(data.families):
@@ -72,7 +73,7 @@ def evaluate_world(
 
         right = {"edge": right_answers(edge, bare), "edge_icl": right_answers(edge, prompted)}
         if system.lora is not None:
-            right["edge_lora"] = right_answers(edge, bare, lora=system.lora)
+            right["edge_lora"] = right_answers(edge, bare, adapter=Adapter(system.lora))
         right["cloud_icl"] = right_answers(cloud, prompted)
         right["lora_gen"] = right_specialised(system, prompts, asked)
         right["lora_gen_shuffled"] = right_specialised(system, shuffled, asked)
@@ -112,7 +113,7 @@ def served(system: System, method: str) -> Model:
 
 def latency_ms(model: Model, texts: Sequence[str], runs: int, rng: np.random.Generator) -> float:
     """Median milliseconds per question, of `runs` drawn questions."""
-    encoder = Encoder(model.tokenizer)
+    encoder = Encoder.of(model)
     drawn = [encoder.ids(texts[i]) for i in rng.integers(0, len(texts), runs)]
     return measure_latency(model, drawn).median
 

@@ -100,7 +100,7 @@ def specialize(
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     spec = generator.spec(cloud.config, edge.config)
-    encoder = Encoder(cloud.tokenizer)
+    encoder = Encoder.of(cloud)
     limit = cloud.config.max_position_embeddings - edge.config.num_hidden_layers
     length = min(bucket(max((len(encoder.ids(text)) for text in prompts), default=1)), limit)
     batch = prompt_batch(encoder, prompts, length)

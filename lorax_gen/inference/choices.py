@@ -5,7 +5,7 @@ rows that hold an item's choices together (`packing`): their shared context is r
 the positions that predict a choice's tokens go through the head.
 
 Dimensions: N items, C choices of an item, B rows, T time, S shards of a batch, P predictions of a
-shard, L edge layers, E experts, D model, V vocabulary.
+shard, L layers, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.artifacts.generator import Generator
 from lorax_gen.errors import UserError
 from lorax_gen.inference.packing import RowBatch, Text, make_batches, pack
 from lorax_gen.mesh import hosts
 from lorax_gen.mesh.kernels import make_attention
-from lorax_gen.mesh.sharding import keep_rows, place, put_batch, row_shards, tree_shardings
-from lorax_gen.method.generator import GeneratorConfig, lora_from_gates
-from lorax_gen.method.lora import Tree
+from lorax_gen.mesh.sharding import (
+    keep_rows,
+    place,
+    place_adapter,
+    put_batch,
+    row_shards,
+    tree_shardings,
+)
 from lorax_gen.models import decoder
-from lorax_gen.models.attention import attend, visible
-from lorax_gen.models.decoder import Array, DecoderConfig, Params
+from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.attention import visible
+from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params
 from lorax_gen.models.model import Model
 
 TOKENS_PER_BATCH = 4096
@@ -125,14 +130,9 @@ def encode_items(
     model: Model,
     questions: Sequence[tuple[Sequence[str], Sequence[str]]],
     names: Sequence[str] | None = None,
-    *,
-    bos: bool | None = None,
 ) -> list[ChoiceItem]:
     """Questions tokenised: of each the contexts, one for all choices or one for each, and what
     continues them in each choice.
-
-    Args:
-      bos: whether contexts begin with BOS; None: as models of this family are scored.
 
     Raises UserError, which calls the item by its name, where a choice has no tokens.
     """
@@ -141,8 +141,7 @@ def encode_items(
         contexts = contexts if len(contexts) > 1 else list(contexts) * len(continuations)
         pairs += zip(contexts, continuations, strict=True)
         counts.append(len(continuations))
-    bos = model.scoring_bos if bos is None else bos
-    encoded, items = iter(encode_pairs(model.tokenizer, pairs, bos)), []
+    encoded, items = iter(encode_pairs(model.tokenizer, pairs, model.bos)), []
     for i, count in enumerate(counts):
         name = names[i] if names else f"item {i}"
         items.append(ChoiceItem(tuple(next(encoded) for _ in range(count)), name))
@@ -158,38 +157,33 @@ def encode_items(
 # --- tokens to scores ----------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("config", "generator", "attention", "constrain"))
+@partial(jax.jit, static_argnames=("config", "execution"))
 def score_rows(
     params: Params,
     config: DecoderConfig,
     batch: dict[str, Array],
-    lora: Tree | None = None,
+    adapter: Adapter | None = None,
     *,
-    generator: GeneratorConfig | None = None,
-    attention: Callable = attend,
-    constrain: Callable = decoder.unconstrained,
+    execution: Execution = Execution(),
 ) -> tuple[Array, Array]:
     """Log-likelihoods `[S, P]` fp32 of targets, and whether each is the likeliest token.
 
     Args:
-      batch: `RowBatch.arrays`; with `gates: [B, L, E]`, `lora` is the pool that they are over.
-      attention, constrain: see `decoder.hidden_states`.
+      batch: `RowBatch.arrays`.
+      adapter, execution: see `decoder.hidden_states`.
     """
     tokens, positions, mask = batch["tokens"], batch.get("positions"), None
     if positions is not None:
         queries, keys = batch["owners"][:, None, :, None], batch["owners"][:, None, None, :]
         mask = visible(positions, positions) & ((keys == 0) | (keys == queries))
-    if "gates" in batch:
-        lora = lora_from_gates(lora, batch["gates"], generator)
     hidden = decoder.hidden_states(
         params,
         config,
         tokens,
         positions=positions,
         mask=mask,
-        lora=lora,
-        attention=attention,
-        constrain=constrain,
+        adapter=adapter,
+        execution=execution,
     )
     places, targets = batch["places"], batch["targets"]
     shards, count = places.shape
@@ -218,9 +212,7 @@ def score_items(
     model: Model,
     items: Sequence[ChoiceItem],
     *,
-    gates: np.ndarray | None = None,
-    generator: Generator | None = None,
-    lora: Tree | None = None,
+    adapter: Adapter | None = None,
     max_length: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     longest_row: int | None = None,
@@ -231,9 +223,8 @@ def score_items(
     """Scores of items, in their order.
 
     Args:
-      gates: `[N, L, E]`: item i is scored by the model with the LoRA that they make of the pool of
-        `generator`.
-      lora: a LoRA tree for all items, instead.
+      adapter: see `models.adapter`; of its rows `[L, N, ...]`, which may stay on the host, there is
+        one for each item.
       max_length: most tokens that the model reads of a choice; what is more is cut off on the left.
         None: as many as it has positions.
       tokens_per_batch: B T at most, where a single row is not longer.
@@ -258,20 +249,21 @@ def score_items(
     ]
     if not rows:
         return []
-    params, adapter = model.params, generator.params["pool"] if gates is not None else lora
-    options = {"generator": generator.config if gates is not None else None}
-    shards = 1
+    params, execution, shards = model.params, Execution(), 1
     if mesh is not None:
-        shards = row_shards(mesh)
-        params, adapter = (place(tree, tree_shardings(tree, mesh)) for tree in (params, adapter))
-        options |= layout(mesh)
+        shards, execution = row_shards(mesh), execution_over(mesh)
+        params = place(params, tree_shardings(params, mesh))
+        if adapter is not None:  # once; rows follow with each batch
+            weights = place(adapter.shared, tree_shardings(adapter.shared, mesh))
+            adapter = dataclasses.replace(adapter, shared=weights)
 
     def dispatch(batch: RowBatch) -> tuple[Array, Array]:
-        arrays = batch.arrays()
-        if gates is not None:
-            arrays["gates"] = np.asarray(gates)[batch.items()].astype(np.float32)
-        arrays = jax.device_put(arrays) if mesh is None else put_batch(arrays, mesh)
-        return score_rows(params, model.config, arrays, adapter, **options)
+        arrays, own = batch.arrays(), adapter and adapter.take_rows(batch.items())
+        if mesh is None:
+            arrays = jax.device_put(arrays)
+        else:
+            arrays, own = put_batch(arrays, mesh), place_adapter(own, mesh)
+        return score_rows(params, model.config, arrays, own, execution=execution)
 
     def read(batch: RowBatch, found: tuple[Array, Array]) -> None:
         done = []
@@ -292,10 +284,10 @@ def score_items(
     return [result.scores() for result in results]
 
 
-@lru_cache
-def layout(mesh: Mesh) -> dict[str, Callable]:
-    """What `score_rows` needs on a mesh; the same objects again, so that programs are kept."""
-    return {"attention": make_attention("auto", mesh), "constrain": keep_rows(mesh)}
+@lru_cache  # the same object again, so that compiled programs are kept
+def execution_over(mesh: Mesh) -> Execution:
+    """How `score_rows` runs on a mesh."""
+    return Execution(attention=make_attention("auto", mesh), constrain=keep_rows(mesh))
 
 
 class Pending:

@@ -15,7 +15,7 @@ from lorax_gen.data.tokens import bucket
 from lorax_gen.errors import UserError
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.mesh.sharding import place, tree_shardings
-from lorax_gen.method.lora import Tree
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.model import Model
 
 TOKENS_PER_BATCH = 8192
@@ -28,7 +28,7 @@ def continue_texts(
     max_new_tokens: int,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     most_rows: int | None = None,
-    lora: Callable[[list[int]], Tree | None] = lambda indices: None,
+    adapter: Adapter | None = None,
     on_batch: Callable[[list[int], list[str]], None] = lambda indices, texts: None,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -39,7 +39,7 @@ def continue_texts(
     Args:
       tokens_per_batch: B times the cache slots of a row, at most, where a single row fits.
       most_rows: B at most.
-      lora: the LoRA tree of a batch, or None, of the indices of its rows.
+      adapter: see `models.adapter`; of its rows there is one for each text.
       on_batch: called with the indices of a batch and what was written, as soon as it is.
       seed: of what is drawn; no two batches draw the same.
       mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
@@ -56,7 +56,7 @@ def continue_texts(
             model,
             [rows[i] for i in indices],
             max_new_tokens=max_new_tokens,
-            lora=lora(indices),
+            adapter=adapter and adapter.take_rows(np.array(indices)),
             mesh=mesh,
             seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
             **options,

@@ -6,26 +6,27 @@ batch sizes, one program for reading prompts and one for each chunk of new token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lorax_gen.data.tokens import bucket, pad_rows
 from lorax_gen.errors import UserError
 from lorax_gen.mesh import hosts
-from lorax_gen.mesh.sharding import keep_decoding, place_lora, put_batch, row_shards
+from lorax_gen.mesh.sharding import keep_decoding, place_adapter, put_batch, row_shards
 from lorax_gen.models import decoding
+from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.decoder import Execution
 from lorax_gen.models.decoding import Sampling
 from lorax_gen.models.model import Model
-from lorax_gen.tokenizers import chat_ids, encode
+from lorax_gen.tokenizers import chat_ids
 
 CHUNK = 8  # tokens between two looks at the text: few enough to stream, enough to hide the look
 
-STATIC = ("config", "stop_ids", "constrain")
+STATIC = ("config", "stop_ids", "execution")
 prefill = partial(jax.jit, static_argnames=(*STATIC, "slots"))(decoding.prefill)
 advance = partial(jax.jit, static_argnames=(*STATIC, "steps"), donate_argnames="state")(
     decoding.advance
@@ -55,7 +56,7 @@ def stream_text(
     top_p: float | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
-    lora: Mapping | None = None,
+    adapter: Adapter | None = None,
     chat: bool = False,
     system: str = "",
     mesh: Mesh | None = None,
@@ -70,7 +71,7 @@ def stream_text(
       temperature: 0 is greedy; above, `top_k` and `top_p` restrict what is drawn, and `seed` says
         what it is: row i of two calls draws the same.
       stop: strings that end a text and are not part of it; so do the model's `stop_ids`.
-      lora: a LoRA tree for the whole batch or per example.
+      adapter: see `models.adapter`; of its rows there is one for each text.
       chat: texts are a user's turns, put into the tokenizer's chat template behind `system`.
       mesh: over which the weights lie (`load_model(..., shardings=...)`); texts are split over its
         batch axes. None: no mesh.
@@ -87,13 +88,12 @@ def stream_text(
         rows = [chat_ids(model.tokenizer, text, system) for text in texts]
     else:
         rows = [
-            encode(model.tokenizer, text) if isinstance(text, str) else [*text] for text in texts
+            model.encode(text) if isinstance(text, str) else [*text] for text in texts
         ]
     check_rows(rows, texts, max_new_tokens, model)
     shards = 1 if mesh is None else row_shards(mesh)
     count = bucket(-(-len(rows) // shards), 1) * shards
     rows += [rows[-1]] * (count - len(rows))
-    lora = jax.tree.map(lambda x: pad_examples(x, len(texts), count), lora)
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = pad_rows(rows, bucket(lengths.max()), 0, "a prompt")
 
@@ -102,12 +102,13 @@ def stream_text(
         "stop_ids": model.stop_ids,
         "sampling": None if greedy else Sampling(temperature, top_k, top_p),
         "key": None if greedy else jax.random.key(seed),
-        "lora": lora,
+        "adapter": pad_rows_of(adapter, len(texts), count),
     }
     params, config = model.decoding_params, model.config
     put = jax.device_put if mesh is None else partial(put_batch, mesh=mesh)
     if mesh is not None:
-        shared |= {"lora": place_lora(lora, mesh), "constrain": keep_decoding(mesh)}
+        shared["adapter"] = place_adapter(shared["adapter"], mesh)
+        shared["execution"] = Execution(constrain=keep_decoding(mesh))
     slots = tokens.shape[1] + bucket(max_new_tokens)
     state = prefill(params, config, *put((tokens, lengths)), slots=slots, **shared)
     ids = np.asarray(hosts.gather(state.token))[:, None]
@@ -154,11 +155,11 @@ def settled(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - held]
 
 
-def pad_examples(leaf: jax.Array, rows: int, padded: int) -> jax.Array:
-    """A LoRA per example `[L, B, ...]` for the rows that fill a batch up; a shared one as it is."""
-    if leaf.ndim == 3 or rows == padded:
-        return leaf
-    return jnp.concatenate([leaf, jnp.repeat(leaf[:, -1:], padded - rows, axis=1)], axis=1)
+def pad_rows_of(adapter: Adapter | None, rows: int, padded: int) -> Adapter | None:
+    """An adapter with as many rows as a batch that is filled up with its last one."""
+    if adapter is None or rows == padded:
+        return adapter
+    return adapter.take_rows(np.minimum(np.arange(padded), rows - 1))
 
 
 def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None:

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax_gen.errors import UserError
+from lorax_gen.models.adapter import Adapter
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -184,12 +185,14 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def place_lora(tree: Any, mesh: Mesh) -> Any:
-    """A LoRA tree onto the devices: a shared one like its weights, one per example by its rows."""
-    rows = NamedSharding(mesh, P(None, BATCH_AXES))
-    shared = tree_shardings(tree, mesh)
-    shardings = jax.tree.map(lambda leaf, own: rows if leaf.ndim == 4 else own, tree, shared)
-    return place(tree, shardings)
+def place_adapter(adapter: Adapter | None, mesh: Mesh) -> Adapter | None:
+    """An adapter onto the devices: what is shared like the weights, rows like the batch."""
+    if adapter is None:
+        return None
+    by_row = NamedSharding(mesh, P(None, BATCH_AXES))
+    shared = tree_shardings(adapter.shared, mesh)
+    rows = jax.tree.map(lambda _: by_row, adapter.rows)
+    return place(adapter, dataclasses.replace(adapter, shared=shared, rows=rows))
 
 
 def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Callable:

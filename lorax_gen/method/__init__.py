@@ -8,7 +8,7 @@ docstrings are the paper's equations.
 """
 
 from lorax_gen.method.balance import balance_loss, expert_load, gate_entropy
-from lorax_gen.method.experts import compose, init_pool
+from lorax_gen.method.experts import apply_experts, compose, init_pool
 from lorax_gen.method.generator import (
     Generated,
     GeneratorConfig,
@@ -33,6 +33,7 @@ from lorax_gen.method.router import gumbel, init_router, keep_top_k, router_logi
 __all__ = [
     "Generated",
     "GeneratorConfig",
+    "apply_experts",
     "apply_lora",
     "balance_loss",
     "cloud_lora",

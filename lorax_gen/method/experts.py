@@ -3,7 +3,8 @@
 A pool is a LoRA tree with an expert axis: `{name: {'a': [L, N, D, R], 'b': [L, N, R, F]}}` when
 every edge layer has its own experts, `[N, D, R]` and `[N, R, F]` when the layers share them.
 
-Dims: B batch, L edge layers, N experts, K kept experts, D input width, F output width, R rank.
+Dims: B batch, L edge layers, N experts, K kept experts, D input width,
+F output width, R rank, T time.
 """
 
 from collections.abc import Mapping
@@ -59,6 +60,32 @@ def compose(
         return {name: _sum_factors(pair, gates) for name, pair in pool.items()}
     kept, indices = jax.lax.top_k(gates, top_k or gates.shape[-1])  # [L, ..., K]
     return {name: _side_by_side(pair, kept, indices) for name, pair in pool.items()}
+
+
+def apply_experts(
+    x: Array,
+    pair: Mapping[str, Array],
+    gates: Array,
+    composition: Literal["factors", "products"] = "factors",
+) -> Array:
+    """`x` through the LoRA that `compose` would make of one kernel's experts, never made.
+
+    All experts are multiplied, so the experts are read once however many rows have gates of their
+    own: for few tokens of many tasks. In the dtype of `x`.
+
+    Args:
+      x: `[B, T, D]`.
+      pair: one layer's experts, `a` `[N, D, R]` and `b` `[N, R, F]`.
+      gates: `[B, N]`.
+
+    Returns:
+      `[B, T, F]`.
+    """
+    a, b, gates = (value.astype(x.dtype) for value in (pair["a"], pair["b"], gates))
+    inner = jnp.einsum("btd,ndr->btnr", x, a)
+    if composition == "factors":
+        inner = jnp.einsum("btnr,bn->btr", inner, gates)[:, :, None]
+    return jnp.einsum("btnr,nrf->btf", inner * gates[:, None, :, None], b)
 
 
 def _sum_factors(pair: dict[str, Array], gates: Array) -> dict[str, Array]:

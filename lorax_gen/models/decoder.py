@@ -6,9 +6,8 @@ Parameters are a plain dict, layers stacked on a leading axis and scanned:
 
 with `'lm_head': [D, V]` where the head is not tied to the embeddings. Kernels are `[in, out]`, or
 pairs of int8 values and scales (`models.int8`).
-A family is a set of switches in `DecoderConfig`; no code asks for one by name. Any kernel takes an
-optional LoRA pair (see `lorax_gen.method.lora`): one for the whole batch, `[L, D, R]`, or one per
-example, `[L, B, D, R]`.
+A family is a set of switches in `DecoderConfig`; no code asks for one by name. What adapts the
+decoder comes in as an `Adapter` (`models.adapter`), how it runs as an `Execution`.
 
 Rows are right-padded and attention is plainly causal, so nothing real ever sees padding and no
 mask is needed.
@@ -29,8 +28,8 @@ import numpy as np
 from flax import linen as nn
 
 from lorax_gen.errors import UserError
-from lorax_gen.method.lora import apply_lora
 from lorax_gen.models import int8
+from lorax_gen.models.adapter import Adapter, Delta
 from lorax_gen.models.attention import attend, softcapped, visible
 
 Array = jax.Array
@@ -170,70 +169,81 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     return rotated.astype(x.dtype)
 
 
-def lora_dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout on the input of a LoRA branch; the frozen branch sees `x` itself."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
-
-
 def unconstrained(x: Array) -> Array:
-    """The states as they are; see `hidden_states`."""
+    """The states as they are; see `Execution`."""
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a forward pass runs, whatever it computes. Static: equal ones share a compiled program.
+
+    Attributes:
+      attention: stands in for `models.attention.attend`.
+      constrain: called on the states between layers, and in decoding on caches `[B, S, K, E]`, to
+        say how they are sharded over a mesh.
+      remat: an entry of `REMAT_POLICIES`: what the backward pass computes again.
+    """
+
+    attention: Callable = attend
+    constrain: Callable = unconstrained
+    remat: str = "none"
 
 
 class Block(nn.Module):
     """One pre-norm transformer layer: attention, then a gated feed-forward network."""
 
     config: DecoderConfig
-    dropout: float = 0.0
-    attention: Callable = attend
-    constrain: Callable = unconstrained
+    execution: Execution = Execution()
 
     def norm(self, name: str, x: Array) -> Array:
         initial = nn.initializers.zeros if self.config.rms_norm_offset else nn.initializers.ones
         weight = self.param(name, initial, (x.shape[-1],)).astype(jnp.float32)
         return rms_norm(x, weight, self.config)
 
-    def project(self, name: str, x: Array, lora: Mapping, key: Array | None) -> Array:
+    def linear(self, name: str) -> Callable[[Array, Delta], Array]:
+        """The frozen kernel as a function, with what a `delta` adds."""
         shape = kernel_shapes(self.config)[name]
-        y = int8.matmul(x, self.param(name, INIT, shape))
+        kernel, bias = self.param(name, INIT, shape), None
         if self.config.qkv_bias and name in ("q", "k", "v"):
-            y += self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)
-        if name in lora:
-            if key is not None:
-                key = jax.random.fold_in(key, sorted(lora).index(name))
-            y += apply_lora(lora_dropout(x, self.dropout, key), lora[name])
-        return y
+            bias = self.param(f"{name}_bias", nn.initializers.zeros, shape[1:])
+
+        def project(x: Array, delta: Delta) -> Array:
+            y = int8.matmul(x, kernel)
+            y = y if bias is None else y + bias.astype(x.dtype)
+            added = delta(name, x)
+            return y if added is None else y + added
+
+        return project
 
     @nn.compact
-    def __call__(self, x, lora, key, rope, window=None, cache=None, positions=None, mask=None):
-        """`x: [B, T, D]` -> (`[B, T, D]`, cache).
+    def __call__(self, x, adapter, key, rope, window=None, cache=None, positions=None, mask=None):
+        """`x: [B, T, D]` -> (`[B, T, D]`, (cache, auxiliary losses of the adapter)).
 
         `window` limits the positions that a query sees. With a cache `{'k','v': [B, S, K, E]}`, new
         keys and values are written into it: at `positions: [B, T]`, where a query sees every slot
         up to its own, or, where there are none, into the first T slots of an empty one. Without
         one, `positions` and `mask` are those of `hidden_states`.
         """
-        config, lora = self.config, lora or {}
+        config, adapter = self.config, adapter or Adapter()
         batch, time, _ = x.shape
         heads = lambda y: y.reshape(batch, time, -1, config.head_dim)  # noqa: E731
+        delta = lambda name, h: adapter.kernel(name, h, key)  # noqa: E731
 
         h = self.norm("attn_norm", x)
-        q = rotate(heads(self.project("q", h, lora, key)), rope)
-        k = rotate(heads(self.project("k", h, lora, key)), rope)
-        v = heads(self.project("v", h, lora, key))
+        q, k, v, o = map(self.linear, "qkvo")
+        q, k = rotate(heads(q(h, delta)), rope), rotate(heads(k(h, delta)), rope)
+        v = heads(v(h, delta))
         if cache is not None:
             cache = {name: write(cache[name], new, positions) for name, new in (("k", k), ("v", v))}
         if cache is not None and positions is not None:
             k, v = cache["k"], cache["v"]
             mask = visible(positions, jnp.arange(k.shape[1]), window)
         elif window is not None:
-            places = jnp.arange(time)[None] if positions is None else positions
-            near = visible(places, places, window)
+            where = jnp.arange(time)[None] if positions is None else positions
+            near = visible(where, where, window)
             mask = near if mask is None else mask & near
-        attended = self.attention(
+        attended = self.execution.attention(
             q,
             k,
             v,
@@ -241,14 +251,18 @@ class Block(nn.Module):
             softcap=config.attn_logit_softcapping,
             mask=mask,
         )
-        attended = self.project("o", attended.reshape(batch, time, -1), lora, key)
+        attended = o(attended.reshape(batch, time, -1), delta)
         x = x + (self.norm("attn_post_norm", attended) if config.post_norms else attended)
 
         h = self.norm("mlp_norm", x)
-        gate = ACTIVATIONS[config.hidden_act](self.project("gate", h, lora, key))
-        h = self.project("down", gate * self.project("up", h, lora, key), lora, key)
+        gate, up, down = map(self.linear, ("gate", "up", "down"))
+
+        def mlp(h: Array, delta: Delta) -> Array:
+            return down(ACTIVATIONS[config.hidden_act](gate(h, delta)) * up(h, delta), delta)
+
+        h, aux = adapter.feed_forward(h, mlp, key)
         x = x + (self.norm("mlp_post_norm", h) if config.post_norms else h)
-        return self.constrain(x), cache
+        return self.execution.constrain(x), (cache, aux)
 
 
 def write(cache: Array, new: Array, positions: Array | None) -> Array:
@@ -263,10 +277,7 @@ class Decoder(nn.Module):
     """Token ids or embeddings to final-norm hidden states; layers scanned."""
 
     config: DecoderConfig
-    remat: str = "none"
-    dropout: float = 0.0
-    attention: Callable = attend
-    constrain: Callable = unconstrained
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -274,29 +285,33 @@ class Decoder(nn.Module):
         tokens=None,
         *,
         embeddings=None,
+        prefix=None,
         positions=None,
         mask=None,
-        lora=None,
+        adapter=None,
         dropout_key=None,
     ):
-        config = self.config
+        config, execution = self.config, self.execution
         d, v = config.hidden_size, config.vocab_size
         table = self.param("embed", nn.initializers.normal(d**-0.5), (v, d))
         if not config.tie_word_embeddings:
             self.param("lm_head", INIT, (d, v))
         x = scale_embeddings(table[tokens], config) if embeddings is None else embeddings
-        x = self.constrain(x)
+        if prefix is not None:
+            x, positions, mask = prepend(prefix, x, positions, mask)
+        x = execution.constrain(x)
 
         block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        if execution.remat != "none":
+            policy = REMAT_POLICIES[execution.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, 0, *[nn.broadcast] * 3),
             length=config.num_hidden_layers,
-        )(config, self.dropout, self.attention, self.constrain, name="layers")
+        )(config, execution, name="layers")
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, config.num_hidden_layers)
@@ -304,10 +319,29 @@ class Decoder(nn.Module):
         if any(config.windows):  # scanned, so layers without one get one that holds everything
             windows = jnp.array([window or x.shape[1] for window in config.windows], jnp.int32)
         rope = rope_tables(config, jnp.arange(x.shape[1]) if positions is None else positions)
-        x, _ = layers(x, lora or None, keys, rope, windows, None, positions, mask)
+        x, (_, aux) = layers(x, adapter, keys, rope, windows, None, positions, mask)
 
         initial = nn.initializers.zeros if config.rms_norm_offset else nn.initializers.ones
-        return rms_norm(x, self.param("final_norm", initial, (d,)), config)
+        x = rms_norm(x, self.param("final_norm", initial, (d,)), config)
+        return x if prefix is None else x[:, prefix.shape[1] :], aux
+
+
+def prepend(
+    prefix: Array, x: Array, positions: Array | None = None, mask: Array | None = None
+) -> tuple[Array, Array | None, Array | None]:
+    """Embeddings `[B, S, D]` before embeddings `[B, T, D]`, whose positions and mask follow suit:
+    the prefix is causal, and every token sees all of it."""
+    batch, length, _ = prefix.shape
+    x = jnp.concatenate([prefix.astype(x.dtype), x], axis=1)
+    if positions is not None:
+        own = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        positions = jnp.concatenate([own, positions + length], axis=1)
+    if mask is not None:
+        time = mask.shape[-1]
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (length, 0), (length, 0)))
+        before = jnp.arange(length) <= jnp.arange(length + time)[:, None]
+        mask = mask.at[..., :length].set(before)
+    return x, positions, mask
 
 
 def rms_norm(x: Array, weight: Array, config: DecoderConfig) -> Array:
@@ -347,33 +381,49 @@ def hidden_states(
     tokens: Array | None = None,
     *,
     embeddings: Array | None = None,
+    prefix: Array | None = None,
     positions: Array | None = None,
     mask: Array | None = None,
-    lora: Mapping | None = None,
-    dropout: float = 0.0,
+    adapter: Adapter | None = None,
     dropout_key: Array | None = None,
-    remat: str = "none",
-    attention: Callable = attend,
-    constrain: Callable = unconstrained,
+    execution: Execution = Execution(),
 ) -> Array:
     """Final-norm hidden states `[B, T, D]` of tokens `[B, T]` or of embeddings `[B, T, D]`.
 
     Several texts may share a row: `positions: [B, T]` says where in its text a token stands, and
     `mask: [B, 1, T, T]` bool what a query sees, of which windows leave what is near by position.
-    `dropout` acts on the input of LoRA branches and only where `dropout_key` is given.
-    `remat` names an entry of `REMAT_POLICIES`; `attention` stands in for `models.attention.attend`.
-    `constrain` is called on the states between layers, to say where on a mesh they lie.
+
+    Args:
+      prefix: `[B, S, D]`, embeddings that stand before every row and are seen by all of it, such as
+        a soft prompt; no states of it are returned.
+      adapter: see `models.adapter`.
+      dropout_key: of the adapter's dropout; None: none.
+      execution: see `Execution`.
     """
-    module = Decoder(config, remat, dropout, attention, constrain)
-    return module.apply(
-        {"params": params},
+    return hidden_and_aux(
+        params,
+        config,
         tokens,
         embeddings=embeddings,
+        prefix=prefix,
         positions=positions,
         mask=mask,
-        lora=lora,
+        adapter=adapter,
         dropout_key=dropout_key,
-    )
+        execution=execution,
+    )[0]
+
+
+def hidden_and_aux(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Array | None = None,
+    *,
+    execution: Execution = Execution(),
+    **options: Any,
+) -> tuple[Array, dict[str, Array]]:
+    """`hidden_states`, and the adapter's auxiliary losses by name, `[L]` each."""
+    return Decoder(config, execution).apply({"params": params}, tokens, **options)
 
 
 def logits(params: Params, config: DecoderConfig, hidden: Array) -> Array:

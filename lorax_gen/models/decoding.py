@@ -10,23 +10,25 @@ Dimensions: B batch, T prompt length, N new tokens, S cache slots, L layers, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoder import (
     Array,
     Block,
     DecoderConfig,
+    Execution,
     Params,
     embed,
     logits,
+    prepend,
     rms_norm,
     rope_tables,
-    unconstrained,
     unstack,
 )
 
@@ -67,28 +69,32 @@ def forward_with_cache(
     config: DecoderConfig,
     tokens: Array,
     cache: list,
-    lora: Mapping | None,
+    adapter: Adapter | None = None,
     positions: Array | None = None,
-    constrain: Callable = unconstrained,
+    prefix: Array | None = None,
+    execution: Execution = Execution(),
 ) -> tuple[Array, list]:
     """Hidden states `[B, T, D]` of tokens `[B, T]`, and the cache with them in it.
 
-    They stand at `positions: [B, T]`, or, where there are none, at the beginning of an empty cache.
-    `constrain` is called on the states between layers and on caches `[B, S, K, E]`, to say where on
-    a mesh they lie.
+    They stand at `positions: [B, T]`, or, where there are none, at the beginning of an empty cache,
+    after a prefix of embeddings `[B, S, D]` where there is one.
     """
     layers, count = params["layers"], config.num_hidden_layers
     layers = layers if isinstance(layers, list) else unstack(layers, count)
     x = embed(params, config, tokens)
-    rope = rope_tables(config, jnp.arange(tokens.shape[1]) if positions is None else positions)
-    new_cache, block = [], Block(config, constrain=constrain)
+    if prefix is not None:
+        x, _, _ = prepend(prefix, x)
+    rope = rope_tables(config, jnp.arange(x.shape[1]) if positions is None else positions)
+    new_cache, block, constrain = [], Block(config, execution), execution.constrain
     x, cache = constrain(x), jax.tree.map(constrain, cache)
-    for layer, pair, window, slots in zip(
-        layers, unstack(lora, count), config.windows, cache, strict=True
+    for layer, own, window, slots in zip(
+        layers, unstack(adapter, count), config.windows, cache, strict=True
     ):
-        x, slots = block.apply({"params": layer}, x, pair, None, rope, window, slots, positions)
+        x, (slots, _) = block.apply({"params": layer}, x, own, None, rope, window, slots, positions)
         new_cache.append(slots)
-    return rms_norm(x, params["final_norm"], config), jax.tree.map(constrain, new_cache)
+    x = rms_norm(x, params["final_norm"], config)
+    x = x if prefix is None else x[:, prefix.shape[1] :]
+    return x, jax.tree.map(constrain, new_cache)
 
 
 def restrict(scores: Array, top_k: Array | None = None, top_p: Array | None = None) -> Array:
@@ -130,23 +136,28 @@ def prefill(
     stop_ids: Sequence[int] = (),
     sampling: Sampling | None = None,
     key: Array | None = None,
-    lora: Mapping | None = None,
-    constrain: Callable = unconstrained,
+    adapter: Adapter | None = None,
+    prefix: Array | None = None,
+    execution: Execution = Execution(),
 ) -> DecodingState:
     """Reads prompts and chooses the first new token of each; see `generate`.
 
     Args:
-      slots: S, prompt and new tokens together.
-      constrain: see `forward_with_cache`.
+      slots: S, prefix, prompt and new tokens together.
+      execution: of which decoding uses `constrain`.
     """
     batch, _ = tokens.shape
+    before = 0 if prefix is None else prefix.shape[1]
     cache = init_cache(config, batch, slots, params["embed"].dtype)
     # Padding fills cache slots too, but a row's own new tokens overwrite them before any query
     # can see that far.
-    hidden, cache = forward_with_cache(params, config, tokens, cache, lora, constrain=constrain)
+    hidden, cache = forward_with_cache(
+        params, config, tokens, cache, adapter, prefix=prefix, execution=execution
+    )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     token = choose(logits(params, config, last), sampling, key, jnp.int32(0))
-    return DecodingState(token, lengths, is_stop(token, stop_ids), jnp.int32(1), cache)
+    ended = is_stop(token, stop_ids)
+    return DecodingState(token, lengths + before, ended, jnp.int32(1), cache)
 
 
 def advance(
@@ -158,8 +169,8 @@ def advance(
     stop_ids: Sequence[int] = (),
     sampling: Sampling | None = None,
     key: Array | None = None,
-    lora: Mapping | None = None,
-    constrain: Callable = unconstrained,
+    adapter: Adapter | None = None,
+    execution: Execution = Execution(),
 ) -> tuple[DecodingState, Array]:
     """Up to `steps` more tokens `[B, steps]`; stops early when all rows are finished.
 
@@ -180,9 +191,9 @@ def advance(
             config,
             state.token[:, None],
             state.cache,
-            lora,
+            adapter,
             state.position[:, None],
-            constrain,
+            execution=execution,
         )
         token = choose(logits(params, config, hidden[:, 0]), sampling, key, state.step)
         token = jnp.where(state.finished, state.token, token)
@@ -216,23 +227,24 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     sampling: Sampling | None = None,
     key: Array | None = None,
-    lora: Mapping | None = None,
+    adapter: Adapter | None = None,
+    prefix: Array | None = None,
 ) -> Array:
     """Continues prompts token by token, in one program.
 
     Args:
       tokens: `[B, T]` int32, right-padded; `lengths: [B]` int32, each at least 1.
-      max_new_tokens: N; the cache holds T + N slots.
+      max_new_tokens: N; the cache holds them, the prompt and the prefix.
       stop_ids: tokens that end a row.
       sampling: None is greedy; otherwise `key` is the root of what is drawn.
-      lora: a LoRA tree for the whole batch or per example, or None.
+      adapter, prefix: see `decoder.hidden_states`.
 
     Returns:
       `[B, N]` int32; a row's stop token is repeated behind it. Stops as soon as all have ended.
     """
-    options = {"stop_ids": stop_ids, "sampling": sampling, "key": key, "lora": lora}
-    slots = tokens.shape[1] + max_new_tokens
-    state = prefill(params, config, tokens, lengths, slots=slots, **options)
+    options = {"stop_ids": stop_ids, "sampling": sampling, "key": key, "adapter": adapter}
+    slots = tokens.shape[1] + max_new_tokens + (0 if prefix is None else prefix.shape[1])
+    state = prefill(params, config, tokens, lengths, slots=slots, prefix=prefix, **options)
     first = state.token[:, None]
     _, rest = advance(params, config, state, steps=max_new_tokens - 1, **options)
     return jnp.concatenate([first, rest], axis=1)

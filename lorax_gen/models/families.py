@@ -67,7 +67,6 @@ class Family:
       switches: those of `SWITCHES` that are on in every model of the family.
       fields: fields of its config.json that `DecoderConfig` has too, and their defaults.
       constants: written into config.json for its readers, not read by us.
-      scoring_bos: whether a prompt whose continuations are scored begins with BOS.
     """
 
     architecture: str
@@ -76,7 +75,6 @@ class Family:
     switches: tuple[str, ...] = ()
     fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: COMMON)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    scoring_bos: bool = False
 
 
 NO_BIAS = {"attention_bias": False, "attention_dropout": 0.0}
@@ -109,7 +107,6 @@ FAMILIES = (
         switches=("rms_norm_offset", "embedding_scale"),
         fields=GEMMA,
         constants=NO_BIAS,
-        scoring_bos=True,
     ),
     Family(
         "Gemma2ForCausalLM",
@@ -125,7 +122,6 @@ FAMILIES = (
             "layer_types": (),
         },
         constants=NO_BIAS,
-        scoring_bos=True,
     ),
 )
 

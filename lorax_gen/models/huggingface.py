@@ -48,6 +48,7 @@ def load_model(
     in_int8: bool = False,
     shardings: Callable[[Params], Any] | None = None,
     revision: str | None = None,
+    bos: bool | None = None,
 ) -> Model:
     """Loads a model from a directory, a shipped one (`world/cloud`) or the hub (`org/name`).
 
@@ -57,6 +58,7 @@ def load_model(
       shardings: a tree of shardings for the abstract parameters, such as
         `partial(training.sharding.tree_shardings, mesh=mesh)`; None: the default device.
       revision: branch, tag or commit on the hub.
+      bos: whether texts begin with BOS; None: as the tokenizer does it by itself.
 
     Raises UserError where the directory, a file or a tensor is missing, foreign or misshapen.
     """
@@ -65,7 +67,7 @@ def load_model(
     params = read_params(directory, config, dtype, in_int8=in_int8, shardings=shardings)
     local = assets.resolve(name_or_dir).is_dir()  # no path may enter what is made of the model
     name = directory.resolve().name if local else str(name_or_dir)
-    return Model(config, params, load_tokenizer(directory), read_stop_ids(directory), name)
+    return Model(config, params, load_tokenizer(directory), read_stop_ids(directory), name, bos)
 
 
 def save_model(

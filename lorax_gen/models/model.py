@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax_gen import tokenizers
 from lorax_gen.method.lora import Tree, merge
 from lorax_gen.models import decoder, int8
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoder import DecoderConfig, Params
-from lorax_gen.models.families import (
-    family_of,
-)
 from lorax_gen.tensors import tree_hash
 
 
@@ -24,6 +23,8 @@ class Model:
 
     Attributes:
       stop_ids: tokens that end a text; the tokenizer's end of text where none are given.
+      bos: whether a text begins with BOS, the one rule for training, scoring, decoding, prompts and
+        requests; None is resolved to what the tokenizer does by itself.
       name: what it was loaded as: a hub name, or the last part of a directory's.
     """
 
@@ -32,8 +33,11 @@ class Model:
     tokenizer: Any
     stop_ids: tuple[int, ...] = ()
     name: str = ""
+    bos: bool | None = None
 
     def __post_init__(self):
+        if self.bos is None and self.tokenizer is not None:
+            object.__setattr__(self, "bos", tokenizers.adds_bos(self.tokenizer))
         eos = getattr(self.tokenizer, "eos_token_id", None)
         if not self.stop_ids and eos is not None:
             object.__setattr__(self, "stop_ids", (eos,))
@@ -49,10 +53,9 @@ class Model:
         layers = decoder.unstack(self.params["layers"], self.config.num_hidden_layers)
         return {**self.params, "layers": layers}
 
-    @property
-    def scoring_bos(self) -> bool:
-        """Whether a prompt whose continuations are scored begins with BOS (the Gemmas)."""
-        return family_of(self.config).scoring_bos
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as this model reads it."""
+        return tokenizers.encode(self.tokenizer, text, bos=self.bos)
 
     def merged(self, lora: Tree) -> Model:
         """The model with a LoRA tree merged into its kernels (eq. 1): the same shape, no LoRA.
@@ -63,7 +66,8 @@ class Model:
         layers = merge(self.params["layers"], lora)
         return dataclasses.replace(self, params={**self.params, "layers": layers})
 
-    def __call__(self, tokens: jax.Array, lora: Tree | None = None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, adapter: Adapter | None = None) -> jax.Array:
         """Next-token logits `[B, T, V]` (fp32) of token ids `[B, T]`."""
-        hidden = decoder.hidden_states(self.params, self.config, jnp.asarray(tokens), lora=lora)
+        tokens = jnp.asarray(tokens)
+        hidden = decoder.hidden_states(self.params, self.config, tokens, adapter=adapter)
         return decoder.logits(self.params, self.config, hidden)

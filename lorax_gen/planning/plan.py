@@ -181,7 +181,7 @@ def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
         work.spec,
         microbatches=config.microbatches,
         answer_length=config.answer_length,
-        **over_mesh(config, work.mesh),
+        execution=over_mesh(config, work.mesh),
     )
     step = make_train_step(loss, make_optimizer(config.optimizer, config.run.steps))
     places = jax.tree.map(lambda leaf: leaf.sharding, work.state)

@@ -26,6 +26,7 @@ from lorax_gen.evaluation.world import WorldQuiz
 from lorax_gen.hub import find_directory
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.method.lora import Tree, init_lora, scaled
+from lorax_gen.models.adapter import Adapter, LowRank
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.tensors import flatten, read_tensors, unflatten, write_tensors
@@ -79,9 +80,8 @@ def lora_loss(config: LoraConfig, decoder_config: Any, **options: Any) -> Loss:
             frozen,
             decoder_config,
             batch,
-            lora=lora,
-            dropout=config.dropout,
-            dropout_key=key if config.dropout else None,
+            adapter=Adapter(lora, apply=LowRank(config.dropout)),
+            dropout_key=key,
             answer_length=config.answer_length,
             axis_name=axis_name,
             **options,
@@ -97,7 +97,7 @@ def experiment(config: LoraConfig) -> Experiment:
     shardings = partial(tree_shardings, mesh=mesh) if config.mesh.mode == "jit" else None
     edge = load_model(config.edge, config.dtype, shardings=shardings)
     world, data = config.data.world(), config.data
-    encoder = Encoder(edge.tokenizer)
+    encoder = Encoder.of(edge)
     seen = [task for task in world.select("seen") if task.family in data.families]
     shapes = kernel_shapes(edge.config)
     for name in config.targets:
@@ -120,7 +120,7 @@ def experiment(config: LoraConfig) -> Experiment:
     def evaluate(state: State) -> dict[str, float]:
         lora = scaled(state["params"], config.alpha / config.rank)
         over = mesh if config.mesh.mode == "jit" else None
-        return quiz.accuracy(right_answers(edge, quiz.bare, lora=lora, mesh=over))
+        return quiz.accuracy(right_answers(edge, quiz.bare, adapter=Adapter(lora), mesh=over))
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
         tree = scaled(state["params"], config.alpha / config.rank)
@@ -147,7 +147,7 @@ def experiment(config: LoraConfig) -> Experiment:
             ),
             {},
         ),
-        loss=lora_loss(config, edge.config, **over_mesh(config, mesh)),
+        loss=lora_loss(config, edge.config, execution=over_mesh(config, mesh)),
         frozen=edge.params,
         batch=batch,
         evaluate=evaluate,

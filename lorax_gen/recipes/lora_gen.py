@@ -23,7 +23,6 @@ from lorax_gen.data.unseen import without_texts
 from lorax_gen.data.world_batches import generator_batch
 from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.greedy import right_specialised
-from lorax_gen.evaluation.system import System
 from lorax_gen.evaluation.world import WorldQuiz
 from lorax_gen.mesh import hosts
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
@@ -31,7 +30,7 @@ from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import embed, kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.models.model import Model
-from lorax_gen.system import GeneratorSpec, model_shape
+from lorax_gen.system import GeneratorSpec
 from lorax_gen.training.experiment import Experiment, over_mesh
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.run import RunConfig
@@ -104,15 +103,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
         )
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
-        save_generator(
-            directory,
-            config.generator,
-            state["params"],
-            state["stats"],
-            cloud=cloud.config,
-            edge=edge.config,
-            provenance=provenance,
-        )
+        save_generator(directory, generator_of(config, cloud, edge, state), provenance)
 
     def work(batch: dict[str, np.ndarray]) -> dict[str, float]:
         (prompts, prompt_length), (rows, length) = batch["prompt"].shape, batch["tokens"].shape
@@ -133,7 +124,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
             spec,
             microbatches=config.microbatches,
             answer_length=config.answer_length,
-            **over_mesh(config, mesh),
+            execution=over_mesh(config, mesh),
         ),
         frozen={"cloud": cloud.params, "edge": edge.params},
         batch=data.batch,
@@ -161,7 +152,7 @@ class Data(NamedTuple):
 def world_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
     """The embedded world: accuracy of seen and unseen tasks, by family."""
     world, data = config.data.world(), config.data
-    cloud_encoder, edge_encoder = Encoder(cloud.tokenizer), Encoder(edge.tokenizer)
+    cloud_encoder, edge_encoder = Encoder.of(cloud), Encoder.of(edge)
     seen = [task for task in world.select("seen") if task.family in data.families]
 
     def batch(step: int) -> dict[str, np.ndarray]:
@@ -180,7 +171,7 @@ def world_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
             answer_length=config.answer_length,
         )
 
-    quiz, system_of = WorldQuiz(world, data.families), system_maker(config, cloud, edge)
+    quiz = WorldQuiz(world, data.families)
     mesh = evaluation_mesh(config)
 
     def evaluate(state: State) -> dict[str, float]:
@@ -202,8 +193,8 @@ def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
             file=sys.stderr,
         )
     mixture = data.mixture(
-        Encoder(cloud.tokenizer),
-        Encoder(edge.tokenizer, bos=edge.scoring_bos),  # rows as evaluation scores them
+        Encoder.of(cloud),
+        Encoder.of(edge),
         seed=config.run.seed,
         prompts=config.prompts,
         queries=config.queries_per_prompt,
@@ -248,15 +239,11 @@ def mixture_data(config: LoraGenConfig, cloud: Model, edge: Model) -> Data:
     return Data(mixture.batch, evaluate, lambda: mixture.counts)
 
 
-def system_maker(config: LoraGenConfig, cloud: Model, edge: Model) -> Callable[[State], System]:
-    """The function from a state of training to the system that it is of."""
-    shapes = {"shapes": {"cloud": model_shape(cloud.config), "edge": model_shape(edge.config)}}
-
-    def system_of(state: State) -> System:
-        generator = Generator(config.generator, state["params"], state["stats"], shapes)
-        return System(edge, cloud, generator)
-
-    return system_of
+def generator_of(config: LoraGenConfig, cloud: Model, edge: Model, state: State) -> Generator:
+    """The generator that a state of training holds."""
+    return make_generator(
+        config.generator, state["params"], state["stats"], cloud=cloud.config, edge=edge.config
+    )
 
 
 def evaluation_mesh(config: LoraGenConfig) -> Mesh | None:

@@ -17,7 +17,7 @@ from lorax_gen.evaluation.greedy import right_answers
 from lorax_gen.evaluation.world import WorldQuiz
 from lorax_gen.mesh.sharding import MeshConfig, keep_rows, make_mesh
 from lorax_gen.models import decoder
-from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import word_level
@@ -114,7 +114,7 @@ def experiment(config: PretrainConfig) -> Experiment:
     constrain = decoder.unconstrained if mesh is None else keep_rows(mesh)
     return Experiment(
         init=lambda: (decoder.init_params(jax.random.key(config.run.seed), shape), {}),
-        loss=pretraining_loss(shape, constrain=constrain),
+        loss=pretraining_loss(shape, execution=Execution(constrain=constrain)),
         frozen={},
         batch=batch,
         evaluate=evaluate,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from lorax_gen.mesh.kernels import make_attention
 from lorax_gen.mesh.sharding import MeshConfig, keep_rows
-from lorax_gen.models.decoder import unconstrained
+from lorax_gen.models.decoder import Execution, unconstrained
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
@@ -49,10 +49,10 @@ class Experiment:
     counts: Callable[[], dict[str, int]] = dict
 
 
-def over_mesh(config: Any, mesh: Mesh) -> dict[str, Any]:
-    """The options of `decoder.hidden_states` that a method's config and its mesh ask for."""
-    return {
-        "remat": config.remat,
-        "attention": make_attention(config.attention, mesh, config.mesh.mode),
-        "constrain": keep_rows(mesh) if config.mesh.mode == "jit" else unconstrained,
-    }
+def over_mesh(config: Any, mesh: Mesh) -> Execution:
+    """How the forward passes of a method run, by its config and its mesh."""
+    return Execution(
+        attention=make_attention(config.attention, mesh, config.mesh.mode),
+        constrain=keep_rows(mesh) if config.mesh.mode == "jit" else unconstrained,
+        remat=config.remat,
+    )

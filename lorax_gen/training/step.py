@@ -25,8 +25,8 @@ import optax
 from lorax_gen.errors import UserError
 from lorax_gen.method import balance, generator
 from lorax_gen.models import decoder
-from lorax_gen.models.attention import attend
-from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.system import GeneratorSpec, meta_states
 from lorax_gen.training.state import State
 
@@ -139,9 +139,7 @@ def generator_loss(
     *,
     microbatches: int = 1,
     answer_length: int | None = None,
-    remat: str = "none",
-    attention: Callable = attend,
-    constrain: Callable = decoder.unconstrained,
+    execution: Execution = Execution(),
 ) -> Loss:
     """Eq. 10: L = L_LM + L_cv. `frozen` is `{'cloud': params, 'edge': params}`.
 
@@ -153,10 +151,9 @@ def generator_loss(
         after the other, each computed again in the backward pass. The router, its BatchNorm and
         eq. 9 still see the whole batch, so the gradients are those of the whole batch.
       answer_length: see `answer_nll`.
-      remat, attention, constrain: see `decoder.hidden_states`.
+      execution: see `decoder.Execution`.
     """
     config = spec.generator
-    options = {"remat": remat, "attention": attention, "constrain": constrain}
 
     def loss(params, stats, frozen, batch, key, axis_name):
         dropout_key, gumbel_key = jax.random.split(key)
@@ -170,16 +167,20 @@ def generator_loss(
                 spec,
                 part["prompt"],
                 part["prompt_lengths"],
-                dropout=config.cloud_dropout,
-                dropout_key=key if config.cloud_dropout else None,
-                **options,
+                dropout_key=key,
+                execution=execution,
             )
 
         def answer(part: Batch, key: Array) -> tuple[Array, Array]:
             del key
             lora = generator.lora_from_gates(params["pool"], part.pop("gates"), config)
             return answer_nll(
-                frozen["edge"], spec.edge, part, lora=lora, answer_length=answer_length, **options
+                frozen["edge"],
+                spec.edge,
+                part,
+                adapter=Adapter(rows=lora),
+                answer_length=answer_length,
+                execution=execution,
             )
 
         states = in_parts(read, prompts, microbatches, dropout_key)

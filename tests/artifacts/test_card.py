@@ -18,7 +18,7 @@ from lorax_gen.method import lora_from_gates
 from lorax_gen.models import decoder
 from lorax_gen.system import prompt_gates
 from lorax_gen.tensors import read_tensors, write_tensors
-from tests.tiny import PROMPTS, make_generator
+from tests.tiny import PROMPTS, adapter_of, make_generator
 
 PROMPT = PROMPTS[0]
 LONG = " ".join([PROMPT] * 4)  # padded to more tokens than the others
@@ -48,7 +48,9 @@ def card_fields(card):
 
 @functools.partial(jax.jit, static_argnums=1)
 def answer(params, config, tokens, lora=None):
-    return decoder.logits(params, config, decoder.hidden_states(params, config, tokens, lora=lora))
+    return decoder.logits(
+        params, config, decoder.hidden_states(params, config, tokens, adapter=adapter_of(lora))
+    )
 
 
 def two_experts(generator):

@@ -22,7 +22,7 @@ from lorax_gen.models.model import Model
 from lorax_gen.tensors import read_tensors, write_tensors
 from lorax_gen.tokenizers import word_level
 from tests.models.configs import CONFIGS, LLAMA
-from tests.tiny import make_generator
+from tests.tiny import adapter_of, make_generator
 
 MODULES = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
@@ -78,7 +78,9 @@ def lora_of_card(tiny_world_system, edge_of):
 
 @functools.partial(jax.jit, static_argnums=1)
 def logits(params, config, tokens, lora=None):
-    return decoder.logits(params, config, decoder.hidden_states(params, config, tokens, lora=lora))
+    return decoder.logits(
+        params, config, decoder.hidden_states(params, config, tokens, adapter=adapter_of(lora))
+    )
 
 
 # --- ours, out and in ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from lorax_gen.evaluation import latency
 from lorax_gen.evaluation.latency import measure_latency, peak_memory
 from lorax_gen.method import take_example
 from lorax_gen.models.decoding import generate
+from tests.tiny import adapter_of
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,10 @@ def test_a_question_is_answered_as_decoding_answers_it(tiny_world_system, edge):
     pool = tiny_world_system.params["pool"]
     for lora in (None, take_example(pool, 0)):
         tokens, lengths = latency.padded(edge, ids, 3)
-        found = latency.answerer(edge, 3, lora)(tokens, lengths)
+        found = latency.answerer(edge, 3, adapter_of(lora))(tokens, lengths)
         expected = generate(
             edge.decoding_params, edge.config, np.array([ids]), np.array([3]),
-            max_new_tokens=3, lora=lora, **stops,
+            max_new_tokens=3, adapter=adapter_of(lora), **stops,
         )  # fmt: skip
         np.testing.assert_array_equal(found, expected)
 

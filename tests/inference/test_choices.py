@@ -20,7 +20,9 @@ from lorax_gen.inference.choices import (
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.models import decoder
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.model import Model
+from lorax_gen.system import gated_pool
 from lorax_gen.tokenizers import load_tokenizer, word_level
 from tests.models.configs import CONFIGS
 from tests.real.real_tokenizers import build_gemma_like
@@ -182,7 +184,8 @@ def specialised(tiny_world_system):
 
 def test_gates_of_an_item_score_it_as_the_merged_model_does(specialised):
     edge, generator, items, gates = specialised
-    found = score_items(edge, items, gates=gates, generator=generator, tokens_per_batch=256)
+    gated = gated_pool(generator.params["pool"], gates, generator.config)
+    found = score_items(edge, items, adapter=gated, tokens_per_batch=256)
     make_lora = jax.jit(
         lambda row: lora_from_gates(generator.params["pool"], row, generator.config)
     )
@@ -196,7 +199,7 @@ def test_gates_of_an_item_score_it_as_the_merged_model_does(specialised):
 def test_a_lora_for_all_items_scores_as_the_merged_model_does(specialised):
     edge, generator, items, gates = specialised
     lora = lora_from_gates(generator.params["pool"], jnp.asarray(gates[0]), generator.config)
-    found = score_items(edge, items, lora=lora, tokens_per_batch=256)
+    found = score_items(edge, items, adapter=Adapter(lora), tokens_per_batch=256)
     expected = score_items(edge.merged(lora), items, tokens_per_batch=256)
     np.testing.assert_allclose(loglikelihoods(found), loglikelihoods(expected), atol=1e-3)
 
@@ -206,7 +209,8 @@ def test_a_mesh_changes_no_score(specialised, sizes):
     edge, generator, items, gates = specialised
     items, gates = items * 4, np.concatenate([gates] * 4)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:8])
-    options = {"gates": gates, "generator": generator, "tokens_per_batch": 512}
+    adapter = gated_pool(generator.params["pool"], gates, generator.config)
+    options = {"adapter": adapter, "tokens_per_batch": 512}
     expected = score_items(edge, items, **options)
     found = score_items(edge, items, mesh=mesh, **options)
     np.testing.assert_allclose(loglikelihoods(found), loglikelihoods(expected), atol=2e-5)

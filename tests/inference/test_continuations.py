@@ -10,6 +10,7 @@ from lorax_gen.inference import continuations
 from lorax_gen.inference.continuations import batches, continue_texts, room_for
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.method import lora_from_gates
+from lorax_gen.models.adapter import Adapter
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,13 @@ def test_each_row_is_continued_as_if_alone_with_its_own_lora(tiny_world_system, 
         rows,
         max_new_tokens=4,
         tokens_per_batch=2 * (64 + 32),
-        lora=lambda indices: lora_from_gates(pool, gates[indices], config),
+        adapter=Adapter(rows=lora_from_gates(pool, gates, config)),
         on_batch=lambda indices, texts: done.update(zip(indices, texts, strict=True)),
     )
     assert [done[i] for i in range(5)] == texts
     for row, each, text in zip(rows, gates, texts, strict=True):
         lora = lora_from_gates(pool, each, config)
-        assert generate_text(edge, [row], max_new_tokens=4, lora=lora) == [text]
+        assert generate_text(edge, [row], max_new_tokens=4, adapter=Adapter(lora)) == [text]
 
 
 def test_no_two_batches_draw_the_same(edge):

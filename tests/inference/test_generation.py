@@ -25,8 +25,11 @@ from lorax_gen.mesh.sharding import (
     row_shards,
     tree_shardings,
 )
-from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.method.lora import take_example
+from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.decoder import DecoderConfig, Execution, kernel_shapes
 from lorax_gen.models.model import Model
+from tests.tiny import adapter_of
 
 TEXTS = ["apple", "say the color of the bell", "five"]
 EOS = "<eos>"
@@ -366,9 +369,9 @@ def test_a_lora_per_example_is_that_of_its_text(model):
     """Three texts, each with a LoRA of its own, as each text alone with that LoRA for all."""
     loras = random_lora(model.config, model.config.num_hidden_layers, len(TEXTS))
     options = {"max_new_tokens": 10}
-    together = generate_text(model, TEXTS, lora=loras, **options)
+    together = generate_text(model, TEXTS, adapter=Adapter(rows=loras), **options)
     alone = [
-        generate_text(model, [text], lora=jax.tree.map(lambda x, i=i: x[:, i], loras), **options)
+        generate_text(model, [text], adapter=Adapter(take_example(loras, i)), **options)
         for i, text in enumerate(TEXTS)
     ]
     assert [together] == [[text for (text,) in alone]]
@@ -493,7 +496,8 @@ def test_a_mesh_changes_no_text(leading, model, mesh, spread):
         }
         for name, (d_in, d_out) in kernel_shapes(model.config).items()
     }
-    for options in ({"lora": lora}, {"temperature": 2.0, "seed": 3, "lora": lora}):
+    adapter = adapter_of(lora)
+    for options in ({"adapter": adapter}, {"temperature": 2.0, "seed": 3, "adapter": adapter}):
         expected = generate_text(model, TEXTS, max_new_tokens=9, **options)
         assert generate_text(spread, TEXTS, max_new_tokens=9, mesh=mesh, **options) == expected
 
@@ -505,7 +509,7 @@ def test_caches_are_split_by_rows_and_heads(mesh, spread):
         spread.config,
         *put_batch(rows, mesh),
         slots=8,
-        constrain=keep_decoding(mesh),
+        execution=Execution(constrain=keep_decoding(mesh)),
     )
     size = spread.config.head_dim, spread.config.num_key_value_heads
     held = (8 // row_shards(mesh), 8, size[1] // mesh.shape["tensor"], size[0])

@@ -11,7 +11,9 @@ import pytest
 from lorax_gen.errors import UserError
 from lorax_gen.method import compose, merge, take_example
 from lorax_gen.models import decoder
-from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.models.adapter import Adapter, LowRank, drop
+from lorax_gen.models.decoder import DecoderConfig, Execution, kernel_shapes
+from tests.tiny import adapter_of
 
 B, T, V, R, N, K = 3, 7, 40, 3, 4, 2
 LLAMA = DecoderConfig(
@@ -41,14 +43,16 @@ CONFIGS = {
 }
 
 
-hidden_states = jax.jit(decoder.hidden_states, static_argnames=("config", "dropout", "remat"))
+hidden_states = jax.jit(decoder.hidden_states, static_argnames=("config", "execution"))
 composed = jax.jit(compose, static_argnums=(2, 3))
 merged_with = jax.jit(merge)
 
 
 @jax.jit
 def logits(params, tokens, lora=None):
-    return decoder.logits(params, LLAMA, decoder.hidden_states(params, LLAMA, tokens, lora=lora))
+    return decoder.logits(
+        params, LLAMA, decoder.hidden_states(params, LLAMA, tokens, adapter=adapter_of(lora))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -248,15 +252,18 @@ def test_dropout_acts_on_the_lora_branch_alone_and_only_with_a_key(params, token
     def hidden(**options):
         return hidden_states(params, LLAMA, tokens, **options)
 
-    chex.assert_trees_all_equal(hidden(dropout=0.5, dropout_key=key), hidden())
-    chex.assert_trees_all_equal(hidden(lora=lora, dropout=0.5), hidden(lora=lora))
-    dropped = hidden(lora=lora, dropout=0.5, dropout_key=key)
-    assert np.abs(dropped - hidden(lora=lora)).max() > 0.1
+    still, dropping = Adapter(lora), Adapter(lora, apply=LowRank(dropout=0.5))
+    chex.assert_trees_all_equal(
+        hidden(adapter=Adapter(apply=LowRank(dropout=0.5)), dropout_key=key), hidden()
+    )
+    chex.assert_trees_all_equal(hidden(adapter=dropping), hidden(adapter=still))
+    dropped = hidden(adapter=dropping, dropout_key=key)
+    assert np.abs(dropped - hidden(adapter=still)).max() > 0.1
 
 
 def test_dropout_keeps_the_mean():
     x = jnp.full(100_000, 3.0)
-    dropped = decoder.lora_dropout(x, 0.25, jax.random.key(0, impl="unsafe_rbg"))
+    dropped = drop(x, 0.25, jax.random.key(0, impl="unsafe_rbg"))
     assert set(np.unique(dropped)) == {0.0, 4.0}
     assert dropped.mean() == pytest.approx(3.0, rel=0.02)
 
@@ -268,7 +275,11 @@ def test_remat_changes_neither_the_loss_nor_its_gradients(params, tokens, pool, 
     lora = composed(pool, gates, "factors", K)
 
     def loss(params, lora, remat):
-        return jnp.sin(decoder.hidden_states(params, LLAMA, tokens, lora=lora, remat=remat)).sum()
+        return jnp.sin(
+            hidden_states(
+                params, LLAMA, tokens, adapter=adapter_of(lora), execution=Execution(remat=remat)
+            )
+        ).sum()
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
     expected = grad(params, lora, "none")

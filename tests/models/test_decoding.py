@@ -13,6 +13,7 @@ from lorax_gen.models import decoder, decoding
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.decoding import Sampling, choose, restrict
 from tests.models.configs import CONFIGS
+from tests.tiny import adapter_of
 
 B, T, N, R = 4, 6, 5, 3
 LENGTHS = np.array([6, 1, 4, 3], np.int32)
@@ -87,7 +88,7 @@ def decode(params, tokens, lengths=LENGTHS, *, config=LLAMA, **options):
 @partial(jax.jit, static_argnames="config")
 def next_logits(params, config, tokens, lengths, lora):
     """Logits `[B, V]` behind `lengths` tokens, with no cache."""
-    hidden = decoder.hidden_states(params, config, tokens, lora=lora)
+    hidden = decoder.hidden_states(params, config, tokens, adapter=adapter_of(lora))
     return decoder.logits(params, config, hidden[jnp.arange(B), lengths - 1])
 
 
@@ -107,7 +108,7 @@ def decode_without_cache(params, config, tokens, lora=None, sampling=None, key=N
 def test_the_cache_changes_no_token_of_rows_of_any_length(name, random_params, params_of, tokens):
     config, lora = CASES[name]
     expected = decode_without_cache(random_params(config), config, tokens, lora)
-    found = decode(params_of(config), tokens, config=config, lora=lora)
+    found = decode(params_of(config), tokens, config=config, adapter=adapter_of(lora))
     np.testing.assert_array_equal(found, expected)
 
 
@@ -122,7 +123,7 @@ def test_nor_does_it_change_what_is_drawn(random_params, params_of, tokens):
 def test_the_cases_of_this_file_differ_in_what_is_written(params_of, random_params, tokens):
     """So that the matches above say something about LoRA, windows and caps."""
     plain, shared, own = (
-        decode(params_of(LLAMA), tokens, lora=CASES[name][1])
+        decode(params_of(LLAMA), tokens, adapter=adapter_of(CASES[name][1]))
         for name in ("plain", "shared LoRA", "LoRA per example")
     )
     assert (plain != shared).any()

@@ -12,7 +12,8 @@ import pytest
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.models import decoder, decoding, int8
-from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.decoder import Execution, kernel_shapes
 from lorax_gen.models.huggingface import load_model, save_model
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import word_level
@@ -94,7 +95,9 @@ def test_states_and_gradients_are_those_of_the_rounded_kernels(remat, pairs, rou
 
     @jax.jit
     def loss(lora, params):
-        hidden = decoder.hidden_states(params, CONFIG, tokens, lora=lora, remat=remat)
+        hidden = decoder.hidden_states(
+            params, CONFIG, tokens, adapter=Adapter(lora), execution=Execution(remat=remat)
+        )
         return jnp.square(decoder.logits(params, CONFIG, hidden)).mean()
 
     compute = jax.value_and_grad(loss)

@@ -14,6 +14,7 @@ from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.system import System
 from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.inference.choices import encode_items, score_items
+from lorax_gen.system import gated_pool
 
 STORIES = Benchmark(  # a ninth benchmark is a record
     name="stories",
@@ -74,7 +75,9 @@ def test_tasks_of_the_world_are_choices_too():
             right.append(answers.index(answer))
     items = encode_items(edge, questions)
     gates = gates_of_prompts(prompts, cloud, edge.config, generator)
-    scores = score_items(edge, items, gates=gates, generator=generator)
+    scores = score_items(
+        edge, items, adapter=gated_pool(generator.params["pool"], gates, generator.config)
+    )
     bare = score_items(edge, items)
     chosen, guessed = (
         np.mean([np.argmax(s.loglikelihoods) == r for s, r in zip(found, right, strict=True)])

@@ -13,6 +13,7 @@ from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
 from lorax_gen.method import merge, scaled
 from lorax_gen.models import decoder
+from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.recipes.lora import LoraConfig, experiment, load_lora, lora_loss
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
@@ -108,7 +109,7 @@ def test_merged_it_answers_as_it_did_unmerged(released, tiny_world_system):
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     params = {**edge.params, "layers": merge(edge.params["layers"], lora)}
     hidden = jax.jit(decoder.hidden_states, static_argnums=1)
-    unmerged = hidden(edge.params, edge.config, tokens, lora=lora)
+    unmerged = hidden(edge.params, edge.config, tokens, adapter=Adapter(lora))
     np.testing.assert_allclose(hidden(params, edge.config, tokens), unmerged, atol=1e-4)
     assert np.abs(unmerged - hidden(edge.params, edge.config, tokens)).max() > 0.1
 

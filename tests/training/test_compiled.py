@@ -17,6 +17,7 @@ from lorax_gen.mesh.sharding import (
     put_batch,
     tree_shardings,
 )
+from lorax_gen.models.decoder import Execution
 from lorax_gen.planning import hlo
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.state import init_state
@@ -50,7 +51,7 @@ def compile_step(system, mesh, prompts: int = PROMPTS) -> str:
     with jax.set_mesh(mesh):
         state = init_sharded(lambda: init_state(system.params, system.stats, optimizer, 0), mesh)
         frozen = jax.device_put(system.frozen, tree_shardings(system.frozen, mesh))
-        loss = generator_loss(system.spec, constrain=keep_rows(mesh))
+        loss = generator_loss(system.spec, execution=Execution(constrain=keep_rows(mesh)))
         step = make_train_step(loss, optimizer)
         jitted = jax.jit(step, donate_argnums=0)
         return jitted.lower(state, frozen, put_batch(batch, mesh)).compile().as_text()
