@@ -18,7 +18,7 @@ from lorax_gen.method.generator import GeneratorConfig, gates_from_states, lora_
 from lorax_gen.method.lora import Tree, apply_lora
 from lorax_gen.models import decoder
 from lorax_gen.models.adapter import Adapter, Apply, LowRank
-from lorax_gen.models.decoder import Array, DecoderConfig, Params, kernel_shapes
+from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params, kernel_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +96,17 @@ def gated_pool(pool: Tree, gates: Any, config: GeneratorConfig) -> Adapter:
     return Adapter(pool, {"gates": gates.swapaxes(0, 1)}, GatedPool(config))
 
 
-@partial(jax.jit, static_argnames="spec")
+@partial(jax.jit, static_argnames=("spec", "execution"))
 def prompt_gates(
-    params: dict, stats: dict, cloud: Params, spec: GeneratorSpec, prompt: Array, lengths: Array
+    params: dict,
+    stats: dict,
+    cloud: Params,
+    spec: GeneratorSpec,
+    prompt: Array,
+    lengths: Array,
+    *,
+    execution: Execution = Execution(),
 ) -> Array:
     """Gates `[P, L, N]` of prompts `[P, T]`, at inference: no prompt changes another's gates."""
-    states = meta_states(params, cloud, spec, prompt, lengths)
+    states = meta_states(params, cloud, spec, prompt, lengths, execution=execution)
     return gates_from_states(params, stats, states, spec.generator)[0]

@@ -25,7 +25,6 @@ from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.model import Model
 from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
-from lorax_gen.tokenizers import fingerprint
 
 FORMAT = "lorax-gen card 2"
 METADATA = ("pool", "edge", "prompt", "composition", "generator", "cloud", "tokenizer")
@@ -115,7 +114,7 @@ def make_card(
         composition=config.composition,
         generator=generator.fingerprint,
         cloud=cloud.fingerprint,
-        tokenizer=fingerprint(cloud.tokenizer),
+        tokenizer=cloud.tokenizer_fingerprint,
     )
 
 

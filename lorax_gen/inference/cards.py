@@ -9,20 +9,22 @@ Dims: P prompts of a batch, T time, L edge layers, N experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.data.tokens import Encoder, bucket, pad_rows, prompt_batch
+from lorax_gen.data.tokens import Encoder, bucket, pad_rows
+from lorax_gen.errors import UserError
 from lorax_gen.inference.choices import TOKENS_PER_BATCH
 from lorax_gen.inference.packing import deal
 from lorax_gen.mesh import hosts
+from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import place, put_batch, row_shards, tree_shardings
-from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.models.model import Model
 from lorax_gen.system import prompt_gates
 
@@ -39,9 +41,13 @@ def gates_of_prompts(
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda prompts: None,
 ) -> np.ndarray:
-    """Gates `[N, L, E]` fp32 of prompts, token ids of the cloud's tokenizer.
+    """Gates `[P, L, N]` fp32 of prompts, token ids of the cloud's tokenizer.
+
+    The cloud reads each different prompt once. Memory does not grow with their number, but for the
+    gates themselves.
 
     Args:
+      tokens_per_batch: rows times padded length that the device works on at a time.
       mesh: prompts are split over its batch axes, weights as training splits them; None: no mesh.
       progress: called with the number of prompts finished since the last call.
 
@@ -54,11 +60,10 @@ def gates_of_prompts(
     distinct = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = list(distinct)
     index = np.array([distinct[tuple(ids)] for ids in prompts])
-    weights, shards = (generator.params, generator.stats, cloud.params), 1
+    weights, shards, execution = (generator.params, generator.stats, cloud.params), 1, Execution()
     if mesh is not None:
-        shards = row_shards(mesh)
+        shards, execution = row_shards(mesh), execution_over(mesh)
         weights = place(weights, tree_shardings(weights, mesh))
-    params, stats, cloud_params = weights
     found = np.empty((len(rows), *shape), np.float32)
 
     def read(chosen: np.ndarray, gates: jax.Array) -> None:
@@ -66,7 +71,7 @@ def gates_of_prompts(
         progress(int(np.isin(index, chosen).sum()))
 
     before = None
-    lengths = np.array([max(len(ids), 1) for ids in rows])
+    lengths = padded_lengths_of(rows, cloud.config, edge, tokens_per_batch)
     for length, share, parts in deal(lengths, lengths, tokens_per_batch, shards):
         for groups in parts:
             chosen = np.concatenate(groups)
@@ -78,7 +83,7 @@ def gates_of_prompts(
             }
             batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
             gates = prompt_gates(
-                params, stats, cloud_params, spec, batch["prompt"], batch["lengths"]
+                *weights, spec, batch["prompt"], batch["lengths"], execution=execution
             )
             if before is not None:  # one batch late: the device never waits for the host
                 read(*before)
@@ -87,33 +92,54 @@ def gates_of_prompts(
     return found[index]
 
 
+def padded_lengths_of(
+    rows: Sequence[Ids], cloud: DecoderConfig, edge: DecoderConfig, tokens_per_batch: int
+) -> np.ndarray:
+    """Lengths that prompts count as when they are dealt out to batches.
+
+    Few prompts are padded to one of a handful of lengths, so that a caller who comes with one
+    prompt after another compiles few programs. Many decide themselves which lengths are worth one.
+    """
+    lengths = np.array([max(len(ids), 1) for ids in rows])
+    if lengths.sum() > tokens_per_batch:
+        return lengths
+    room = cloud.max_position_embeddings - edge.num_hidden_layers
+    return np.array([max(min(bucket(n), room), n) for n in lengths])
+
+
 def specialize(
-    prompt: str | Sequence[str], cloud: Model, edge: Model, generator: Generator
+    prompt: str | Sequence[str],
+    cloud: Model,
+    edge: Model,
+    generator: Generator,
+    **options: Any,
 ) -> TaskCard | list[TaskCard]:
     """A task card for each prompt (one for a string, a list for several).
 
     The card does not depend on the other prompts: BatchNorm uses its running statistics and
     padding is never seen.
 
+    Args:
+      options: `tokens_per_batch`, `mesh` and `progress` of `gates_of_prompts`.
+
     Raises UserError for an empty prompt, for one longer than the cloud model's positions, and for
     models that the generator was not trained with.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    spec = generator.spec(cloud.config, edge.config)
-    encoder = Encoder.of(cloud)
-    limit = cloud.config.max_position_embeddings - edge.config.num_hidden_layers
-    length = min(bucket(max((len(encoder.ids(text)) for text in prompts), default=1)), limit)
-    batch = prompt_batch(encoder, prompts, length)
-    gates = prompt_gates(
-        generator.params,
-        generator.stats,
-        cloud.params,
-        spec,
-        jnp.asarray(batch["prompt"]),
-        jnp.asarray(batch["prompt_lengths"]),
-    )
+    encoder, rows = Encoder.of(cloud), []
+    room = cloud.config.max_position_embeddings - edge.config.num_hidden_layers
+    for text in prompts:
+        if not text.strip():
+            raise UserError("the prompt is empty; write what the task is, in a sentence or more")
+        rows.append(encoder.ids(text))
+        if len(rows[-1]) > room:
+            raise UserError(
+                f"a prompt of {len(rows[-1])} tokens is longer than the {room} that the cloud "
+                "model has room for before its meta tokens; shorten it"
+            )
+    gates = gates_of_prompts(rows, cloud, edge.config, generator, **options)
     cards = [
-        make_card(row, text, edge, generator)
-        for row, text in zip(np.asarray(gates), prompts, strict=True)
+        make_card(row, text, cloud, edge, generator)
+        for row, text in zip(gates, prompts, strict=True)
     ]
     return cards[0] if isinstance(prompt, str) else cards

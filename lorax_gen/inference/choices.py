@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,9 +23,8 @@ from jax.sharding import Mesh
 from lorax_gen.errors import UserError
 from lorax_gen.inference.packing import RowBatch, Text, make_batches, pack
 from lorax_gen.mesh import hosts
-from lorax_gen.mesh.kernels import make_attention
+from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import (
-    keep_rows,
     place,
     place_adapter,
     put_batch,
@@ -282,12 +281,6 @@ def score_items(
         before = batch, found
     read(*before)
     return [result.scores() for result in results]
-
-
-@lru_cache  # the same object again, so that compiled programs are kept
-def execution_over(mesh: Mesh) -> Execution:
-    """How `score_rows` runs on a mesh."""
-    return Execution(attention=make_attention("auto", mesh), constrain=keep_rows(mesh))
 
 
 class Pending:

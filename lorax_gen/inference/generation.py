@@ -87,9 +87,7 @@ def stream_text(
     if chat:
         rows = [chat_ids(model.tokenizer, text, system) for text in texts]
     else:
-        rows = [
-            model.encode(text) if isinstance(text, str) else [*text] for text in texts
-        ]
+        rows = [model.encode(text) if isinstance(text, str) else [*text] for text in texts]
     check_rows(rows, texts, max_new_tokens, model)
     shards = 1 if mesh is None else row_shards(mesh)
     count = bucket(-(-len(rows) // shards), 1) * shards

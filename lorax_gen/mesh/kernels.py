@@ -9,7 +9,7 @@ Dimensions: B batch, T time, H heads, K key/value heads, E head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import jax
@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lorax_gen.errors import UserError
-from lorax_gen.mesh.sharding import BATCH_AXES, row_shards
+from lorax_gen.mesh.sharding import BATCH_AXES, keep_rows, row_shards
 from lorax_gen.models.attention import attend
+from lorax_gen.models.decoder import Execution, unconstrained
 
 Array = jax.Array
 Name = Literal["auto", "xla", "cudnn", "splash"]
@@ -40,6 +41,18 @@ def make_attention(name: Name, mesh: Mesh, mode: str = "jit") -> Callable:
         name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
     over = mesh if mode == "jit" else None
     return {"xla": attend, "cudnn": cudnn, "splash": partial(splash, mesh=over)}[name]
+
+
+@lru_cache  # the same object again, so that compiled programs are kept
+def execution_over(
+    mesh: Mesh, attention: Name = "auto", remat: str = "none", mode: str = "jit"
+) -> Execution:
+    """How forward passes run on a mesh: its attention, and states held to the rows of its devices.
+
+    Under pmap each device has rows of its own, and there is nothing to hold.
+    """
+    constrain = keep_rows(mesh) if mode == "jit" else unconstrained
+    return Execution(make_attention(attention, mesh, mode), constrain, remat)
 
 
 def cudnn(q: Array, k: Array, v: Array, **options) -> Array:

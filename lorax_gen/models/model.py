@@ -48,6 +48,11 @@ class Model:
         return tree_hash(self.params, jnp.bfloat16)
 
     @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Identifies what turns a text into ids."""
+        return tokenizers.fingerprint(self.tokenizer)
+
+    @functools.cached_property
     def decoding_params(self) -> Params:
         """The parameters with `layers` as a list, as decoding wants them: a copy, made once."""
         layers = decoder.unstack(self.params["layers"], self.config.num_hidden_layers)

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from lorax_gen import assets, cost
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.chips import Chip
-from lorax_gen.mesh.kernels import BLOCK
+from lorax_gen.mesh.kernels import BLOCK, execution_over
 from lorax_gen.mesh.sharding import BATCH_AXES, make_mesh, row_shards, tree_shardings
 from lorax_gen.method import init_generator
 from lorax_gen.models import int8, presets
@@ -40,7 +40,6 @@ from lorax_gen.planning import hlo, memory
 from lorax_gen.planning.topology import Absent, find_devices
 from lorax_gen.recipes.lora_gen import LoraGenConfig
 from lorax_gen.system import GeneratorSpec
-from lorax_gen.training.experiment import over_mesh
 from lorax_gen.training.optimizer import make_optimizer
 from lorax_gen.training.state import init_state
 from lorax_gen.training.step import generator_loss, make_train_step
@@ -181,7 +180,7 @@ def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
         work.spec,
         microbatches=config.microbatches,
         answer_length=config.answer_length,
-        execution=over_mesh(config, work.mesh),
+        execution=execution_over(work.mesh, config.attention, config.remat),
     )
     step = make_train_step(loss, make_optimizer(config.optimizer, config.run.steps))
     places = jax.tree.map(lambda leaf: leaf.sharding, work.state)

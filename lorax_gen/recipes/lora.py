@@ -24,13 +24,14 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.greedy import right_answers
 from lorax_gen.evaluation.world import WorldQuiz
 from lorax_gen.hub import find_directory
+from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.adapter import Adapter, LowRank
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.tensors import flatten, read_tensors, unflatten, write_tensors
-from lorax_gen.training.experiment import Experiment, over_mesh
+from lorax_gen.training.experiment import Experiment
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
@@ -147,7 +148,11 @@ def experiment(config: LoraConfig) -> Experiment:
             ),
             {},
         ),
-        loss=lora_loss(config, edge.config, execution=over_mesh(config, mesh)),
+        loss=lora_loss(
+            config,
+            edge.config,
+            execution=execution_over(mesh, config.attention, config.remat, config.mesh.mode),
+        ),
         frozen=edge.params,
         batch=batch,
         evaluate=evaluate,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.artifacts.generator import Generator, save_generator
+from lorax_gen.artifacts.generator import Generator, make_generator, save_generator
 from lorax_gen.config import at_least_one
 from lorax_gen.cost import train_step_macs
 from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
@@ -25,13 +25,14 @@ from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
 from lorax_gen.evaluation.greedy import right_specialised
 from lorax_gen.evaluation.world import WorldQuiz
 from lorax_gen.mesh import hosts
+from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import embed, kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.models.model import Model
 from lorax_gen.system import GeneratorSpec
-from lorax_gen.training.experiment import Experiment, over_mesh
+from lorax_gen.training.experiment import Experiment
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
@@ -124,7 +125,7 @@ def experiment(config: LoraGenConfig) -> Experiment:
             spec,
             microbatches=config.microbatches,
             answer_length=config.answer_length,
-            execution=over_mesh(config, mesh),
+            execution=execution_over(mesh, config.attention, config.remat, config.mesh.mode),
         ),
         frozen={"cloud": cloud.params, "edge": edge.params},
         batch=data.batch,

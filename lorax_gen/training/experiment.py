@@ -7,11 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
-from lorax_gen.mesh.kernels import make_attention
-from lorax_gen.mesh.sharding import MeshConfig, keep_rows
-from lorax_gen.models.decoder import Execution, unconstrained
+from lorax_gen.mesh.sharding import MeshConfig
 from lorax_gen.training.optimizer import OptimizerConfig
 from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
@@ -47,12 +43,3 @@ class Experiment:
     optimizer: OptimizerConfig
     mesh: MeshConfig
     counts: Callable[[], dict[str, int]] = dict
-
-
-def over_mesh(config: Any, mesh: Mesh) -> Execution:
-    """How the forward passes of a method run, by its config and its mesh."""
-    return Execution(
-        attention=make_attention(config.attention, mesh, config.mesh.mode),
-        constrain=keep_rows(mesh) if config.mesh.mode == "jit" else unconstrained,
-        remat=config.remat,
-    )

@@ -1,0 +1,279 @@
+"""Who answers: the one thing that benchmarks, GPT4Tools and the world ask.
+
+An answerer is a model, what it reads of a question, and what specialises it:
+
+    plain        the edge, the question alone
+    icl          the edge, the question after the prompt
+    lora, card   as `plain`, with a LoRA of all tasks or of one merged
+    cloud_icl    the cloud, the question after the prompt
+    lora_gen     the edge, the question alone; the prompt goes to the cloud, which generates the
+                 LoRA that the edge answers with
+
+and its controls, which are `lora_gen` but for what the cloud reads (`control`):
+
+    shuffled     the prompt of another task
+    empty        nothing
+    random       as many random tokens as the question's own prompt has
+
+A baseline is one more `Answerer`, or a subclass where it specialises otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lorax_gen.artifacts.generator import Generator
+from lorax_gen.cost import Macs, generator_macs, prefill_macs
+from lorax_gen.data.tokens import Encoder
+from lorax_gen.errors import UserError
+from lorax_gen.inference.cards import TOKENS_PER_BATCH, gates_of_prompts
+from lorax_gen.mesh import hosts
+from lorax_gen.method.lora import Tree
+from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.model import Model
+from lorax_gen.system import gated_pool
+from lorax_gen.tensors import tree_hash
+
+Ids = Sequence[int]
+Control = Literal["shuffled", "empty", "random"]
+CONTROLS = ("shuffled", "empty", "random")
+
+
+class Cases(Protocol):
+    """Questions as answerers meet them: N of them, and what can be read of each."""
+
+    def bare(self) -> list[tuple[str, ...]]:
+        """The question alone: one text, or one for each choice."""
+
+    def prompted(self) -> list[tuple[str, ...]]:
+        """The question after its prompt, as it stands in a model's own context."""
+
+    def prompts(self) -> list[str]:
+        """The prompt alone."""
+
+    def other_prompts(self) -> list[str]:
+        """The prompt of another task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a cloud model reads: token ids, of which `truncated` are cut off on the left."""
+
+    ids: Ids
+    truncated: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answerer:
+    """A model that answers questions; this one is specialised by nothing but its context.
+
+    Attributes:
+      name: in options, reports and files; label: in tables.
+      in_context: the prompt stands in its own context.
+      adapter: what it answers all questions with, where that is not merged.
+      max_length: most tokens that it reads; None: as many as it has positions.
+    """
+
+    name: str
+    label: str
+    model: Model
+    in_context: bool = False
+    adapter: Adapter | None = None
+    max_length: int | None = None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether what it answers depends on the prompt, by its context or otherwise."""
+        return self.in_context
+
+    def contexts(self, cases: Cases) -> list[tuple[str, ...]]:
+        """What the answering model reads before its answers."""
+        return cases.prompted() if self.in_context else cases.bare()
+
+    def prompts(self, cases: Cases) -> list[Prompt] | None:
+        """What is read of each question to specialise the model; None: nothing."""
+        return None
+
+    def specialise(self, prompts: Sequence[Prompt], **options: Any) -> Adapter | None:
+        """The adapter of one row for each prompt; see `LoraGen.specialise`."""
+        return self.adapter
+
+    def fit(self, task: str, shots: Sequence[tuple[str, str]]) -> Answerer:
+        """The answerer after it has seen solved examples of a task; most learn nothing from it."""
+        return self
+
+    def macs(self, context_tokens: int) -> Macs:
+        """Of the model reading a context up to the first token of an answer."""
+        return prefill_macs(self.model.config, context_tokens, logits=1)
+
+    def prompt_macs(self, prompt_tokens: int) -> Macs:
+        """Of specialising it, once for each prompt."""
+        return Macs()
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, as plain values: an evaluation resumes where it is equal."""
+        found = {
+            "answerer": self.name,
+            "model": identity(self.model),
+            "dtype": str(self.model.params["embed"].dtype),
+            "bos": self.model.bos,
+            "in_context": self.in_context,
+            "max_length": self.max_length,
+        }
+        if self.adapter is not None:
+            found["adapter"] = tree_hash({"shared": self.adapter.shared})
+        return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraGen(Answerer):
+    """The edge with the LoRA that a generator makes of each question's prompt.
+
+    Attributes:
+      which: what the cloud reads; None: the question's own prompt. See `control`.
+      seed: of random prompts.
+    """
+
+    cloud: Model | None = None
+    generator: Generator | None = None
+    which: Control | None = None
+    seed: int = 0
+
+    @property
+    def reads_prompts(self) -> bool:
+        return self.which != "empty"
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that the cloud has room for, before the meta tokens."""
+        positions = self.cloud.config.max_position_embeddings
+        limit = min(self.max_length or positions, positions)
+        return limit - self.model.config.num_hidden_layers
+
+    def prompts(self, cases: Cases) -> list[Prompt]:
+        encoder = Encoder.of(self.cloud)
+        if self.which == "empty":
+            return [Prompt(encoder.ids(""))] * len(cases.bare())
+        texts = cases.other_prompts() if self.which == "shuffled" else cases.prompts()
+        rows = [encoder.ids(text) for text in texts]
+        if self.which == "random":
+            rngs = (np.random.default_rng([self.seed, i]) for i in range(len(rows)))
+            rows = [random_ids(self.cloud, ids, rng) for ids, rng in zip(rows, rngs, strict=True)]
+        return [Prompt(ids[-self.room :], max(len(ids) - self.room, 0)) for ids in rows]
+
+    def specialise(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        mesh: Mesh | None = None,
+        progress: Callable[[int], object] = lambda prompts: None,
+    ) -> Adapter:
+        """The adapter of one row for each prompt; the cloud reads each different one once."""
+        gates = gates_of_prompts(
+            [prompt.ids for prompt in prompts],
+            self.cloud,
+            self.model.config,
+            self.generator,
+            tokens_per_batch=tokens_per_batch,
+            mesh=mesh,
+            progress=progress,
+        )
+        return gated_pool(self.generator.params["pool"], gates, self.generator.config)
+
+    def prompt_macs(self, prompt_tokens: int) -> Macs:
+        spec = self.generator.spec(self.cloud.config, self.model.config)
+        return generator_macs(spec, prompt_tokens)
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity() | {
+            "cloud": identity(self.cloud),
+            "generator": self.generator.fingerprint,
+            "which": self.which,
+        }
+        return found | ({"seed": self.seed} if self.which == "random" else {})
+
+
+def control(answerer: LoraGen, which: Control, seed: int = 0) -> LoraGen:
+    """The answerer, given something else to read than the question's own prompt."""
+    labels = {"shuffled": "other prompt", "empty": "empty prompt", "random": "random prompt"}
+    return dataclasses.replace(
+        answerer, name=which, label=f"  {labels[which]}", which=which, seed=seed
+    )
+
+
+def random_ids(model: Model, ids: Ids, rng: np.random.Generator) -> list[int]:
+    """As many ids, drawn from all that are not special; those that are special stay."""
+    special = set(model.tokenizer.all_special_ids)
+    known = min(len(model.tokenizer), model.config.vocab_size)
+    choices = np.setdiff1d(np.arange(known), list(special))
+    drawn = rng.choice(choices, len(ids)).tolist()
+    return [old if old in special else new for old, new in zip(ids, drawn, strict=True)]
+
+
+def identity(model: Model) -> str:
+    """What tells a model from others: a hash of its weights, or, spread over hosts, its name."""
+    return model.name if hosts.several() else model.fingerprint
+
+
+# --- by name -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """What answerers are made of: an edge model, and what specialises it.
+
+    Attributes:
+      lora: a LoRA tree of all tasks; card: one of a single task. Both are merged into the edge.
+      max_length: most tokens that the edge, or the cloud, reads; None: as many as it has positions.
+    """
+
+    edge: Model
+    cloud: Model | None = None
+    generator: Generator | None = None
+    lora: Tree | None = None
+    card: Tree | None = None
+    max_length: int | None = None
+
+    def answerer(self, name: str, seed: int = 0) -> Answerer:
+        """The answerer of a name of `ANSWERERS`.
+
+        Raises UserError where there is none, or the system lacks what it is made of.
+        """
+        if name not in ANSWERERS:
+            raise UserError(f"unknown mode {name!r}; choose one of {', '.join(ANSWERERS)}")
+        label, needs = ANSWERERS[name]
+        if missing := [part for part in needs if getattr(self, part) is None]:
+            raise UserError(
+                f"mode {name} needs {' and '.join(missing)}; give both models"
+                if len(missing) > 1
+                else f"mode {name} needs a {missing[0]}; give one"
+            )
+        options = {"max_length": self.max_length}
+        if name in ("lora", "card"):
+            return Answerer(name, label, self.edge.merged(getattr(self, name)), **options)
+        if name == "cloud_icl":
+            return Answerer(name, label, self.cloud, in_context=True, **options)
+        if name in ("plain", "icl"):
+            return Answerer(name, label, self.edge, in_context=name == "icl", **options)
+        own = LoraGen(
+            "lora_gen", ANSWERERS["lora_gen"][0], self.edge,
+            cloud=self.cloud, generator=self.generator, **options,
+        )  # fmt: skip
+        return own if name == "lora_gen" else control(own, name, seed)
+
+
+# Name -> its label, and what of a system it needs.
+ANSWERERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "plain": ("edge, no prompt", ()),
+    "icl": ("edge, prompted", ()),
+    "lora": ("edge + one LoRA", ("lora",)),
+    "card": ("edge + card", ("card",)),
+    "cloud_icl": ("cloud, prompted", ("cloud",)),
+    "lora_gen": ("edge + LoRA-Gen", ("cloud", "generator")),
+} | {name: ("", ("cloud", "generator")) for name in CONTROLS}

@@ -1,0 +1,113 @@
+"""The seam through which whatever adapts a frozen decoder enters it. The decoder knows none of it.
+
+An adapter is two trees and a function that says what they do:
+
+    shared    [L, ...]       one for the entire batch; sharded like the weights
+    rows      [L, B, ...]    one for each row, sharded like the batch; [L, P, ...] with B = P Q is
+                             one for each Q rows that follow each other
+    apply     static and hashable: what is added at a kernel, what the feed-forward network becomes
+
+The decoder scans both trees together with its layers and calls `apply` with the slices of one
+layer. The default is the LoRA of eq. 1: `Adapter(shared=tree)` for all rows, `Adapter(rows=tree)`
+for a LoRA of each row's own. An `Apply` of its own makes anything else, such as gates over a pool
+of experts or a mixture that routes tokens.
+
+Dims: B batch, T time, D input width, F output width, L layers, P groups of rows, Q rows of a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_gen.method.lora import apply_lora
+
+Array = jax.Array
+Tree = Mapping[str, Any]
+Delta = Callable[[str, Array], "Array | None"]
+"""`(kernel name, its input [B, T, D]) -> what is added to its output [B, T, F]`, or None."""
+
+
+class Apply:
+    """What an adapter does in one layer; this one does nothing. Subclasses are frozen dataclasses:
+    they are static arguments of compiled programs."""
+
+    def kernel(
+        self, name: str, x: Array, shared: Tree, rows: Tree, key: Array | None
+    ) -> Array | None:
+        """What is added to the output of kernel `name` for its input `x: [B, T, D]`; None: nothing.
+
+        Args:
+          shared, rows: one layer's slices.
+          key: of this layer's dropout; None at inference.
+        """
+        return None
+
+    def feed_forward(
+        self,
+        x: Array,
+        mlp: Callable[[Array, Delta], Array],
+        shared: Tree,
+        rows: Tree,
+        key: Array | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The feed-forward network's output `[B, T, D]`, and auxiliary losses of the layer by name.
+
+        Args:
+          mlp: `mlp(x, delta)`, the frozen network with `delta` added at its kernels. It may be
+            called several times, as by a mixture whose experts are entire networks.
+        """
+        return mlp(x, lambda name, h: self.kernel(name, h, shared, rows, key)), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Apply):
+    """LoRA, eq. 1: (x A) B at every kernel that a tree names, `{name: {'a', 'b'}}`."""
+
+    dropout: float = 0.0
+    """On the input of the LoRA branch, where a key is given; the frozen branch sees `x` itself."""
+
+    def kernel(self, name, x, shared, rows, key):
+        pairs = [tree[name] for tree in (shared, rows) if name in tree]
+        if not pairs:
+            return None
+        if key is not None:
+            key = jax.random.fold_in(key, sorted({*shared, *rows}).index(name))
+        x = drop(x, self.dropout, key)
+        return sum(apply_lora(x, pair) for pair in pairs)
+
+
+def drop(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; `x` itself without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """See the module's docstring. A pytree, whose `apply` is static."""
+
+    shared: Tree = dataclasses.field(default_factory=dict)
+    rows: Tree = dataclasses.field(default_factory=dict)
+    apply: Apply = dataclasses.field(default=LowRank(), metadata={"static": True})
+
+    def kernel(self, name: str, x: Array, key: Array | None) -> Array | None:
+        """See `Apply.kernel`; of an adapter that holds one layer."""
+        return self.apply.kernel(name, x, self.shared, self.rows, key)
+
+    def feed_forward(
+        self, x: Array, mlp: Callable[[Array, Delta], Array], key: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """See `Apply.feed_forward`; of an adapter that holds one layer."""
+        return self.apply.feed_forward(x, mlp, self.shared, self.rows, key)
+
+    def take_rows(self, indices: Any) -> Adapter:
+        """The adapter of some rows, in their order, repeated where an index is."""
+        return dataclasses.replace(self, rows=jax.tree.map(lambda x: x[:, indices], self.rows))
