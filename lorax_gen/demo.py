@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
-from lorax_gen import assets, files
+from lorax_gen import assets
 from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import pictures
-from lorax_gen.evaluation.system import System
-from lorax_gen.evaluation.world import METHODS, evaluate_world
+from lorax_gen.evaluation.answerers import System
+from lorax_gen.evaluation.report import save_report
+from lorax_gen.evaluation.tables import print_report, progress
+from lorax_gen.evaluation.world import evaluate_world
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
@@ -33,7 +30,7 @@ def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> Syst
         load_model(edge),
         load_model(cloud),
         load_generator(generator),
-        None if lora is None else load_lora(lora),
+        lora=None if lora is None else load_lora(lora),
     )
 
 
@@ -54,9 +51,9 @@ def run_demo(run_dir: Path, questions: int, seed: int) -> dict[str, Any]:
     )
     show_examples(console, system, data, seed)
     report = evaluate_world(system, data, questions=questions, seed=seed, progress=progress)
-    print_table(report, console)
+    print_report(report, console)
 
-    files.write_json(report_path, report)
+    save_report(report, run_dir)
     pictures.draw_accuracy(report, run_dir / "accuracy.png")
     draw_gates(system, data, run_dir / "gates.png", seed)
     metrics = assets.resolve("world/generator") / "metrics.jsonl"
@@ -80,7 +77,7 @@ def show_examples(console: Console, system: System, data: WorldConfig, seed: int
         after = generate_text(merged, texts, max_new_tokens=4)
         console.print(f"[bold]{family}[/bold]  [italic]{prompt}[/italic]")
         for (question, answer), old, new in zip(asked, before, after, strict=True):
-            mark = "[green]right[/green]" if new == answer else f"[red]wrong, {answer}[/red]"
+            mark = "[green]correct[/green]" if new == answer else f"[red]wrong, {answer}[/red]"
             console.print(f"    {question:<11} before {old:<9} after {new:<9} {mark}")
         console.print()
 
@@ -96,34 +93,3 @@ def draw_gates(system: System, data: WorldConfig, path: Path, seed: int) -> None
     gates = np.stack([card.dense_gates(system.generator.config.n_experts) for card in cards])
     names, families = [task.name for task in chosen], [task.family for task in chosen]
     pictures.draw_gates(gates, names, families, path)
-
-
-def print_table(report: dict[str, Any], console: Console | None = None) -> None:
-    """Methods by families, with what each question costs."""
-    console = console or Console(highlight=False)
-    families = list(report["accuracy"])
-    title = f"accuracy on {report['split']} tasks, with tokens of context and time per question"
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
-    )
-    table.add_column("method", no_wrap=True)
-    for name in [*families, "mean", "tokens", "ms"]:
-        table.add_column(name, justify="right")
-    for method, label in METHODS.items():
-        if method not in report["mean"]:
-            continue
-        shares = [report["accuracy"][family][method] for family in families]
-        row = [f"{share:.3f}" for share in [*shares, report["mean"][method]]]
-        cost = [f"{report['context_tokens'][method]:.1f}", f"{report['latency_ms'][method]:.2f}"]
-        style = "bold" if method == "lora_gen" else ""
-        table.add_row(label, *row, *cost, style=style)
-    chance = [f"{report['chance'][family]:.3f}" for family in families]
-    table.add_section()
-    table.add_row("chance", *chance, style="dim")
-    table.add_row("questions", *[str(report["questions"][f]) for f in families], style="dim")
-    console.print(table)
-
-
-def progress(items: Sequence) -> Sequence:
-    """A progress bar that is silent off a terminal."""
-    return tqdm(items, unit="family", leave=False, disable=not sys.stderr.isatty())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,21 +26,27 @@ def is_adapter(artifact: str | Path) -> bool:
 
 
 def lora_of(
-    artifact: str | Path, edge: Model, generator: Callable[[], Generator]
+    artifact: TaskCard | Tree | str | Path, edge: Model, generator: Generator | None = None
 ) -> tuple[Tree, dict[str, Any], TaskCard | None]:
-    """The LoRA tree of a card or of a PEFT adapter, its provenance, and the card.
+    """The LoRA tree of a card, of a tree, or of the card or PEFT adapter at a path; its provenance;
+    and the card.
 
     Args:
-      generator: loads the generator; called for cards only.
+      generator: that a card was made with; adapters need none.
 
-    Raises UserError for what is neither, or was made for another edge model or generator.
+    Raises UserError for what is none of these, or was made for another edge model or generator.
     """
-    if is_adapter(artifact):
-        provenance = {"edge": describe(edge), "adapter": Path(artifact).name}
-        return load_adapter(artifact, edge.config), provenance, None
-    card = load_card(artifact)
-    card.check_edge(edge)
-    return card.lora(generator()), card_provenance(card, edge), card
+    if isinstance(artifact, str | Path):
+        if is_adapter(artifact):
+            provenance = {"edge": describe(edge), "adapter": Path(artifact).name}
+            return load_adapter(artifact, edge.config), provenance, None
+        artifact = load_card(artifact)
+    if not isinstance(artifact, TaskCard):
+        return artifact, {"edge": describe(edge)}, None
+    if generator is None:
+        raise UserError("a card is a LoRA only with its generator; pass the one it was made with")
+    artifact.check_edge(edge)
+    return artifact.lora(generator), card_provenance(artifact, edge), artifact
 
 
 def describe(model: Model) -> dict[str, str]:
@@ -61,11 +66,11 @@ def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
 
 
 def export(
-    artifact: str | Path,
+    artifact: TaskCard | Tree | str | Path,
     output: str | Path,
     format: Format,
     edge: Model,
-    generator: Callable[[], Generator],
+    generator: Generator | None = None,
     *,
     dtype: Any = None,
     max_shard_size: str = "5GB",
@@ -73,6 +78,7 @@ def export(
     """Writes a card or adapter as a merged model directory, a PEFT adapter or a GGUF adapter.
 
     Args:
+      artifact, generator: see `lora_of`.
       dtype: of a merged model's tensors; None: as the edge was loaded. Merged in fp32, cast once
         where the edge is fp32.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_gen.artifacts.card import TaskCard, load_card
-from lorax_gen.artifacts.export import CARD, export, is_adapter
+from lorax_gen.artifacts.card import TaskCard
+from lorax_gen.artifacts.export import CARD, export, lora_of
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.errors import UserError
 from lorax_gen.method.generator import lora_from_gates
+from lorax_gen.method.lora import Tree
 from lorax_gen.models import decoder
 from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.huggingface import load_model
@@ -47,39 +47,34 @@ class Comparison:
 
 
 def verify(
-    artifact: str | Path,
+    artifact: TaskCard | Tree | str | Path,
     edge: Model,
-    generator: Callable[[], Generator],
+    generator: Generator | None = None,
     *,
     rows: int = 4,
     length: int = 64,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Compares the forms of a card, a PEFT adapter, or a merged directory that holds its card.
+    """Compares the forms of a card or an adapter, or of a merged directory that holds its card.
 
     The first line is the edge model without the artifact: how much there is to get wrong.
 
     Args:
-      generator: loads the generator; called where there is a card.
+      artifact: the object or the path of a card or an adapter, or such a directory.
+      generator: that a card was made with; adapters need none.
       rows, length, seed: of the random tokens `[rows, length]`.
 
     Raises UserError for another kind of artifact, or one made for other models.
     """
-    artifact, merged_dir = Path(artifact), None
-    if (artifact / "config.json").is_file() and not is_adapter(artifact):
-        merged_dir, artifact = artifact, artifact / CARD
+    merged_dir = None
+    if isinstance(artifact, str | Path) and (Path(artifact) / "config.json").is_file():
+        merged_dir, artifact = artifact, Path(artifact) / CARD
         if not artifact.is_file():
             raise UserError(
                 f"{merged_dir} holds no {CARD} to compare it with; verify takes a card, an adapter "
                 "or a directory that `lorax-gen export` merged from a card"
             )
-    adapter = is_adapter(artifact)
-    if adapter:
-        lora = load_adapter(artifact, edge.config)
-    else:
-        card = load_card(artifact)
-        card.check_edge(edge)
-        lora = card.lora(generator())
+    lora, _, card = lora_of(artifact, edge, generator)
 
     length = min(length, edge.config.max_position_embeddings)
     rng = np.random.default_rng(seed)
@@ -92,14 +87,14 @@ def verify(
     own = edge.params["embed"].dtype
     reference = logits(edge, Adapter(shared=lora))
     forms = {"edge without it": (logits(edge), None)}
-    if not adapter:
-        alone = Adapter(rows=per_row(card, generator(), rows))
+    if card is not None:
+        alone = Adapter(rows=per_row(card, generator, rows))
         forms["gates, one row each"] = logits(edge, alone), own
     forms["merged"] = logits(edge.merged(lora)), own
     if merged_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             for format in ("merged", "peft"):
-                export(artifact, Path(folder) / format, format, edge, generator)
+                export(card or lora, Path(folder) / format, format, edge, generator)
             forms["merged, written and read"] = logits(load_model(f"{folder}/merged", None)), own
             tree = load_adapter(Path(folder) / "peft", edge.config)
             forms["adapter, written and read"] = logits(edge, Adapter(shared=tree)), own

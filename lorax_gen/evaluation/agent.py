@@ -1,17 +1,14 @@
-"""GPT4Tools: an edge model answers requests for tools, with the tools in its context or without.
+"""GPT4Tools: requests for tools, put to an answerer that has the tools in its context or not.
 
-    full                the whole instruction is in the edge's context
-    request             the edge reads the request alone
-    lora_gen            as `request`, with a LoRA that the cloud made of the rest of the instruction
-    lora_gen_shuffled   as `lora_gen`, of the instruction of another item: the control
+Alone, a request is read with the conversation and the reminder to use tools after it; prompted, the
+entire instruction. The cloud reads the rest of the instruction: who the assistant is, its tools and
+the format of answers.
 
-What is compared, by `agent_metrics.score_answer`: the whole right answer, which goes on behind the
+What is compared, by `agent_metrics.score_answer`: the full gold answer, which goes on after the
 tool's observation up to the reply, and what greedy decoding wrote up to "Observation:", which the
-tool would write. In the test set a right answer uses at most one tool, so nothing that is asked for
-comes behind it. The original's own evaluation does not stop: its models imagine the observation and
+tool would write. In the test set a gold answer uses at most one tool, so nothing that is asked for
+comes after it. The original's own evaluation does not stop: its models imagine the observation and
 go on, and pay for a second call (`stop=()` does the same).
-
-Dimensions: B rows, L edge layers.
 """
 
 from __future__ import annotations
@@ -19,38 +16,58 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.cost import generator_macs, mean_flops, prefill_macs
+from lorax_gen.cost import mean_flops
 from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.agent_metrics import ToolScores, mean_scores, score_answer
+from lorax_gen.evaluation.agent_metrics import ToolScores, score_answer
+from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.evaluation.item_log import ItemLog, Row, digest
-from lorax_gen.evaluation.system import System, identity
-from lorax_gen.inference.cards import gates_of_prompts
+from lorax_gen.evaluation.report import Cell, cell
 from lorax_gen.inference.continuations import TOKENS_PER_BATCH, continue_texts, room_for
-from lorax_gen.models.adapter import Adapter
-from lorax_gen.system import gated_pool
-from lorax_gen.tensors import tree_hash
 
-Mode = Literal["full", "request", "lora_gen", "lora_gen_shuffled"]
-BY_CLOUD = ("lora_gen", "lora_gen_shuffled")
 MAX_NEW_TOKENS = 512
 STOP = ("Observation:",)
-REQUEST = "previous conversation, new input, and the reminder to use tools behind it"
-SEES = {"full": "the whole instruction"} | dict.fromkeys(get_args(Mode)[1:], REQUEST)
+SCORES = tuple(field.name for field in dataclasses.fields(ToolScores))
+ENTIRE = "the entire instruction"
+REQUEST = "previous conversation, new input, and the reminder to use tools after it"
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentCases:
+    """Requests, see `answerers.Cases`; `seed` says who gets whose prompt in the control."""
+
+    items: Sequence[AgentItem]
+    seed: int = 0
+
+    def bare(self) -> list[tuple[str, ...]]:
+        return [(item.request,) for item in self.items]
+
+    def prompted(self) -> list[tuple[str, ...]]:
+        return [(full_prompt(item),) for item in self.items]
+
+    def prompts(self) -> list[str]:
+        return [item.prompt for item in self.items]
+
+    def other_prompts(self) -> list[str]:
+        """Each prompt becomes that of the next one in a random order of all different ones."""
+        different = list(dict.fromkeys(self.prompts()))
+        if len(different) < 2:
+            raise UserError("all items have the same prompt: there is nothing to shuffle")
+        order = np.random.default_rng(self.seed).permutation(len(different))
+        others = {different[i]: different[j] for i, j in zip(order, np.roll(order, 1), strict=True)}
+        return [others[prompt] for prompt in self.prompts()]
 
 
 def evaluate_agent(
-    system: System,
+    answerer: Answerer,
     items: Sequence[AgentItem],
-    mode: Mode,
     *,
     path: Path | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -60,7 +77,7 @@ def evaluate_agent(
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda items: None,
 ) -> dict[str, Any]:
-    """Has the edge answer all items and scores the answers.
+    """Has an answerer respond to all items and scores what it writes.
 
     Args:
       path: of a JSONL file of the items' results; where it has some, they are not computed again.
@@ -70,36 +87,32 @@ def evaluate_agent(
       progress: called with the number of items finished since the last call.
 
     Returns:
-      the report of `summary`.
+      what `summary` makes of the items' results.
 
-    Raises UserError where the mode lacks a model, ids are not unique, or the file at `path` was
-    made otherwise.
+    Raises UserError where ids are not unique, or the file at `path` was made otherwise.
     """
-    check(system, items, mode)
+    if not items:
+        raise UserError("no items to evaluate; give at least one")
+    if len({item.id for item in items}) < len(items):
+        raise UserError("two items have the same id, by which results are kept; make them differ")
     done: dict[str, Row] = {}
-    log = None
+    log, cases = None, AgentCases(items, seed)
     if path is not None:
-        log = ItemLog(path, settings(system, items, mode, max_new_tokens, stop, seed))
+        log = ItemLog(path, describe(answerer, cases, max_new_tokens, stop))
         done = {row["id"]: row for row in log.rows}
     progress(sum(item.id in done for item in items))
     left = [i for i, item in enumerate(items) if item.id not in done]
     if left:
         start = time.perf_counter()
-        encoder, room = (
-            Encoder.of(system.edge),
-            room_for(system.edge, max_new_tokens, system.max_length),
-        )
-        todo = [items[i] for i in left]
-        whole = [encoder.ids(full_prompt(item)) for item in todo]
-        seen = whole if mode == "full" else [encoder.ids(item.request) for item in todo]
-        prompts = read = [[] for _ in todo]
-        adapter = None
-        if mode in BY_CLOUD:
-            texts = prompts_read(items, mode, seed)
-            cloud = Encoder.of(system.cloud)
-            prompts = [cloud.ids(texts[i]) for i in left]
-            read = [ids[-system.prompt_room :] for ids in prompts]
-            adapter = gated(system, read, tokens_per_batch, mesh)
+        encoder = Encoder.of(answerer.model)
+        room = room_for(answerer.model, max_new_tokens, answerer.max_length)
+        contexts, prompts = answerer.contexts(cases), answerer.prompts(cases)
+        entire = [encoder.ids(full_prompt(items[i])) for i in left]
+        seen = [encoder.ids(contexts[i][0]) for i in left]
+        adapter = answerer.adapter
+        if prompts is not None:
+            prompts = [prompts[i] for i in left]
+            adapter = answerer.specialise(prompts, tokens_per_batch=tokens_per_batch, mesh=mesh)
 
         def on_batch(indices: list[int], texts: list[str]) -> None:
             nonlocal start
@@ -107,15 +120,15 @@ def evaluate_agent(
             seconds, start = (now - start) / len(indices), now
             rows = [
                 {
-                    "id": todo[i].id,
+                    "id": items[left[i]].id,
                     "written": text,
                     "edge_tokens": min(len(seen[i]), room),
-                    "full_tokens": len(whole[i]),
+                    "full_tokens": len(entire[i]),
                     "cut_tokens": max(len(seen[i]) - room, 0),
-                    "prompt_tokens": len(read[i]),
-                    "prompt_cut_tokens": len(prompts[i]) - len(read[i]),
+                    "prompt_tokens": len(prompts[i].ids) if prompts else 0,
+                    "prompt_cut_tokens": prompts[i].truncated if prompts else 0,
                     "seconds": round(seconds, 4),
-                    **dataclasses.asdict(score_answer(todo[i].output, text)),
+                    **dataclasses.asdict(score_answer(items[left[i]].output, text)),
                 }
                 for i, text in zip(indices, texts, strict=True)
             ]
@@ -125,7 +138,7 @@ def evaluate_agent(
             progress(len(rows))
 
         continue_texts(
-            system.edge,
+            answerer.model,
             [ids[-room:] for ids in seen],
             max_new_tokens=max_new_tokens,
             tokens_per_batch=tokens_per_batch,
@@ -134,124 +147,46 @@ def evaluate_agent(
             mesh=mesh,
             adapter=adapter,
         )
-    return summary(system, mode, [done[item.id] for item in items])
+    return summary(answerer, [done[item.id] for item in items])
 
 
-def summary(system: System, mode: Mode, rows: Sequence[Row]) -> dict[str, Any]:
-    """The report of items' results.
+def summary(answerer: Answerer, rows: Sequence[Row]) -> dict[str, Any]:
+    """The parts of a report's row (see `report`), of items' results.
 
-    scores          {score: mean} of `agent_metrics.ToolScores`, and their `average`
-    edge_tokens     read by the edge per item, mean; prompt_tokens: by the cloud
-    flops           of the edge reading a request up to the first token of an answer, mean;
-                    cloud_flops: of the cloud and the generator, for one prompt
-    compression     tokens of the whole instructions / tokens read by the edge
+    cells           of the five scores of `agent_metrics.ToolScores`
+    compression     tokens of the entire instructions / tokens read by the edge
     edge_sees       which part of the instruction that is
-    items, cut_items    counted; those that are cut off on the left, for the edge is too short
-    cut_prompts     the same of their prompts and the cloud
+    cut_items       those that are cut off on the left, for the edge is too short; cut_prompts: the
+                    same of their prompts and the cloud
     seconds         of all items together, compilation included
     """
-    names = [field.name for field in dataclasses.fields(ToolScores)]
-    mean = mean_scores(ToolScores(*(row[name] for name in names)) for row in rows)
-    seen = sum(row["edge_tokens"] for row in rows)
-    prompts, cloud_flops = [row["prompt_tokens"] for row in rows], 0.0
-    if mode in BY_CLOUD:
-        spec = system.generator.spec(system.cloud.config, system.edge.config)
-        cloud_flops = mean_flops(prompts, partial(generator_macs, spec))
+    seen = [row["edge_tokens"] for row in rows]
+    read = [row["prompt_tokens"] for row in rows]
+    cells: dict[str, Cell] = {
+        name: cell(np.array([row[name] for row in rows], float)) for name in SCORES
+    }
     return {
-        "mode": mode,
-        "items": len(rows),
-        "scores": dataclasses.asdict(mean) | {"average": mean.average},
-        "edge_tokens": seen / len(rows),
-        "prompt_tokens": sum(prompts) / len(rows),
-        "flops": mean_flops(
-            (row["edge_tokens"] for row in rows),
-            partial(prefill_macs, system.edge.config, logits=1),
-        ),
-        "cloud_flops": cloud_flops,
-        "compression": sum(row["full_tokens"] for row in rows) / seen,
-        "edge_sees": SEES[mode],
+        "cells": cells,
+        "context_tokens": sum(seen) / len(rows),
+        "prompt_tokens": sum(read) / len(rows),
+        "flops": mean_flops(seen, answerer.macs),
+        "cloud_flops": mean_flops(read, answerer.prompt_macs),
+        "compression": sum(row["full_tokens"] for row in rows) / sum(seen),
+        "edge_sees": ENTIRE if answerer.in_context else REQUEST,
         "cut_items": sum(row["cut_tokens"] > 0 for row in rows),
         "cut_prompts": sum(row["prompt_cut_tokens"] > 0 for row in rows),
         "seconds": sum(row["seconds"] for row in rows),
     }
 
 
-# --- what the cloud reads ------------------------------------------------------------------------
-
-
-def prompts_read(items: Sequence[AgentItem], mode: Mode, seed: int) -> list[str]:
-    """The prompt that the cloud reads for each item, in a mode that has it read one.
-
-    Raises UserError where prompts should be shuffled and all are the same.
-    """
-    prompts = [item.prompt for item in items]
-    if mode == "lora_gen":
-        return prompts
-    different = list(dict.fromkeys(prompts))
-    if len(different) < 2:
-        raise UserError("all items have the same prompt: there is nothing to shuffle")
-    order = np.random.default_rng(seed).permutation(len(different))
-    # Each gets that of the next one in a random order, so none its own.
-    others = {different[i]: different[j] for i, j in zip(order, np.roll(order, 1), strict=True)}
-    return [others[prompt] for prompt in prompts]
-
-
-def gated(
-    system: System,
-    prompts: Sequence[Sequence[int]],
-    tokens_per_batch: int,
-    mesh: Mesh | None = None,
-) -> Adapter:
-    """The edge's adapter of one row for each prompt, token ids."""
-    generator = system.generator
-    gates = gates_of_prompts(
-        prompts,
-        system.cloud,
-        system.edge.config,
-        generator,
-        tokens_per_batch=tokens_per_batch,
-        mesh=mesh,
-    )
-    return gated_pool(generator.params["pool"], gates, generator.config)
-
-
-# --- what must hold ------------------------------------------------------------------------------
-
-
-def check(system: System, items: Sequence[AgentItem], mode: Mode) -> None:
-    if mode not in get_args(Mode):
-        raise UserError(f"mode is {mode!r}: choose one of {', '.join(get_args(Mode))}")
-    if not items:
-        raise UserError("no items to evaluate; give at least one")
-    if len({item.id for item in items}) < len(items):
-        raise UserError("two items have the same id, by which results are kept; make them differ")
-    if mode in BY_CLOUD and (system.cloud is None or system.generator is None):
-        raise UserError(f"mode {mode} needs a cloud model and a generator; give both")
-
-
-def settings(
-    system: System,
-    items: Sequence[AgentItem],
-    mode: Mode,
-    max_new_tokens: int,
-    stop: Sequence[str],
-    seed: int,
+def describe(
+    answerer: Answerer, cases: AgentCases, max_new_tokens: int, stop: Sequence[str]
 ) -> Row:
-    """What results depend on."""
-    generator = system.generator
-    row = {
-        "mode": mode,
-        "edge": identity(system.edge),
-        "edge_dtype": str(system.edge.params["embed"].dtype),
-        "n": len(items),
-        "items": digest(list(map(dataclasses.asdict, items))),
-        "max_length": system.max_length,
+    """All that the results of single items depend on, as plain values."""
+    found = answerer.identity() | {
+        "n": len(cases.items),
+        "items": digest(list(map(dataclasses.asdict, cases.items))),
         "max_new_tokens": max_new_tokens,
         "stop": list(stop),
     }
-    if mode in BY_CLOUD:
-        row["cloud"] = identity(system.cloud)
-        row["generator"] = tree_hash({"params": generator.params, "stats": generator.stats})
-    if mode == "lora_gen_shuffled":
-        row["seed"] = seed
-    return row
+    return found | ({"seed": cases.seed} if answerer.name == "shuffled" else {})

@@ -196,7 +196,7 @@ class LoraGen(Answerer):
             "generator": self.generator.fingerprint,
             "which": self.which,
         }
-        return found | ({"seed": self.seed} if self.which == "random" else {})
+        return found | ({"random_seed": self.seed} if self.which == "random" else {})
 
 
 def control(answerer: LoraGen, which: Control, seed: int = 0) -> LoraGen:
@@ -248,12 +248,8 @@ class System:
         if name not in ANSWERERS:
             raise UserError(f"unknown mode {name!r}; choose one of {', '.join(ANSWERERS)}")
         label, needs = ANSWERERS[name]
-        if missing := [part for part in needs if getattr(self, part) is None]:
-            raise UserError(
-                f"mode {name} needs {' and '.join(missing)}; give both models"
-                if len(missing) > 1
-                else f"mode {name} needs a {missing[0]}; give one"
-            )
+        if any(getattr(self, part) is None for part in needs):
+            raise UserError(f"mode {name} needs {' and '.join(map(PARTS.get, needs))}")
         options = {"max_length": self.max_length}
         if name in ("lora", "card"):
             return Answerer(name, label, self.edge.merged(getattr(self, name)), **options)
@@ -268,6 +264,12 @@ class System:
         return own if name == "lora_gen" else control(own, name, seed)
 
 
+PARTS = {
+    "cloud": "a cloud model",
+    "generator": "a generator",
+    "lora": "a LoRA of all tasks",
+    "card": "a card or an adapter",
+}
 # Name -> its label, and what of a system it needs.
 ANSWERERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("edge, no prompt", ()),

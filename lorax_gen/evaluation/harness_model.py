@@ -24,7 +24,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from lorax_gen.artifacts.export import lora_of
+from lorax_gen.artifacts.export import is_adapter, lora_of
 from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.errors import UserError
 from lorax_gen.files import read_prompt
@@ -278,7 +278,8 @@ def specialised(
     if card is not None and prompt is not None:
         raise UserError("card and prompt both say what to specialise to; give one of them")
     if card is not None:
-        tree, *_ = lora_of(card, model, lambda: load_generator(generator))
+        maker = None if is_adapter(card) else load_generator(generator)
+        tree, *_ = lora_of(card, model, maker)
         return model.merged(tree)
     if prompt is not None:
         maker = load_generator(generator)

@@ -21,19 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lorax_gen.evaluation.world import METHODS
-
 INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
 VERMILION = "#d55e00"
 
-# The look of each method's bars.
+CONTROL = {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"}
+# The look of each answerer's bars; of others that of a control.
 LOOKS: dict[str, dict[str, str]] = {
-    "edge": {"color": "#c4c9ce"},
-    "edge_icl": {"color": "#56b4e9"},
-    "edge_lora": {"color": "#009e73"},
+    "plain": {"color": "#c4c9ce"},
+    "icl": {"color": "#56b4e9"},
+    "lora": {"color": "#009e73"},
     "cloud_icl": {"color": "#0072b2"},
     "lora_gen": {"color": VERMILION},
-    "lora_gen_shuffled": {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"},
 }
 FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LONGEST_NAMED = 40  # more tasks than this, and their names would be too small to read
@@ -41,10 +39,7 @@ PANELS_PER_ROW = 6
 
 
 def draw_accuracy(report: dict[str, Any], path: Path) -> None:
-    """Bars of each method's accuracy per family and on average, from `report.evaluate_world`.
-
-    A method that the report lacks is left out.
-    """
+    """Bars of each answerer's accuracy per family and on average, from `world.evaluate_world`."""
     _write(_figure_accuracy(report), path)
 
 
@@ -71,26 +66,25 @@ def draw_training(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _figure_accuracy(report: dict[str, Any]) -> Figure:
-    families = list(report["accuracy"])
-    methods = [name for name in METHODS if name in report["mean"]]
-    rows = [*(report["accuracy"][family] for family in families), report["mean"]]
-    chances = [report["chance"][family] for family in families]
+    families = report["columns"]
+    chances = [column["chance"] for column in families.values()]
     chances.append(float(np.mean(chances)))
+    groups = len(families) + 1
     # The mean stands a little apart: it is no family.
-    centres = np.arange(len(rows)) + 0.2 * (np.arange(len(rows)) == len(families))
-    width = 0.84 / len(methods)
+    centres = np.arange(groups) + 0.2 * (np.arange(groups) == len(families))
+    width = 0.84 / len(report["rows"])
 
-    figure = _figure(2.1 * len(rows) + 0.8, 5.6)
-    axes = _axes(figure.subplots(), f"Accuracy on {report['split']} tasks, by family")
-    for i, name in enumerate(methods):
-        label, look = METHODS[name], LOOKS[name]
-        tokens = round(report["context_tokens"][name], 1)
-        places = centres + (i - (len(methods) - 1) / 2) * width
-        shares = [row[name] for row in rows]
-        axes.bar(places, shares, 0.9 * width, label=f"{label} ({tokens:g})", zorder=2, **look)
-        if name.startswith("lora_gen"):
+    figure = _figure(2.1 * groups + 0.8, 5.6)
+    split = report["settings"]["split"]
+    axes = _axes(figure.subplots(), f"Accuracy on {split} tasks, by family")
+    for i, (name, row) in enumerate(report["rows"].items()):
+        label = f"{row['label'].strip()} ({round(row['context_tokens'], 1):g})"
+        bars = centres + (i - (len(report["rows"]) - 1) / 2) * width
+        shares = [row["cells"][family]["score"] for family in families] + [row["average"]]
+        axes.bar(bars, shares, 0.9 * width, label=label, zorder=2, **LOOKS.get(name, CONTROL))
+        if name not in LOOKS or name == "lora_gen":
             weight = "bold" if name == "lora_gen" else "normal"
-            for x, share, chance in zip(places, shares, chances, strict=True):
+            for x, share, chance in zip(bars, shares, chances, strict=True):
                 y = chance if share < chance < share + 0.05 else share  # not across the line
                 axes.annotate(
                     f"{100 * share:.0f}", (x, y), (0, 3), textcoords="offset points",
@@ -100,8 +94,7 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
         chances, centres - 0.46, centres + 0.46, colors=INK, linestyles="--", linewidth=1,
         label="chance: best guess without the task", zorder=3,
     )  # fmt: skip
-    counts = [f"{report['tasks'][f]} tasks\n{report['questions'][f]} questions" for f in families]
-    ticks = [f"{f}\n{count}" for f, count in zip(families, counts, strict=True)]
+    ticks = [f"{f}\n{c['tasks']} tasks\n{c['n']} questions" for f, c in families.items()]
     axes.set_xticks(centres, [*ticks, "mean\nof the families"])
     axes.tick_params("x", length=0)
     axes.set_xlim(centres[0] - 0.55, centres[-1] + 0.55)
@@ -110,7 +103,7 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
     order = sorted(range(len(handles)), key=lambda i: labels[i].startswith("chance"))
     legend = figure.legend(
         [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center",
-        ncols=3, title="Method (context tokens per question)", **_LEGEND,
+        ncols=3, title="Who answers (context tokens per question)", **_LEGEND,
     )  # fmt: skip
     legend.get_title().set(fontsize=10, fontweight="bold", color=INK)
     return figure

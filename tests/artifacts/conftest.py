@@ -40,7 +40,9 @@ def made(tiny_world_system, tmp_path_factory) -> Made:
         )
         write_generator(folder / composition, generator, tiny_world_system)
         generators[composition] = load_generator(folder / composition)
-        cards[composition] = make_card(gates, PROMPTS[0], edge, generators[composition])
+        cards[composition] = make_card(
+            gates, PROMPTS[0], tiny_world_system.cloud, edge, generators[composition]
+        )
         save_card(folder / f"{composition}.card", cards[composition])
     save_adapter(folder / "adapter", cards["factors"].lora(generators["factors"]), edge.config)
     return Made(folder, edge, generators, cards)

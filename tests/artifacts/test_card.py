@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from types import SimpleNamespace
 
 import chex
@@ -94,7 +95,7 @@ def test_gates_stand_in_order_and_sum_to_one(cards):
 def test_the_lora_of_a_card_is_that_of_the_original_gates(system, generator, cards):
     gates = gates_of(system, generator, PROMPT)[0]
     np.testing.assert_array_equal(cards[0].dense_gates(generator.config.n_experts) > 0, gates > 0)
-    card = make_card(np.asarray(gates), PROMPT, system.edge, generator)
+    card = make_card(np.asarray(gates), PROMPT, system.cloud, system.edge, generator)
     original = lora_from_gates(generator.params["pool"], gates, generator.config)
     chex.assert_trees_all_equal(card.lora(generator), original)
 
@@ -103,7 +104,7 @@ def test_the_lora_of_a_card_is_that_of_the_original_gates(system, generator, car
 @pytest.mark.parametrize("composition", ["factors", "products"])
 def test_a_merged_edge_answers_as_the_edge_with_its_lora(system, composition, pool):
     generator = make_generator(system, composition=composition, pool=pool)
-    card = make_card(two_experts(generator), PROMPT, system.edge, generator)
+    card = make_card(two_experts(generator), PROMPT, system.cloud, system.edge, generator)
     config, tokens = system.edge.config, jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     merged = answer(card.merge(system.edge, generator).params, config, tokens)
     unmerged = answer(system.edge.params, config, tokens, card.lora(generator))
@@ -124,7 +125,7 @@ def test_merging_leaves_the_edge_and_all_other_kernels_alone(system, generator, 
 def test_dense_gates_of_the_gumbel_strategy_are_all_kept(system):
     generator = make_generator(system, strategy="gumbel", composition="products")
     gates = np.random.default_rng(0).dirichlet(np.ones(4), 2).astype(np.float32)
-    card = make_card(gates, PROMPT, system.edge, generator)
+    card = make_card(gates, PROMPT, system.cloud, system.edge, generator)
     assert card.gates.shape == (2, 4)
     np.testing.assert_array_equal(card.dense_gates(4), gates)
     original = lora_from_gates(generator.params["pool"], gates, generator.config)
@@ -133,10 +134,16 @@ def test_dense_gates_of_the_gumbel_strategy_are_all_kept(system):
 
 def test_more_than_256_experts_still_have_their_numbers():
     config = SimpleNamespace(top_k=2, strategy="keep_top_k", n_experts=300, composition="factors")
-    generator = SimpleNamespace(config=config, pool_hash="pool")
+    generator = SimpleNamespace(config=config, pool_hash="pool", fingerprint="all")
     gates = np.zeros((3, 300), np.float32)
     gates[:, [7, 299]] = 0.25, 0.75
-    card = make_card(gates, "a prompt", SimpleNamespace(fingerprint="edge"), generator)
+    card = make_card(
+        gates,
+        "a prompt",
+        SimpleNamespace(fingerprint="cloud", tokenizer_fingerprint="words"),
+        SimpleNamespace(fingerprint="edge"),
+        generator,
+    )
     np.testing.assert_array_equal(card.indices, [[299, 7]] * 3)
     np.testing.assert_array_equal(card.dense_gates(300), gates)
 
@@ -168,7 +175,7 @@ def test_different_prompts_are_different_cards(cards):
     [
         ("", "the prompt is empty"),
         (" \n ", "the prompt is empty"),
-        (" ".join(["apple"] * 62), "a prompt of 63 tokens is longer than the limit of 62"),
+        (" ".join(["apple"] * 62), "a prompt of 63 tokens is longer than the 62"),
     ],
 )
 def test_an_empty_or_overlong_prompt_is_refused(system, generator, prompt, message):
@@ -246,6 +253,30 @@ def test_no_file_is_overwritten(cards, tmp_path):
 
 def test_a_card_is_plain_values(cards):
     assert {field.name for field in dataclasses.fields(TaskCard)} == {
-        "indices", "gates", "pool", "edge", "prompt", "composition"
+        "indices", "gates", "pool", "edge", "prompt", "composition",
+        "generator", "cloud", "tokenizer",
     }  # fmt: skip
     assert all(isinstance(cards[0].prompt, str) and len(card.prompt) == 64 for card in cards)
+
+
+def test_a_card_of_the_first_format_is_read_and_makes_the_same_lora(cards, system, tmp_path):
+    """It did not say which generator, cloud and tokenizer had made it."""
+    card, path = cards[0], tmp_path / "first.card.safetensors"
+    metadata = {"format": "lorax-gen card 1"}
+    metadata |= {name: getattr(card, name) for name in ("pool", "edge", "prompt", "composition")}
+    tensors = {"indices": card.indices, "gates": card.gates}
+    write_tensors(path, tensors, {"card": json.dumps(metadata)})
+    found = load_card(path)
+    assert (found.generator, found.cloud, found.tokenizer) == ("", "", "")
+    assert dataclasses.replace(found, generator=card.generator).pool == card.pool
+    np.testing.assert_array_equal(found.gates, card.gates)
+    np.testing.assert_array_equal(found.indices, card.indices)
+
+
+def test_a_card_names_what_made_it(system, generator):
+    card = specialize(PROMPT, system.cloud, system.edge, generator)
+    assert card.generator == generator.fingerprint
+    assert card.cloud == system.cloud.fingerprint
+    assert card.tokenizer == system.cloud.tokenizer_fingerprint
+    other = dataclasses.replace(generator, config=dataclasses.replace(generator.config, alpha=1.0))
+    assert other.fingerprint != generator.fingerprint

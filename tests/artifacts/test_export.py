@@ -48,7 +48,7 @@ def write(made, tmp_path):
         needed(format)
         generator = made.generators.get(artifact.removesuffix(".card"))
         path = tmp_path / "out" / f"mine.{format}"
-        export(made.folder / artifact, path, format, made.edge, lambda: generator, **options)
+        export(made.folder / artifact, path, format, made.edge, generator, **options)
         return path
 
     return write
@@ -266,12 +266,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(format, made, t
     params = {**made.edge.params, "final_norm": made.edge.params["final_norm"] * 2}
     other = dataclasses.replace(made.edge, params=params)
     with pytest.raises(UserError, match="this card was made for the edge model"):
-        export(card, tmp_path / "out", format, other, lambda: generator)
+        export(card, tmp_path / "out", format, other, generator)
     with pytest.raises(UserError, match="this card was made with the pool"):
-        export(card, tmp_path / "out", format, made.edge, lambda: made.generators["products"])
+        export(card, tmp_path / "out", format, made.edge, made.generators["products"])
     with pytest.raises(UserError, match="no such file"):
-        export(tmp_path / "nowhere", tmp_path / "out", format, made.edge, lambda: generator)
+        export(tmp_path / "nowhere", tmp_path / "out", format, made.edge, generator)
     with pytest.raises(UserError, match="is not a task card"):
         weights = made.folder / "edge" / "model.safetensors"
-        export(weights, tmp_path / "out", format, made.edge, lambda: generator)
+        export(weights, tmp_path / "out", format, made.edge, generator)
     assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def lora_of_card(tiny_world_system, edge_of):
         generator = make_generator(system, **{"edge_targets": tuple(MODULES), **fields})
         gates = np.zeros((system.edge.config.num_hidden_layers, 4), np.float32)
         gates[:, 3], gates[:, 1], gates[0, [0, 3]] = 0.7, 0.3, [0.7, 0]
-        return make_card(gates, "a prompt", system.edge, generator).lora(generator)
+        return make_card(gates, "a prompt", system.cloud, system.edge, generator).lora(generator)
 
     return lora
 

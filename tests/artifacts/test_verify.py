@@ -26,7 +26,7 @@ def compare(made):
 
     def compare(artifact, composition="factors", edge=made.edge):
         generator = made.generators[composition]
-        found = verify(made.folder / artifact, edge, lambda: generator, **SMALL)
+        found = verify(made.folder / artifact, edge, generator, **SMALL)
         assert all(isinstance(row, Comparison) for row in found)
         return {row.form: row for row in found}
 
@@ -40,7 +40,7 @@ def merge(made, tmp_path):
     def merge(composition="factors", dtype=None):
         generator, path = made.generators[composition], tmp_path / "merged"
         card = made.folder / f"{composition}.card"
-        export(card, path, "merged", made.edge, lambda: generator, dtype=dtype)
+        export(card, path, "merged", made.edge, generator, dtype=dtype)
         return path
 
     return merge

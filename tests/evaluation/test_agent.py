@@ -1,8 +1,7 @@
-"""Each mode has the edge read what it should, with the LoRA that it should have."""
+"""Each answerer reads what it should, with the LoRA that it should have."""
 
 import dataclasses
 import json
-from functools import partial
 
 import jax
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 from lorax_gen import generate_text, specialize
 from lorax_gen.data.agent import AgentItem, full_prompt
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation import agent
-from lorax_gen.evaluation.agent import evaluate_agent, prompts_read
-from lorax_gen.evaluation.system import System
+from lorax_gen.evaluation import answerers
+from lorax_gen.evaluation.agent import AgentCases, evaluate_agent
+from lorax_gen.evaluation.answerers import System
 from lorax_gen.inference import continuations
 from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
@@ -32,7 +31,7 @@ ITEMS = [
         ]
     )
 ]
-MODES = ("full", "request", "lora_gen", "lora_gen_shuffled")
+MODES = ("icl", "plain", "lora_gen", "shuffled")
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +66,12 @@ def calls(monkeypatch, right):
 
 
 def by_row(calls):
-    """`{tokens: its LoRA tree}` of all rows that were asked for."""
+    """`{tokens: its gates [L, N]}` of all rows that were asked for."""
     out = {}
     for call in calls:
         for i, row in enumerate(call["rows"]):
-            lora = call["lora"]
-            out[tuple(row)] = lora and jax.tree.map(lambda leaf, i=i: leaf[:, i], lora)
+            adapter = call["adapter"]
+            out[tuple(row)] = adapter and adapter.rows["gates"][:, i]
     return out
 
 
@@ -82,46 +81,52 @@ def tokens(system, texts):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_edge_reads_what_the_mode_says(system, calls, mode):
-    report = evaluate_agent(system, ITEMS, mode)
-    text = full_prompt if mode == "full" else lambda item: item.request
+    report = evaluate_agent(system.answerer(mode), ITEMS)
+    text = full_prompt if mode == "icl" else lambda item: item.request
     assert set(by_row(calls)) == set(tokens(system, map(text, ITEMS)))
     assert all(call["stop"] == ("Observation:",) for call in calls)
     assert all(call["max_new_tokens"] == 512 for call in calls)
-    assert all((call["lora"] is None) == (mode in MODES[:2]) for call in calls)
+    assert all((call["adapter"] is None) == (mode in MODES[:2]) for call in calls)
     whole = sum(map(len, tokens(system, map(full_prompt, ITEMS))))
     seen = sum(map(len, tokens(system, map(text, ITEMS))))
     assert report["compression"] == whole / seen
-    assert report["edge_tokens"] == seen / 5
-    assert ("reminder" in report["edge_sees"]) == (mode != "full")
-    assert (report["mode"], report["items"], report["cut_items"]) == (mode, 5, 0)
+    assert report["context_tokens"] == seen / 5
+    assert ("reminder" in report["edge_sees"]) == (mode != "icl")
+    assert report["cut_items"] == 0
     assert report["seconds"] > 0
-    perfect = ("thought", "action", "arguments", "success", "iou", "average")
-    assert report["scores"] == dict.fromkeys(perfect, 1.0)
+    perfect = ("thought", "action", "arguments", "success", "iou")
+    assert report["cells"] == {name: {"score": 1.0, "stderr": 0.0, "n": 5} for name in perfect}
     assert json.loads(json.dumps(report)) == report
 
 
 @pytest.mark.parametrize("mode", MODES[2:])
 def test_every_request_has_the_lora_of_its_prompt_or_of_another(system, calls, mode):
     cards = specialize(PROMPTS, system.cloud, system.edge, system.generator)
-    loras = dict(zip(PROMPTS, [card.lora(system.generator) for card in cards], strict=True))
-    evaluate_agent(system, ITEMS, mode, tokens_per_batch=2 * (64 + 512), seed=3)
+    experts = system.generator.config.n_experts
+    gates = dict(zip(PROMPTS, [card.dense_gates(experts) for card in cards], strict=True))
+    evaluate_agent(system.answerer(mode), ITEMS, tokens_per_batch=2 * (64 + 512), seed=3)
     assert len(calls) > 2
-    prompts, found = prompts_read(ITEMS, mode, 3), by_row(calls)
+    cases, found = AgentCases(ITEMS, 3), by_row(calls)
+    prompts = cases.prompts() if mode == "lora_gen" else cases.other_prompts()
+    for call in calls:
+        np.testing.assert_array_equal(
+            call["adapter"].shared["up"]["a"], system.generator.params["pool"]["up"]["a"]
+        )
     for item, prompt, row in zip(
         ITEMS, prompts, tokens(system, [item.request for item in ITEMS]), strict=True
     ):
         assert (prompt == item.prompt) == (mode == "lora_gen")
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found[row], loras[prompt])
+        np.testing.assert_allclose(found[row], gates[prompt], atol=1e-5)
 
 
 def test_shuffled_prompts_are_those_of_others_by_the_seed():
     for seed in range(5):
-        prompts = prompts_read(ITEMS, "lora_gen_shuffled", seed)
-        assert prompts == prompts_read(ITEMS, "lora_gen_shuffled", seed)
+        prompts = AgentCases(ITEMS, seed).other_prompts()
+        assert prompts == AgentCases(ITEMS, seed).other_prompts()
         assert all(a != item.prompt for a, item in zip(prompts, ITEMS, strict=True))
         assert prompts[0] == prompts[3] and prompts[1] == prompts[4]  # of one prompt, one other
     with pytest.raises(UserError, match="nothing to shuffle"):
-        prompts_read(ITEMS[:1] * 3, "lora_gen_shuffled", 0)
+        AgentCases(ITEMS[:1] * 3).other_prompts()
 
 
 def test_means_are_over_items(system, calls):
@@ -129,16 +134,17 @@ def test_means_are_over_items(system, calls):
         dataclasses.replace(item, output=CALL.format("Another")) if i < 2 else item
         for i, item in enumerate(ITEMS)
     ]
-    scores = evaluate_agent(system, spoiled, "request")["scores"]
+    cells = evaluate_agent(system.answerer("plain"), spoiled)["cells"]
     expected = {"thought": 1, "action": 0.6, "arguments": 1, "success": 0.6, "iou": 1 - 0.4 / 3}
-    expected["average"] = sum(expected.values()) / 5
-    assert scores == pytest.approx(expected)
+    assert {name: found["score"] for name, found in cells.items()} == pytest.approx(expected)
+    assert cells["action"]["stderr"] == pytest.approx(np.std([1, 1, 1, 0, 0], ddof=1) / 5**0.5)
 
 
-@pytest.mark.parametrize("mode", ["request", "lora_gen_shuffled"])
+@pytest.mark.parametrize("mode", ["plain", "shuffled"])
 def test_an_interrupted_run_goes_on_where_it_was(system, calls, mode, tmp_path, monkeypatch):
     options = {"tokens_per_batch": 2 * (32 + 512)}
-    whole = evaluate_agent(system, ITEMS, mode, **options)
+    answerer = system.answerer(mode)
+    whole = evaluate_agent(answerer, ITEMS, **options)
     asked, path = by_row(calls), tmp_path / "items.jsonl"
     calls.clear()
     write = continuations.generate_text
@@ -150,7 +156,7 @@ def test_an_interrupted_run_goes_on_where_it_was(system, calls, mode, tmp_path, 
 
     monkeypatch.setattr(continuations, "generate_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_agent(system, ITEMS, mode, path=path, **options)
+        evaluate_agent(answerer, ITEMS, path=path, **options)
     path.write_text(path.read_text() + '{"id": "item 3", "wri')  # half-written
     first = by_row(calls)
     assert len(first) == 2
@@ -158,34 +164,36 @@ def test_an_interrupted_run_goes_on_where_it_was(system, calls, mode, tmp_path, 
     monkeypatch.setattr(continuations, "generate_text", write)
     calls.clear()
     finished = []
-    report = evaluate_agent(system, ITEMS, mode, path=path, progress=finished.append, **options)
+    report = evaluate_agent(answerer, ITEMS, path=path, progress=finished.append, **options)
     rest = by_row(calls)
     assert not first.keys() & rest.keys() and first.keys() | rest.keys() == asked.keys()
     for row, lora in rest.items():
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), lora, asked[row])
+        assert (lora is None) == (asked[row] is None)
+        if lora is not None:
+            np.testing.assert_allclose(lora, asked[row], atol=1e-5)
     assert finished == [2, 2, 1]
     assert report | {"seconds": 0} == whole | {"seconds": 0}
     assert len(path.read_text().splitlines()) == 6
 
     calls.clear()  # and a finished one has nothing to do
-    assert evaluate_agent(system, ITEMS, mode, path=path, **options) == report
+    assert evaluate_agent(answerer, ITEMS, path=path, **options) == report
     assert not calls
     with pytest.raises(UserError, match="stop"):
-        evaluate_agent(system, ITEMS, mode, path=path, stop=(), **options)
+        evaluate_agent(answerer, ITEMS, path=path, stop=(), **options)
 
 
 def test_results_of_other_items_or_in_another_dtype_are_not_taken_for_these(
     system, calls, tmp_path
 ):
     path = tmp_path / "items.jsonl"
-    evaluate_agent(system, ITEMS, "request", path=path)
+    evaluate_agent(system.answerer("plain"), ITEMS, path=path)
     changed = [dataclasses.replace(ITEMS[0], output=CALL.format("Another")), *ITEMS[1:]]
     with pytest.raises(UserError, match="is of a run with items"):
-        evaluate_agent(system, changed, "request", path=path)
+        evaluate_agent(system.answerer("plain"), changed, path=path)
     params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), system.edge.params)
     rounded = System(dataclasses.replace(system.edge, params=params))
-    with pytest.raises(UserError, match="is of a run with edge_dtype"):
-        evaluate_agent(rounded, ITEMS, "request", path=path)
+    with pytest.raises(UserError, match=r"is of a run with (model|dtype)"):
+        evaluate_agent(rounded.answerer("plain"), ITEMS, path=path)
 
 
 @pytest.mark.parametrize("by", ["positions", "max_length"])
@@ -201,22 +209,23 @@ def test_what_the_model_has_no_room_for_loses_its_beginning(system, monkeypatch,
         return [""] * len(asked)
 
     monkeypatch.setattr(continuations, "generate_text", write)
-    report = evaluate_agent(short, ITEMS, "full", max_new_tokens=8)
+    report = evaluate_agent(short.answerer("icl"), ITEMS, max_new_tokens=8)
     texts = tokens(system, map(full_prompt, ITEMS))
     assert sorted(map(tuple, rows)) == sorted(text[-16:] for text in texts)
     assert report["cut_items"] == sum(len(text) > 16 for text in texts) > 2
-    assert report["scores"]["average"] == 0
+    assert all(found["score"] == 0 for found in report["cells"].values())
     with pytest.raises(UserError, match="leave no room"):
-        evaluate_agent(short, ITEMS, "full", max_new_tokens=24)
+        evaluate_agent(short.answerer("icl"), ITEMS, max_new_tokens=24)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora_gen"])
+@pytest.mark.parametrize("mode", ["icl", "lora_gen"])
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["alone", "mesh"])
 def test_answers_are_those_of_the_model_specialised_to_the_prompt(system, mode, sizes, tmp_path):
     """Nothing stood in for: beside the card merged, one item at a time."""
     edge, path = system.edge, tmp_path / "items.jsonl"
     mesh = sizes and make_mesh(MeshConfig(*sizes), jax.devices("cpu")[:8])
-    evaluate_agent(system, ITEMS, mode, path=path, max_new_tokens=4, stop=(), mesh=mesh)
+    answerer = system.answerer(mode)
+    evaluate_agent(answerer, ITEMS, path=path, max_new_tokens=4, stop=(), mesh=mesh)
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     written = {row["id"]: row["written"] for row in rows}
     assert len(set(written.values())) > 2
@@ -237,23 +246,15 @@ def test_a_prompt_too_long_for_the_cloud_loses_its_beginning(system, calls, monk
         read.extend(rows)
         return gates_of_prompts(rows, *rest, **options)
 
-    monkeypatch.setattr(agent, "gates_of_prompts", gates)
-    report = evaluate_agent(short, ITEMS, "lora_gen")
+    monkeypatch.setattr(answerers, "gates_of_prompts", gates)
+    report = evaluate_agent(short.answerer("lora_gen"), ITEMS)
     prompts = [system.cloud.tokenizer(item.prompt)["input_ids"] for item in ITEMS]
     assert read == [ids[-18:] for ids in prompts]  # two places are the meta tokens'
     assert report["cut_prompts"] == sum(len(ids) > 18 for ids in prompts) > 0
     assert report["prompt_tokens"] == np.mean([min(len(ids), 18) for ids in prompts])
 
 
-@pytest.mark.parametrize(
-    "items, mode, message",
-    [
-        (ITEMS, "plain", "choose one of full"),
-        ([], "full", "no items"),
-        (ITEMS + ITEMS[:1], "full", "the same id"),
-        (ITEMS, "lora_gen", "needs a cloud model and a generator"),
-    ],
-)
-def test_what_cannot_be_run_is_refused(system, items, mode, message):
+@pytest.mark.parametrize("items, message", [([], "no items"), (ITEMS + ITEMS[:1], "the same id")])
+def test_what_cannot_be_run_is_refused(system, items, message):
     with pytest.raises(UserError, match=message):
-        evaluate_agent(System(system.edge), items, mode)
+        evaluate_agent(system.answerer("icl"), items)

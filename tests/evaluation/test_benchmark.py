@@ -1,4 +1,4 @@
-"""A benchmark gets the numbers that its items have one by one, in every mode, in one go or two."""
+"""A benchmark gets the numbers that its items have one by one, in one go or in two."""
 
 import dataclasses
 import json
@@ -16,9 +16,8 @@ from lorax_gen.data.questions import Question
 from lorax_gen.data.tokens import Encoder
 from lorax_gen.data.world import make_world
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation import benchmark as module
-from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
-from lorax_gen.evaluation.system import System
+from lorax_gen.evaluation.answerers import Answerer, System
+from lorax_gen.evaluation.benchmark import BenchmarkCases, evaluate_benchmark
 from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.inference.choices import encode_items, score_items
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
@@ -105,7 +104,7 @@ def assert_near(found, expected, atol=1e-4):
 
 def test_accuracies_are_those_of_the_items(system, questions, tmp_path):
     path = tmp_path / "plain.jsonl"
-    result = evaluate_benchmark(SORTING, questions, Setting(), system, path=path, **SMALL)
+    result = evaluate_benchmark(SORTING, questions, system.answerer("plain"), path=path, **SMALL)
     rows = rows_of(path)
     assert sorted(rows) == list(range(N))
     texts = [(SORTING.contexts(q), SORTING.continuations(q)) for q in questions]
@@ -134,10 +133,9 @@ def test_accuracies_are_those_of_the_items(system, questions, tmp_path):
 
 
 def test_shots_stand_before_the_question(system, questions, train, tmp_path):
-    setting = Setting("icl", shots=2)
-    result = evaluate_benchmark(
-        SORTING, questions, setting, system, train=train, path=tmp_path / "icl.jsonl"
-    )
+    icl = system.answerer("icl")
+    path = tmp_path / "icl.jsonl"
+    result = evaluate_benchmark(SORTING, questions, icl, shots=2, train=train, path=path)
     drawn = harness_shots(SORTING, train, 2, questions)
     texts = [
         (few_shot(SORTING, shots, question), SORTING.continuations(question))
@@ -151,9 +149,10 @@ def test_shots_stand_before_the_question(system, questions, train, tmp_path):
 
 def test_contexts_longer_than_the_model_are_cut_and_counted(system, questions, train):
     short = dataclasses.replace(system, max_length=24)
-    setting = Setting("icl", shots=3)
-    result = evaluate_benchmark(SORTING, questions, setting, short, train=train)
-    whole = evaluate_benchmark(SORTING, questions, setting, system, train=train)
+    result, whole = (
+        evaluate_benchmark(SORTING, questions, own.answerer("icl"), shots=3, train=train)
+        for own in (short, system)
+    )
     assert 0 < result.truncated <= N and whole.truncated == 0
     assert result.context_tokens <= 24 < whole.context_tokens
 
@@ -161,7 +160,7 @@ def test_contexts_longer_than_the_model_are_cut_and_counted(system, questions, t
 def test_a_choice_in_the_sentence_is_scored_by_what_follows_it(system, other, tmp_path):
     benchmark, questions = other
     path = tmp_path / "blank.jsonl"
-    result = evaluate_benchmark(benchmark, questions, Setting(), system, path=path)
+    result = evaluate_benchmark(benchmark, questions, system.answerer("plain"), path=path)
     assert result.acc == result.acc_norm  # the same text is scored behind every choice
     question, row = questions[0], rows_of(path)[0]
     before, behind = question.question.split("_")
@@ -176,19 +175,17 @@ def test_a_choice_in_the_sentence_is_scored_by_what_follows_it(system, other, tm
 
 def test_every_item_is_answered_with_the_lora_of_its_own_prompt(system, questions, train, tmp_path):
     path = tmp_path / "lora_gen.jsonl"
-    result = evaluate_benchmark(
-        SORTING, questions, Setting("lora_gen", 2), system, train=train, path=path, **SMALL
-    )
+    own = system.answerer("lora_gen")
+    options = {"shots": 2, "train": train, "path": path, **SMALL}
+    result = evaluate_benchmark(SORTING, questions, own, **options)
     rows, drawn = rows_of(path), harness_shots(SORTING, train, 2, questions)
     prompts = [system_prompt(SORTING, shots) for shots in drawn]
     for i in (0, 7):
         card = specialize(prompts[i], system.cloud, system.edge, system.generator)
-        own = dataclasses.replace(system, edge=card.merge(system.edge, system.generator))
-        evaluate_benchmark(
-            SORTING, questions[i : i + 1], Setting("card"), own, path=tmp_path / f"{i}.jsonl"
-        )
+        merged = dataclasses.replace(system, card=card.lora(system.generator)).answerer("card")
+        evaluate_benchmark(SORTING, questions[i : i + 1], merged, path=tmp_path / f"{i}.jsonl")
         assert_near([rows[i]["loglikelihoods"]], likelihoods(tmp_path / f"{i}.jsonl"), 1e-3)
-    counts = [len(Encoder(system.cloud.tokenizer).ids(prompt)) for prompt in prompts]
+    counts = [len(Encoder.of(system.cloud).ids(prompt)) for prompt in prompts]
     assert [rows[i]["prompt_tokens"] for i in range(N)] == counts
     assert result.prompt_tokens == np.mean(counts)
     spec = system.generator.spec(system.cloud.config, system.edge.config)
@@ -204,7 +201,8 @@ def test_controls_change_what_the_cloud_reads_and_nothing_else(
     found = {}
     for mode in ("lora_gen", "shuffled", "empty", "random", "plain"):
         path = tmp_path / f"{mode}.jsonl"
-        evaluate_benchmark(SORTING, questions, Setting(mode, 1), system, path=path, **options)
+        answerer = system.answerer(mode)
+        evaluate_benchmark(SORTING, questions, answerer, shots=1, path=path, **options)
         found[mode] = np.concatenate(likelihoods(path))
     for one in found:
         for two in set(found) - {one}:
@@ -212,7 +210,8 @@ def test_controls_change_what_the_cloud_reads_and_nothing_else(
 
 
 def read_by_cloud(system, questions, train, other, mode, shots=1):
-    return module.prompts_of(SORTING, questions, Setting(mode, shots), system, train, other)
+    cases = BenchmarkCases(SORTING, questions, train, shots, other=other)
+    return system.answerer(mode).prompts(cases)
 
 
 def test_the_cloud_reads_what_the_control_says(system, questions, train, other):
@@ -220,7 +219,7 @@ def test_the_cloud_reads_what_the_control_says(system, questions, train, other):
         [prompt.ids for prompt in read_by_cloud(system, questions, train, other, mode)]
         for mode in ("lora_gen", "shuffled", "empty", "random")
     )
-    encoder = Encoder(system.cloud.tokenizer)
+    encoder = Encoder.of(system.cloud)
     shots = harness_shots(COUNTING, other[1], 1, questions)
     assert shuffled == [encoder.ids(system_prompt(COUNTING, each)) for each in shots]
     assert empty == [encoder.ids("")] * N
@@ -243,7 +242,9 @@ def test_prompts_longer_than_the_cloud_are_cut_and_counted(system, questions, tr
     for cut, prompt in zip(prompts, whole, strict=True):
         assert cut.ids == prompt.ids[-(20 - layers) :]
         assert cut.truncated == len(prompt.ids) - (20 - layers) > 0
-    result = evaluate_benchmark(SORTING, questions, Setting("lora_gen", 3), short, train=train)
+    result = evaluate_benchmark(
+        SORTING, questions, short.answerer("lora_gen"), shots=3, train=train
+    )
     assert result.prompts_truncated == N
 
 
@@ -252,7 +253,7 @@ def test_gates_of_many_prompts_are_those_of_each(system, mesh):
     mesh = mesh and make_mesh(MeshConfig(*mesh), jax.devices()[:8])
     cards = specialize(PROMPTS, system.cloud, system.edge, system.generator)
     expected = [card.dense_gates(system.generator.config.n_experts) for card in cards]
-    encoder, order, done = Encoder(system.cloud.tokenizer), [0, 1, 2, 1, 0] * 4, []
+    encoder, order, done = Encoder.of(system.cloud), [0, 1, 2, 1, 0] * 4, []
     found = gates_of_prompts(
         [encoder.ids(PROMPTS[i]) for i in order],
         system.cloud,
@@ -286,48 +287,51 @@ class Interrupting:
 
 @pytest.mark.parametrize("mode", ["plain", "lora_gen"])
 def test_an_interrupted_run_goes_on_where_it_was(mode, system, questions, train, tmp_path):
-    options = {"train": train, **SMALL}
-    setting = Setting(mode, 1)
+    options = {"shots": 1, "train": train, **SMALL}
+    answerer = system.answerer(mode)
     whole = evaluate_benchmark(
-        SORTING, questions, setting, system, path=tmp_path / "whole.jsonl", **options
+        SORTING, questions, answerer, path=tmp_path / "whole.jsonl", **options
     )
     path = tmp_path / "part.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        evaluate_benchmark(
-            SORTING, questions, setting, system, path=path, bar=Interrupting(), **options
-        )
+        evaluate_benchmark(SORTING, questions, answerer, path=path, bar=Interrupting(), **options)
     done = rows_of(path)
     assert 0 < len(done) < N
     path.write_bytes(path.read_bytes() + b'{"index": 1, "logli')
-    resumed = evaluate_benchmark(SORTING, questions, setting, system, path=path, **options)
+    resumed = evaluate_benchmark(SORTING, questions, answerer, path=path, **options)
     assert resumed.scored == N - len(done)
     assert {i: row for i, row in rows_of(path).items() if i in done} == done
     assert_near(likelihoods(path), likelihoods(tmp_path / "whole.jsonl"))
     varying = {"scored": N, "seconds": whole.seconds}
     assert dataclasses.replace(resumed, **varying) == whole
-    again = evaluate_benchmark(SORTING, questions, setting, system, path=path, **options)
+    again = evaluate_benchmark(SORTING, questions, answerer, path=path, **options)
     assert again.scored == 0 and dataclasses.replace(again, **varying) == whole
 
 
 def test_another_run_does_not_go_on_in_the_file(system, questions, train, other, tmp_path):
     path = tmp_path / "items.jsonl"
-    setting = Setting("lora_gen", 1)
-    evaluate_benchmark(SORTING, questions[:3], setting, system, train=train, path=path)
+    own = {"shots": 1, "train": train, "answerer": system.answerer("lora_gen")}
+    evaluate_benchmark(SORTING, questions[:3], path=path, **own)
     before = path.read_bytes()
     answer = dataclasses.replace(questions[0], answer=1 - questions[0].answer)
     lora = {"up": {"a": np.ones((2, 32, 1), "f"), "b": np.ones((2, 1, 64), "f")}}
     edge = dataclasses.replace(system, edge=system.edge.merged(lora))
     shorter = dataclasses.replace(system, max_length=100)
+    config = dataclasses.replace(system.generator.config, alpha=3.0)
+    generator = dataclasses.replace(system.generator, config=config)
     for message, change in {
-        "shots 1, this one has 2": {"setting": Setting("lora_gen", 2)},
-        "mode 'lora_gen', this one has 'random'": {"setting": Setting("random", 1)},
-        "seed 1234, this one has 5": {"setting": Setting("lora_gen", 1, seed=5)},
+        "shots 1, this one has 2": {"shots": 2},
+        "answerer 'lora_gen', this one has 'random'": {"answerer": system.answerer("random")},
+        "seed 1234, this one has 5": {"seed": 5},
         "questions '": {"questions": [answer, *questions[1:3]]},
         "train '": {"train": train[1:]},
-        "edge '": {"system": edge},
-        "max_length None, this one has 100": {"system": shorter},
+        "model '": {"answerer": edge.answerer("lora_gen")},
+        "generator '": {
+            "answerer": dataclasses.replace(system, generator=generator).answerer("lora_gen")
+        },
+        "max_length None, this one has 100": {"answerer": shorter.answerer("lora_gen")},
     }.items():
-        asked = {"questions": questions[:3], "setting": setting, "system": system, "train": train}
+        asked = {"questions": questions[:3], **own}
         with pytest.raises(UserError, match=message):
             evaluate_benchmark(SORTING, path=path, **(asked | change))
     assert path.read_bytes() == before
@@ -338,20 +342,20 @@ def test_another_run_does_not_go_on_in_the_file(system, questions, train, other,
 
 def test_what_a_mode_lacks_is_said(system, questions, train, other):
     bare = System(system.edge)
-    for message, mode, options in (
-        ("lora_gen needs a cloud model and a generator", "lora_gen", {"system": bare}),
-        ("shuffled needs another benchmark", "shuffled", {"system": system}),
-        ("3 shots of sorting need more than 0", "icl", {"system": bare, "train": []}),
+    for message, name, options in (
+        ("shuffled needs another benchmark", "shuffled", {"train": train}),
+        ("3 shots of sorting need more than 0", "icl", {"train": []}),
     ):
-        asked = {"train": train} | options
         with pytest.raises(UserError, match=message):
-            evaluate_benchmark(SORTING, questions, Setting(mode, 3), **asked)
+            evaluate_benchmark(SORTING, questions, system.answerer(name), shots=3, **options)
+    with pytest.raises(UserError, match="lora_gen needs a cloud model and a generator"):
+        bare.answerer("lora_gen")
     with pytest.raises(UserError, match="sorting has no questions"):
-        evaluate_benchmark(SORTING, [], Setting(), bare)
+        evaluate_benchmark(SORTING, [], bare.answerer("plain"))
     with pytest.raises(UserError, match="unknown mode 'few'; choose one of plain, icl"):
-        Setting("few")
+        bare.answerer("few")
     with pytest.raises(UserError, match="shots=-1: choose 0 or more"):
-        Setting("icl", -1)
+        evaluate_benchmark(SORTING, questions, bare.answerer("icl"), shots=-1)
 
 
 def test_scores_that_are_no_numbers_are_refused(system, questions):
@@ -360,7 +364,7 @@ def test_scores_that_are_no_numbers_are_refused(system, questions):
         edge, params={**edge.params, "final_norm": edge.params["final_norm"] * np.nan}
     )
     with pytest.raises(UserError, match=r"q0-\d+: a log-likelihood is nan"):
-        evaluate_benchmark(SORTING, questions, Setting(), System(broken))
+        evaluate_benchmark(SORTING, questions, Answerer("plain", "", broken))
 
 
 # --- the shipped system --------------------------------------------------------------------------
@@ -381,8 +385,8 @@ def test_the_shipped_generator_serves_unseen_tasks_and_the_controls_do_not(famil
     ]
     found = {}
     for mode in ("plain", "lora_gen", "shuffled", "empty", "random"):
-        setting = Setting(mode, shots=0, bos=True)  # as these models were trained
-        other = benchmarks[1], []
-        found[mode] = evaluate_benchmark(benchmarks[0], questions, setting, system, other=other).acc
+        options = {"shots": 0, "other": (benchmarks[1], [])}
+        answerer = system.answerer(mode)
+        found[mode] = evaluate_benchmark(benchmarks[0], questions, answerer, **options).acc
     assert found.pop("lora_gen") > 0.9
     assert max(found.values()) < 0.7, found

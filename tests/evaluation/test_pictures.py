@@ -7,21 +7,29 @@ import pytest
 from matplotlib.colors import to_hex
 
 from lorax_gen.evaluation import pictures
+from lorax_gen.evaluation.world import NAMES
 
 FAMILIES = ("sort", "name")
 
 
 @pytest.fixture
 def report():
-    shares = dict(zip(pictures.METHODS, (0.2, 0.3, 0.25, 0.99, 0.95, 0.21), strict=True))
+    shares = dict(zip(NAMES, (0.2, 0.3, 0.25, 0.99, 0.95, 0.21), strict=True))
     return {
-        "accuracy": {family: dict(shares) for family in FAMILIES},
-        "mean": dict(shares),
-        "chance": {"sort": 0.25, "name": 0.125},
-        "tasks": {"sort": 38, "name": 19},
-        "questions": {"sort": 608, "name": 304},
-        "context_tokens": {name: 22.74 if "icl" in name else 2.0 for name in shares},
-        "split": "unseen",
+        "columns": {
+            "sort": {"n": 608, "tasks": 38, "chance": 0.25},
+            "name": {"n": 304, "tasks": 19, "chance": 0.125},
+        },
+        "rows": {
+            name: {
+                "label": f"label of {name}",
+                "cells": {family: {"score": share} for family in FAMILIES},
+                "average": share,
+                "context_tokens": 22.74 if "icl" in name else 2.0,
+            }
+            for name, share in shares.items()
+        },
+        "settings": {"split": "unseen"},
     }
 
 
@@ -59,15 +67,17 @@ def test_a_whole_png_replaces_what_was_there(kind, report, tmp_path):
 
 
 def test_bars_are_as_high_as_the_shares_in_the_report(report):
-    report["accuracy"]["name"]["lora_gen"] = 0.5
+    report["rows"]["lora_gen"]["cells"]["name"]["score"] = 0.5
     (axes,) = pictures._figure_accuracy(report).axes
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
-    rows = [*report["accuracy"].values(), report["mean"]]
-    assert heights == [[row[name] for row in rows] for name in pictures.METHODS]
+    assert heights == [
+        [*(row["cells"][family]["score"] for family in FAMILIES), row["average"]]
+        for row in report["rows"].values()
+    ]
     assert [text.get_text() for text in axes.texts] == "95 50 95 21 21 21".split()
 
 
-def test_a_missing_method_is_left_out_and_the_others_keep_their_colours(report):
+def test_a_missing_answerer_is_left_out_and_the_others_keep_their_colours(report):
     def colours(report):
         figure = pictures._figure_accuracy(report)
         (axes,) = figure.axes
@@ -75,9 +85,8 @@ def test_a_missing_method_is_left_out_and_the_others_keep_their_colours(report):
         return bars, legend_texts(figure.legends[0])
 
     bars, labels = colours(report)
-    for row in (*report["accuracy"].values(), report["mean"], report["context_tokens"]):
-        del row["edge_lora"]
-    assert "edge + one LoRA on all tasks (2)" in labels
+    del report["rows"]["lora"]
+    assert "label of lora (2)" in labels
     assert colours(report) == (bars[:2] + bars[3:], labels[:2] + labels[3:])
 
 

@@ -1,4 +1,4 @@
-"""Several benchmarks in several modes: means, costs, files, and the tables on the terminal."""
+"""Several benchmarks and answerers: means, costs, files, and the tables on the terminal."""
 
 import csv
 import json
@@ -8,11 +8,10 @@ import pytest
 from lorax_gen.data.agent import AgentItem
 from lorax_gen.data.benchmarks import BENCHMARKS
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.benchmark import Mode
+from lorax_gen.evaluation.answerers import ANSWERERS, System
 from lorax_gen.evaluation.metrics import harmonic_mean
 from lorax_gen.evaluation.suite import evaluate_agent_suite, evaluate_suite, other_of
-from lorax_gen.evaluation.system import System
-from lorax_gen.evaluation.tables import print_agent, print_suite
+from lorax_gen.evaluation.tables import print_report
 from tests.data.rows import make_rows, write_lines
 from tests.tiny import PROMPTS, make_generator
 
@@ -49,16 +48,16 @@ def report(system, directory, run_dir):
 
 
 def test_means_are_over_benchmarks(report):
-    assert list(report["modes"]) == list(MODES)
-    for found in report["modes"].values():
-        shares = [found["benchmarks"][name]["acc"] for name in NAMES]
-        assert [found["benchmarks"][name]["n"] for name in NAMES] == [4, 4]
+    assert list(report["rows"]) == list(MODES)
+    for found in report["rows"].values():
+        shares = [found["cells"][name]["score"] for name in NAMES]
+        assert [found["cells"][name]["n"] for name in NAMES] == [4, 4]
         assert found["average"] == pytest.approx(sum(shares) / 2)
         assert found["harmonic"] == pytest.approx(harmonic_mean(shares))
 
 
 def test_a_question_costs_the_edge_what_it_reads(report):
-    modes = report["modes"]
+    modes = report["rows"]
     assert modes["icl"]["context_tokens"] > modes["plain"]["context_tokens"]
     assert modes["icl"]["flops"] > modes["lora_gen"]["flops"] == modes["plain"]["flops"] > 0
     assert modes["plain"]["cloud_flops"] == 0 < modes["lora_gen"]["cloud_flops"]
@@ -72,11 +71,11 @@ def test_modes_may_come_in_several_calls(system, directory, tmp_path):
     alone = System(system.edge)
     first = evaluate_suite(alone, NAMES, ["plain"], **options)
     both = evaluate_suite(system, NAMES, ["lora_gen"], **options)
-    assert list(both["modes"]) == ["plain", "lora_gen"]
-    assert both["modes"]["plain"] == first["modes"]["plain"]
+    assert list(both["rows"]) == ["plain", "lora_gen"]
+    assert both["rows"]["plain"] == first["rows"]["plain"]
     again = evaluate_suite(alone, NAMES, ["plain"], **options)
-    assert again["cloud"] == both["cloud"] and list(again["modes"]) == ["plain", "lora_gen"]
-    with pytest.raises(UserError, match=r"of benchmarks \['boolq', 'piqa'\], this evaluation of"):
+    assert again["cloud"] == both["cloud"] and list(again["rows"]) == ["plain", "lora_gen"]
+    with pytest.raises(UserError, match=r"of columns \{'boolq': .*, this evaluation of"):
         evaluate_suite(alone, NAMES[:1], ["plain"], **options)
 
 
@@ -84,12 +83,12 @@ def test_the_report_is_in_files_too(report, run_dir):
     assert json.loads((run_dir / "report.json").read_text()) == report
     with (run_dir / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["benchmark"] for row in rows] == [*NAMES, "AVE", "HAR"] * len(MODES)
+    assert [row["task"] for row in rows] == [*NAMES, "AVE", "HAR"] * len(MODES)
     for row in rows:
-        if row["benchmark"] == "AVE":
-            found = report["modes"][row["mode"]]
-            assert float(row["acc"]) == found["average"]
-            assert float(row["latency_ms"]) == found["latency_ms"]["median"]
+        if row["task"] == "AVE":
+            found = report["rows"][row["answerer"]]
+            assert float(row["score"]) == found["average"]
+            assert float(row["latency_median_ms"]) == found["latency_ms"]["median"]
             assert float(row["latency_p90_ms"]) == found["latency_ms"]["p90"]
             for name in ("memory_bytes", "context_tokens", "prompt_tokens", "flops", "cloud_flops"):
                 assert float(row[name]) == found[name]
@@ -99,19 +98,23 @@ def test_the_report_is_in_files_too(report, run_dir):
 
 
 def test_the_table_is_the_papers(report, capsys):
-    print_suite(report)
+    print_report(report)
     out = capsys.readouterr().out
-    for word in ("BoolQ", "PIQA", "AVE", "HAR", "edge, 1-shot", "edge + LoRA-Gen", "GFLOPs"):
+    for word in ("BoolQ", "PIQA", "AVE", "HAR", "edge, prompted", "edge + LoRA-Gen", "GFLOPs"):
         assert word in out
-    assert f"{100 * report['modes']['plain']['average']:.1f}" in out
+    assert f"{100 * report['rows']['plain']['average']:.1f}" in out
 
 
 def test_all_benchmarks_and_modes_fit_into_80_columns(report, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    found = report["modes"]["plain"]
-    result = found["benchmarks"]["boolq"] | {"acc": 1.0, "acc_stderr": 0.123, "n": 10042}
-    found = found | {"benchmarks": dict.fromkeys(BENCHMARKS, result), "average": 1.0}
-    print_suite(report | {"modes": dict.fromkeys(Mode.__args__, found | {"harmonic": 1.0})})
+    found = report["rows"]["plain"]
+    result = found["cells"]["boolq"] | {"score": 1.0, "stderr": 0.123}
+    found = found | {"cells": dict.fromkeys(BENCHMARKS, result), "average": 1.0, "harmonic": 1.0}
+    columns = {name: {"title": record.title, "n": 10042} for name, record in BENCHMARKS.items()}
+    labels = {name: label for name, (label, _) in ANSWERERS.items()}
+    labels |= {name: f"  {name} prompt" for name, label in labels.items() if not label}
+    rows = {name: found | {"label": label} for name, label in labels.items()}
+    print_report(report | {"columns": columns, "rows": rows})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     (titles,) = (line.split() for line in lines if "HellaS" in line)
@@ -123,12 +126,12 @@ def test_all_benchmarks_and_modes_fit_into_80_columns(report, capsys, monkeypatc
 
 
 def test_what_was_cut_is_said_under_the_table(report, capsys):
-    print_suite(report)
+    print_report(report)
     assert "lost their beginning" not in capsys.readouterr().out
-    found = report["modes"]["lora_gen"]
-    result = found["benchmarks"]["boolq"] | {"truncated": 3, "prompts_truncated": 2}
-    found = found | {"benchmarks": found["benchmarks"] | {"boolq": result}}
-    print_suite(report | {"modes": {"lora_gen": found}})
+    found = report["rows"]["lora_gen"]
+    result = found["cells"]["boolq"] | {"truncated": 3, "prompts_truncated": 2}
+    found = found | {"cells": found["cells"] | {"boolq": result}}
+    print_report(report | {"rows": {"lora_gen": found}})
     out = capsys.readouterr().out
     assert "lora_gen: 3 questions too long for the model lost their beginning" in out
     assert "lora_gen: 2 prompts too long for the model lost their beginning" in out
@@ -147,7 +150,7 @@ def test_the_shuffled_control_needs_no_training_questions_of_its_own(system, dir
     for name in ("piqa.test", "arc_challenge.train"):
         (tmp_path / f"{name}.jsonl").symlink_to(directory / f"{name}.jsonl")
     options = {"shots": 1, "directory": tmp_path, "timed": 1}
-    assert evaluate_suite(system, ["piqa"], ["shuffled"], **options)["modes"]["shuffled"]
+    assert evaluate_suite(system, ["piqa"], ["shuffled"], **options)["rows"]["shuffled"]
 
 
 def test_what_cannot_be_is_said_before_anything_is_scored(system, directory):
@@ -159,23 +162,25 @@ def test_what_cannot_be_is_said_before_anything_is_scored(system, directory):
         evaluate_suite(System(system.edge), ["boolq"], ["empty"], directory=directory)
 
 
-def test_tools_are_called_in_modes(system, tmp_path, capsys):
+def test_tools_are_called_by_answerers(system, tmp_path, capsys):
     items = [
         AgentItem(str(i), prompt, "bell :", "Thought: Do I need to use a tool? No\nAI: no")
         for i, prompt in enumerate(PROMPTS)
     ]
     report = evaluate_agent_suite(
-        system, items, ("full", "lora_gen"), run_dir=tmp_path, max_new_tokens=4
+        system, items, ("icl", "lora_gen"), run_dir=tmp_path, max_new_tokens=4
     )
-    assert json.loads((tmp_path / "agent.json").read_text()) == report
-    full, lora_gen = report["modes"].values()
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    full, lora_gen = report["rows"].values()
     assert full["compression"] == 1 < lora_gen["compression"]
     assert full["flops"] > lora_gen["flops"] > 0
     assert full["cloud_flops"] == full["prompt_tokens"] == 0
     assert lora_gen["cloud_flops"] > 0 < lora_gen["prompt_tokens"]
-    with (tmp_path / "agent.csv").open() as file:
-        assert [row["mode"] for row in csv.DictReader(file)] == ["full", "lora_gen"]
-    print_agent(report)
+    with (tmp_path / "report.csv").open() as file:
+        means = [row for row in csv.DictReader(file) if row["task"] == "AVE"]
+    assert [row["answerer"] for row in means] == ["icl", "lora_gen"]
+    assert [float(row["compression"]) for row in means] == [1.0, lora_gen["compression"]]
+    print_report(report)
     out = capsys.readouterr().out
-    assert "edge, tools in context" in out and "the edge sees previous conversation" in out
+    assert "edge, prompted" in out and "the edge sees previous conversation" in out
     assert "cloud GFLOPs" in out

@@ -272,8 +272,8 @@ def test_bos_stands_once_in_front_where_it_is_asked_for(gemma):
     assert encode_pair(gemma.tokenizer, "hello", " the", bos=True) == expected
     assert encode_pair(gemma.tokenizer, "<bos>hello", " the", bos=True) == expected
     item = (["hello"], [" the"])
-    assert encode_item(gemma, *item).choices == (expected,)  # Gemmas begin with it
-    (without,) = encode_items(gemma, [item], bos=False)
+    assert encode_item(gemma, *item).choices == (expected,)  # as its tokenizer does it
+    (without,) = encode_items(dataclasses.replace(gemma, bos=False), [item])
     assert without.choices == ((context, continuation),)
 
 

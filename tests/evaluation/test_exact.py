@@ -1,13 +1,12 @@
-"""A right answer is what greedy decoding writes, however questions are put into batches."""
+"""A correct answer is what greedy decoding writes, however questions are put into batches."""
 
 import numpy as np
 import pytest
 
 from lorax_gen import generate_text, specialize
-from lorax_gen.data.tasks import behind_prompt
-from lorax_gen.evaluation.greedy import right_answers, right_specialised
-from lorax_gen.evaluation.system import System
-from lorax_gen.evaluation.world import WorldQuiz
+from lorax_gen.evaluation.answerers import Answerer, System
+from lorax_gen.evaluation.exact import correct_answers
+from lorax_gen.evaluation.world import WorldCases
 from lorax_gen.inference.choices import ChoiceItem, score_items
 from lorax_gen.models.decoding import generate
 from tests.tiny import PROMPTS, make_generator, one_word_edge
@@ -24,7 +23,7 @@ def questions(system):
     return [question for question, _ in system.world.tasks[0].questions[:5]]
 
 
-def test_right_is_what_greedy_decoding_writes_word_by_word(tiny_world_system):
+def test_correct_is_what_greedy_decoding_writes_word_by_word(tiny_world_system):
     edge, rng = tiny_world_system.edge, np.random.default_rng(0)
     rows, time, words = 12, 6, 3
     lengths = rng.integers(2, time + 1, rows).astype(np.int32)
@@ -37,9 +36,9 @@ def test_right_is_what_greedy_decoding_writes_word_by_word(tiny_world_system):
         ChoiceItem(((tokens[row, :length].tolist(), answers[row].tolist()),))
         for row, length in enumerate(lengths)
     ]
-    right = [score.greedy[0] for score in score_items(edge, items)]
-    np.testing.assert_array_equal(right, (answers == written).all(1))
-    np.testing.assert_array_equal(right, [False] * 6 + [True] * 6)
+    correct = [score.greedy[0] for score in score_items(edge, items)]
+    np.testing.assert_array_equal(correct, (answers == written).all(1))
+    np.testing.assert_array_equal(correct, [False] * 6 + [True] * 6)
 
 
 def test_questions_are_scored_as_the_model_answers(system, questions):
@@ -49,8 +48,9 @@ def test_questions_are_scored_as_the_model_answers(system, questions):
     asked = list(zip(questions, answers, strict=True))
     asked[1] = (asked[1][0], "apple" if answers[1] != "apple" else "bell")
     asked[3] = (asked[3][0], f"{answers[3]} {answers[3]}")  # goes on where the model ends
-    right = right_answers(edge, asked, tokens_per_batch=64)
-    np.testing.assert_array_equal(right, [True, False, True, False, True])
+    cases = WorldCases([], [(0, pair) for pair in asked])
+    found = correct_answers(Answerer("plain", "", edge), cases, cases.answers)
+    np.testing.assert_array_equal(found, [True, False, True, False, True])
 
 
 def test_specialised_scores_are_those_of_merged_edges(system, questions):
@@ -72,23 +72,7 @@ def test_specialised_scores_are_those_of_merged_edges(system, questions):
                 expected.append(same and ended)
     assert 0 < np.sum(expected) < len(expected)
     assert sum(expected[1::2]) < len(expected) // 4  # prompts make models that answer differently
-    right = right_specialised(System(edge, cloud, generator), PROMPTS, asked)
-    np.testing.assert_array_equal(right, expected)
-
-
-def test_a_quiz_asks_every_task_and_counts_by_split_and_family(tiny_world_system):
-    world, families = tiny_world_system.world, ("grade", "clock")
-    quiz = WorldQuiz(world, families, per_task=3)
-    asked = [
-        task for split in ("seen", "unseen") for f in families for task in world.select(split, f)
-    ]
-    assert len(quiz.prompts) == len(asked) and len(quiz.questions) == 3 * len(asked)
-    for (i, pair), (bare, prompted) in zip(
-        quiz.questions, zip(quiz.bare, quiz.prompted, strict=True), strict=True
-    ):
-        assert pair == bare and pair in asked[i].questions
-        assert prompted == (f"{quiz.prompts[i]} {behind_prompt(pair[0])}", pair[1])
-    right = np.array([asked[i].family == "clock" for i, _ in quiz.questions])
-    found = quiz.accuracy(right)
-    assert found["accuracy/seen/clock"] == found["accuracy/unseen/clock"] == 1.0
-    assert found["accuracy/seen/grade"] == 0.0 and found["accuracy/unseen"] == 0.5
+    cases = WorldCases(PROMPTS, asked)
+    answerer = System(edge, cloud, generator).answerer("lora_gen")
+    found = correct_answers(answerer, cases, cases.answers)
+    np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,139 @@
+"""One report for all that is evaluated: answerers by tasks, and what a question costs each.
+
+    {
+      "format": "lorax-gen report 1",
+      "kind": "benchmarks", "gpt4tools" or "world",
+      "edge", "cloud": names of the models, "device", "versions",
+      "settings": what the numbers depend on beside the models: shots, limit, split, seed ...
+      "columns": {task: {"title", "n", and where they are known "chance", "tasks"}},
+      "rows": {answerer: {
+          "label",
+          "cells": {task: {"score", "stderr", "n", and what else a kind counts}},
+          "average", "harmonic": of the scores,
+          "context_tokens", "prompt_tokens": that the answering model and the cloud read, means,
+          "flops", "cloud_flops": of reading them, means,
+          "latency_ms": {"median", "p90", "questions"}, "memory_bytes", "memory_measured",
+          and what else a kind counts}},
+    }
+
+Scores are shares. A column's standard error is that of its items: sample deviation / sqrt(n).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_gen import files
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation.answerers import Answerer, System
+from lorax_gen.evaluation.latency import measure_latency, peak_memory
+from lorax_gen.evaluation.metrics import arithmetic_mean, harmonic_mean, standard_error
+
+Report = dict[str, Any]
+Cell = dict[str, Any]
+FORMAT = "lorax-gen report 1"
+MEANS = ("context_tokens", "prompt_tokens", "flops", "cloud_flops")
+
+
+def new_report(
+    kind: str, system: System, columns: Mapping[str, Cell], path: Path | None = None, **settings
+) -> Report:
+    """A report without rows, or with those that an earlier call left at `path`.
+
+    Raises UserError where the report at `path` is of something else.
+    """
+    report = {
+        "format": FORMAT,
+        "kind": kind,
+        "edge": system.edge.name,
+        "cloud": system.cloud.name if system.cloud else None,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("lorax-gen", "jax", "jaxlib")},
+        "settings": settings,
+        "columns": dict(columns),
+        "rows": {},
+    }
+    if path is None or not path.exists():
+        return report
+    old = files.read_json(path)
+    for name in report.keys() - {"device", "versions", "rows"}:
+        if name == "cloud" and None in (old.get(name), report[name]):
+            continue  # not every answerer needs one
+        if old.get(name) != report[name]:
+            raise UserError(
+                f"{path} is of {name} {old.get(name)!r}, this evaluation of {report[name]!r}; "
+                "choose another run directory"
+            )
+    return report | {"cloud": report["cloud"] or old["cloud"], "rows": old["rows"]}
+
+
+def cell(values: np.ndarray, **more: Any) -> Cell:
+    """A cell of items' scores `[n]`."""
+    return {
+        "score": float(values.mean()),
+        "stderr": standard_error(values),
+        "n": len(values),
+        **more,
+    }
+
+
+def add_row(report: Report, answerer: Answerer, cells: Mapping[str, Cell], **more: Any) -> None:
+    """Writes an answerer's row into the report; `more` are its costs and what else is counted."""
+    scores = [found["score"] for found in cells.values()]
+    report["rows"][answerer.name] = {
+        "label": answerer.label,
+        "cells": dict(cells),
+        "average": arithmetic_mean(scores),
+        "harmonic": harmonic_mean(scores),
+        **more,
+    }
+
+
+def serving_cost(answerer: Answerer, texts: Sequence[str]) -> Cell:
+    """Latency of the first token after texts, one at a time, and memory; see `latency`.
+
+    What an answerer generates is merged when it serves, and so costs nothing here.
+    """
+    model, adapter = answerer.model, answerer.adapter
+    room = model.config.max_position_embeddings - 1
+    rows = [ids for text in texts if (ids := model.encode(text)[-room:])]
+    latency = measure_latency(model, rows, adapter=adapter)
+    memory = peak_memory(model, max(map(len, rows)), adapter=adapter)
+    return {
+        "latency_ms": {"median": latency.median, "p90": latency.p90, "questions": len(rows)},
+        "memory_bytes": memory.peak_bytes,
+        "memory_measured": memory.measured,
+    }
+
+
+def save_report(report: Report, run_dir: Path) -> None:
+    """Writes `report.json`, and the same as `report.csv`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files.write_json(run_dir / "report.json", report)
+    files.write_text(run_dir / "report.csv", to_csv(report))
+
+
+def to_csv(report: Report) -> str:
+    """A line for each answerer and task, and one for each answerer's mean with its costs."""
+    lines: list[dict[str, Any]] = []
+    for name, row in report["rows"].items():
+        lines += [{"answerer": name, "task": task, **cell} for task, cell in row["cells"].items()]
+        plain = {key: value for key, value in row.items() if not isinstance(value, dict)}
+        harmonic = plain.pop("harmonic")
+        plain |= {f"latency_{key}_ms": row["latency_ms"][key] for key in ("median", "p90")}
+        lines.append({"answerer": name, "task": "AVE", "score": plain.pop("average"), **plain})
+        lines.append({"answerer": name, "task": "HAR", "score": harmonic})
+    out = io.StringIO()
+    columns = dict.fromkeys(key for line in lines for key in line)
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
