@@ -43,17 +43,8 @@ def test_the_pool_hash_follows_the_pool_alone(generator):
         assert (changed.pool_hash != generator.pool_hash) == (name == "pool")
 
 
-def test_it_says_what_it_was_trained_with(generator, tiny_world_system, tmp_path):
-    system = tiny_world_system
-    save_generator(
-        tmp_path / "made",
-        generator.config,
-        generator.params,
-        generator.stats,
-        cloud=system.cloud.config,
-        edge=system.edge.config,
-        provenance={"metrics": {"loss": 0.5}},
-    )
+def test_it_says_what_it_was_trained_with(generator, tmp_path):
+    save_generator(tmp_path / "made", generator, provenance={"metrics": {"loss": 0.5}})
     assert load_generator(tmp_path / "made").metadata["metrics"] == {"loss": 0.5}
 
 

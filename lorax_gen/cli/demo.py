@@ -1,0 +1,28 @@
+"""`lorax-gen demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """See the method work: specialise a small model to tasks that it never met, in minutes.
+
+    Uses the shipped models. Prints answers before and after, a table of methods, and writes
+    report.json and pictures into the run directory.
+    """
+
+    run_dir: Path = Path("runs/demo")
+    """Where the report and the pictures go."""
+    questions: int = 16
+    """Questions asked per task."""
+    seed: int = 0
+    """Seed of wordings and questions."""
+
+    def run(self) -> int:
+        from lorax_gen.demo import run_demo
+
+        run_demo(self.run_dir, self.questions, self.seed)
+        return 0

@@ -1,0 +1,52 @@
+"""`lorax-gen export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a task card, or a PEFT adapter, as what other programs load.
+
+    merged: a model directory for transformers, vLLM and others, no LoRA left. peft: an adapter
+    directory for peft, vLLM and others. gguf-lora: an adapter file for llama.cpp's --lora.
+
+    Example: lorax-gen export task.card.safetensors --format peft --output adapter
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
+    """A task card, or a PEFT adapter directory."""
+    format: Literal["merged", "peft", "gguf-lora"]
+    """What to write."""
+    output: Path
+    """Where: a new directory, or for gguf-lora a new file."""
+    edge: str = "world/edge"
+    """Edge model that the artifact was made for."""
+    generator: str = "world/generator"
+    """Generator that the card was made with."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of a merged model's tensors; merged in float32, rounded once."""
+    max_shard_size: str = "5GB"
+    """Largest file of a merged model's tensors."""
+
+    def run(self) -> int:
+        import lorax_gen
+        from lorax_gen.artifacts.export import is_adapter
+
+        edge = lorax_gen.load_model(self.edge)
+        lorax_gen.export(
+            self.artifact,
+            self.output,
+            self.format,
+            edge,
+            None if is_adapter(self.artifact) else lorax_gen.load_generator(self.generator),
+            dtype=self.dtype,
+            max_shard_size=self.max_shard_size,
+        )
+        print(f"{self.format}: {self.output}")
+        return 0

@@ -1,0 +1,94 @@
+"""`lorax-gen generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lorax_gen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue texts: with a task card, with a prompt in context, or with neither. A single text
+    is shown as it is written.
+
+    Examples:
+      lorax-gen generate --card task.card.safetensors "apple :" "bell :"
+      lorax-gen generate --edge org/name --chat --temperature 0.7 --top-p 0.9 "Why is it so?"
+    """
+
+    questions: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION ...")
+    ]
+    """Texts to continue."""
+    card: Path | None = None
+    """A task card or a PEFT adapter directory, merged into the model first."""
+    context: str = ""
+    """A prompt put before every question, in the model's context; with --chat the system's turn."""
+    chat: bool = False
+    """Put each question into the tokenizer's chat template."""
+    edge: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "world/edge"
+    """The model that answers: a directory or a hub name."""
+    generator: str = "world/generator"
+    """Generator that the card was made with."""
+    max_new_tokens: int = 16
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 is greedy; higher is more varied."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens that hold this probability."""
+    seed: int = 0
+    """Seed of what is drawn."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer; it ends at the model's end of text in any case."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters; bfloat16 on GPUs and TPUs."""
+
+    def run(self) -> int:
+        import lorax_gen
+        from lorax_gen.artifacts.export import is_adapter, lora_of
+
+        if not self.questions:
+            raise UserError('no question given; for example: lorax-gen generate "apple :"')
+        model = lorax_gen.load_model(self.edge, self.dtype)
+        if self.card is not None:
+            generator = None
+            if not is_adapter(self.card):
+                generator = lorax_gen.load_generator(self.generator)
+            tree, *_ = lora_of(self.card, model, generator)
+            model = model.merged(tree)
+        texts = list(self.questions)
+        if not self.chat:
+            texts = [f"{self.context} {question}".strip() for question in texts]
+        stream = lorax_gen.stream_text(
+            model,
+            texts,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=self.stop,
+            chat=self.chat,
+            system=self.context if self.chat else "",
+        )
+        if len(texts) == 1:
+            shown = ""
+            for [answer] in stream:
+                text = f"{self.questions[0]} {answer}"
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+            print()
+            return 0
+        answers = []
+        for answers in stream:  # noqa: B007
+            pass
+        for question, answer in zip(self.questions, answers, strict=True):
+            print(f"{question} {answer}")
+        return 0

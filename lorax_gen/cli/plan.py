@@ -1,0 +1,87 @@
+"""`lorax-gen plan CONFIG`: the options of `train`, and the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lorax_gen.cli.parse import parse
+from lorax_gen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices that are not here."""
+
+    topology: str = "v5e:4x4"
+    """TPU slice (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4) or GPUs (gpu:8, gpu-a100:8, gpu-h200:8)."""
+    utilisation: float = 0.4
+    """Share of the devices' peak FLOPs at which the step is assumed to multiply."""
+    output: Path | None = None
+    """Also write the report as JSON to this new file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tell whether a training run fits devices that are not here, and how long a step takes.
+
+    For a TPU the real step is compiled for it (pip install 'lorax-gen[plan]'), for GPUs the memory
+    is estimated. CONFIG and overrides are those of train; models are presets, such as llama3_8b, or
+    directories. Exit code 1 when it does not fit.
+
+    Example: lorax-gen plan paper --topology v5e:4x4 --edge qwen2_1_5b
+    """
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A YAML file, or the name of a shipped config."""
+    target: Annotated[Target, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Target)
+
+    def run(self) -> int:
+        return run_config(self.config, [])
+
+
+def run_config(name: str, overrides: list[str]) -> int:
+    """Plans the run of a config, with options that override its fields."""
+    import jax
+
+    from lorax_gen import files
+    from lorax_gen.planning.plan import make_plan
+    from lorax_gen.planning.table import print_plan
+    from lorax_gen.recipes.registry import load_config
+
+    jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
+    method, config = load_config(name)
+    if method != "lora_gen":
+        raise UserError(f"{name} is a config of {method}; plan knows those of lora_gen")
+    options = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
+            (
+                "target",
+                Annotated[Target, tyro.conf.arg(name="")],
+                dataclasses.field(default=Target()),
+            ),
+        ],
+        frozen=True,
+    )
+    options.__doc__ = Plan.__doc__
+    parsed: Any = parse(
+        options,
+        overrides,
+        f"lorax-gen plan {name}",
+        default=options(config),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    target = parsed.target
+    if target.output is not None:
+        files.must_be_new(target.output)
+    report = make_plan(parsed.config, target.topology, target.utilisation)
+    print_plan(report)
+    if target.output is not None:
+        with files.new_file(target.output) as path:
+            files.write_json(path, report)
+    return 0 if report["fits"] else 1

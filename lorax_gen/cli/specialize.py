@@ -1,0 +1,65 @@
+"""`lorax-gen specialize`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Specialize:
+    """Read a task's prompt once and write a task card: a few hundred bytes that, merged into the
+    edge model, stand for the prompt.
+
+    Example: lorax-gen specialize "Look at the color of each thing : red=alpha , else=beta ."
+    """
+
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """The system prompt; `-` reads it from standard input, `@FILE` from a file."""
+    output: Path = Path("task.card.safetensors")
+    """The card, a new file."""
+    merged: Path | None = None
+    """Also write the merged edge model into this new directory."""
+    cloud: str = "world/cloud"
+    """Cloud model: a directory or a hub name."""
+    edge: str = "world/edge"
+    """Edge model: a directory or a hub name."""
+    generator: str = "world/generator"
+    """Generator directory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the cloud model's parameters; bfloat16 on GPUs and TPUs."""
+    cloud_int8: bool = False
+    """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
+    'lorax-gen[int8]')."""
+    fsdp: int = 1
+    """Devices that the cloud model's weights are split over, so that it need not fit into one."""
+    tensor: int = 1
+    """Devices that heads and feed-forward width are split over."""
+
+    def run(self) -> int:
+        import lorax_gen
+        from lorax_gen import files
+        from lorax_gen.files import read_prompt
+        from lorax_gen.mesh.sharding import serving_mesh, tree_shardings
+
+        files.must_be_new(self.output)
+        if self.merged is not None:
+            files.must_be_new(self.merged)
+        mesh = serving_mesh(self.fsdp, self.tensor)
+        shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
+        cloud = lorax_gen.load_model(
+            self.cloud, self.dtype, in_int8=self.cloud_int8, shardings=shardings
+        )
+        edge = lorax_gen.load_model(self.edge)
+        generator = lorax_gen.load_generator(self.generator)
+        card = lorax_gen.specialize(read_prompt(self.prompt), cloud, edge, generator, mesh=mesh)
+        lorax_gen.save_card(self.output, card)
+        print(f"card: {self.output}")
+        if self.merged is not None:
+            lorax_gen.export(card, self.merged, "merged", edge, generator)
+            print(f"merged edge model: {self.merged}")
+        return 0

@@ -1,0 +1,73 @@
+"""`lorax-gen train CONFIG`: its options are the fields of the config."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lorax_gen.cli.parse import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a generator, a baseline or a language model, as a config says.
+
+    CONFIG is a YAML file or a shipped config: world (the generator), world-lora (the baseline),
+    world-cloud and world-edge (the language models). Any field can be overridden:
+    lorax-gen train CONFIG --help shows them. An interrupted run resumes with the same command, on
+    another mesh too. Over several hosts, start the same command on each.
+    """
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A YAML file, or the name of a shipped config."""
+    run_dir: Path | None = None
+    """Where the run lives; default runs/<name of the config>."""
+
+    def run(self) -> int:
+        return run_config(self.config, ["--run-dir", str(self.run_dir)] if self.run_dir else [])
+
+
+RunDir = Annotated[Path, tyro.conf.arg(help="Where the run lives.")]
+
+
+def run_config(name: str, overrides: list[str]) -> int:
+    """Trains as the config of a name says, with options that override its fields."""
+    from lorax_gen import config as configs
+    from lorax_gen.mesh.hosts import Hosts, initialize, is_first
+    from lorax_gen.recipes.registry import RECIPES, load_config
+    from lorax_gen.training.loop import Interrupted, fit
+
+    method, config = load_config(name)
+    options = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
+            ("run_dir", RunDir, dataclasses.field(default=Path("runs") / Path(name).stem)),
+            ("hosts", Hosts, dataclasses.field(default=Hosts())),
+        ],
+        frozen=True,
+    )
+    options.__doc__ = type(config).__doc__
+    parsed: Any = parse(
+        options,
+        overrides,
+        f"lorax-gen train {name}",
+        default=options(config),
+        config=(tyro.conf.AvoidSubcommands,),  # the config's file says which data it has
+    )
+    initialize(parsed.hosts)
+    resolved = {"method": method, **configs.to_dict(parsed.config)}
+    try:
+        released = fit(RECIPES[method].experiment(parsed.config), parsed.run_dir, resolved)
+    except Interrupted as stop:
+        if is_first():
+            print(f"lorax-gen: {stop}; the same command resumes the run", file=sys.stderr)
+        return 0 if stop.signal == signal.SIGTERM else 128 + signal.SIGINT
+    if is_first():
+        print(f"released: {released}")
+    return 0

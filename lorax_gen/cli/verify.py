@@ -1,0 +1,54 @@
+"""`lorax-gen verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Check that an artifact says the same in all its forms: gates, LoRA, merged, read again.
+
+    Prints the largest difference of logits from the unmerged LoRA and the share of positions with
+    the same likeliest token. Exit code 1 when a difference is beyond what the dtype explains.
+
+    Example: lorax-gen verify task.card.safetensors
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
+    """A task card, a PEFT adapter directory, or a merged directory that export wrote."""
+    edge: str = "world/edge"
+    """Edge model that the artifact was made for."""
+    generator: str = "world/generator"
+    """Generator that the card was made with."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the edge model's parameters."""
+
+    def run(self) -> int:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        import lorax_gen
+        from lorax_gen.artifacts.export import is_adapter
+
+        edge = lorax_gen.load_model(self.edge, self.dtype)
+        generator = None
+        if not is_adapter(self.artifact):
+            generator = lorax_gen.load_generator(self.generator)
+        comparisons = lorax_gen.verify(self.artifact, edge, generator)
+        table = Table(title="beside the unmerged LoRA", title_justify="left", box=box.SIMPLE_HEAD)
+        for name in ("form", "logits differ by", "allowed", "same argmax", ""):
+            table.add_column(name, justify="left" if name == "form" else "right")
+        for row in comparisons:
+            allowed = "" if row.tolerance is None else f"{row.tolerance:.1e}"
+            verdict = "" if row.tolerance is None else ("ok" if row.holds else "[red]differs[/red]")
+            table.add_row(
+                row.form, f"{row.difference:.1e}", allowed, f"{100 * row.agreement:.2f} %", verdict
+            )
+        Console(highlight=False).print(table)
+        return 0 if all(row.holds for row in comparisons) else 1
