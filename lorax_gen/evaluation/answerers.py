@@ -41,7 +41,6 @@ from lorax_gen.tensors import tree_hash
 
 Ids = Sequence[int]
 Control = Literal["shuffled", "empty", "random"]
-CONTROLS = ("shuffled", "empty", "random")
 
 
 class Cases(Protocol):
@@ -201,10 +200,8 @@ class LoraGen(Answerer):
 
 def control(answerer: LoraGen, which: Control, seed: int = 0) -> LoraGen:
     """The answerer, given something else to read than the question's own prompt."""
-    labels = {"shuffled": "other prompt", "empty": "empty prompt", "random": "random prompt"}
-    return dataclasses.replace(
-        answerer, name=which, label=f"  {labels[which]}", which=which, seed=seed
-    )
+    label = ANSWERERS[which][0]
+    return dataclasses.replace(answerer, name=which, label=label, which=which, seed=seed)
 
 
 def random_ids(model: Model, ids: Ids, rng: np.random.Generator) -> list[int]:
@@ -278,4 +275,7 @@ ANSWERERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "card": ("edge + card", ("card",)),
     "cloud_icl": ("cloud, prompted", ("cloud",)),
     "lora_gen": ("edge + LoRA-Gen", ("cloud", "generator")),
-} | {name: ("", ("cloud", "generator")) for name in CONTROLS}
+    "shuffled": ("  other prompt", ("cloud", "generator")),
+    "empty": ("  empty prompt", ("cloud", "generator")),
+    "random": ("  random prompt", ("cloud", "generator")),
+}

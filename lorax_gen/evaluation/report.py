@@ -36,6 +36,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.latency import measure_latency, peak_memory
 from lorax_gen.evaluation.metrics import arithmetic_mean, harmonic_mean, standard_error
+from lorax_gen.mesh import hosts
 
 Report = dict[str, Any]
 Cell = dict[str, Any]
@@ -48,8 +49,11 @@ def new_report(
 ) -> Report:
     """A report without rows, or with those that an earlier call left at `path`.
 
-    Raises UserError where the report at `path` is of something else.
+    Raises UserError where the report at `path` is of something else, or over several processes:
+    there a single benchmark can be scored (`evaluate_benchmark`), not timed.
     """
+    if hosts.several():
+        raise UserError("reports are made by one process; over several use evaluate_benchmark")
     report = {
         "format": FORMAT,
         "kind": kind,

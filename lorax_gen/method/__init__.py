@@ -5,6 +5,11 @@ states (`meta_tokens`), route each state to gates over the experts (`router`), s
 into a LoRA (`experts`), keep the experts in balance (`balance`), apply or merge the LoRA (`lora`).
 `generator` composes them. No transformer, tokenizer, file or mesh is known here; the numbers in the
 docstrings are the paper's equations.
+
+Dims, for the entire package; a module names only what it has beyond, or means otherwise:
+
+    B batch   T time   D model width   F feed-forward width   H heads   V vocabulary
+    L layers  N experts   K experts kept   R rank   P prompts   Q questions under each, B = P Q
 """
 
 from lorax_gen.method.balance import balance_loss, expert_load, gate_entropy
