@@ -34,7 +34,7 @@ cloud: {system}/cloud
 edge: {system}/edge
 prompts: 8
 queries_per_prompt: 2
-data: {{families: [{family}]}}
+data: {{kind: world, families: [{family}]}}
 generator:
   n_experts: 4
   rank: 2
