@@ -80,7 +80,7 @@ def demo(command: Demo) -> int:
 def train(name: str, overrides: list[str]) -> int:
     from lorax_gen import config as configs
     from lorax_gen.mesh.hosts import Hosts, initialize, is_first
-    from lorax_gen.recipes.registry import METHODS, load_config
+    from lorax_gen.recipes.registry import RECIPES, load_config
     from lorax_gen.training.loop import Interrupted, fit
 
     method, config = load_config(name)
@@ -104,7 +104,7 @@ def train(name: str, overrides: list[str]) -> int:
     initialize(parsed.hosts)
     resolved = {"method": method, **configs.to_dict(parsed.config)}
     try:
-        released = fit(METHODS[method].experiment(parsed.config), parsed.run_dir, resolved)
+        released = fit(RECIPES[method].experiment(parsed.config), parsed.run_dir, resolved)
     except Interrupted as stop:
         if is_first():
             print(f"lorax-gen: {stop}; the same command resumes the run", file=sys.stderr)
@@ -123,9 +123,7 @@ def plan(name: str, overrides: list[str]) -> int:
     from lorax_gen.recipes.registry import load_config
 
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
-    method, config = load_config(name)
-    if method != "lora_gen":
-        raise UserError(f"{name} is a config of {method}; plan knows those of lora_gen")
+    _, config = load_config(name)
     options = dataclasses.make_dataclass(
         "Options",
         [

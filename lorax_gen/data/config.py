@@ -103,8 +103,8 @@ class MixtureConfig:
         """The directory, or None for the hub."""
         return Path(self.directory) if self.directory else None
 
-    def mixture(self, cloud: Encoder, edge: Encoder, **options: Any) -> Mixture:
-        """Opens all sources; options as of `Mixture`.
+    def mixture(self, cloud: Encoder | None, edge: Encoder, **options: Any) -> Mixture:
+        """Opens all sources; arguments and options as of `Mixture`.
 
         Raises UserError where a source is unknown, unseen, or cannot be read.
         """

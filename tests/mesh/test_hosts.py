@@ -48,10 +48,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
 from lorax_gen import cli
 from lorax_gen.errors import UserError
-from lorax_gen.training import hosts, sharding
+from lorax_gen.mesh import hosts, sharding
 from lorax_gen.training.loop import Interrupted, fit
 from tests.tiny import linear_experiment
-from tests.training.test_hosts import LINEAR
+from tests.mesh.test_hosts import LINEAR
 
 folder, found = Path(sys.argv[1]), {}
 hosts.initialize()

@@ -26,7 +26,8 @@ def config_file(tiny_world_system, tmp_path):
         "method": "lora_gen", "cloud": str(models / "cloud"), "edge": str(models / "edge"),
         "prompts": 4, "queries_per_prompt": 1,
         "data": {
-            "kind": "mixture", "sources": ["arc_easy", "boolq", "alpaca=0.5"], "directory": str(data), "shots": 2,
+            "kind": "mixture", "sources": ["arc_easy", "boolq", "alpaca=0.5"],
+            "directory": str(data), "shots": 2,
             "prompt_length": 128, "question_length": 64, "prompt_buckets": [128],
             "question_buckets": [64], "evaluate_on": ["boolq", "winogrande"],
             "evaluate_questions": 3,

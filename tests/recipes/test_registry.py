@@ -5,17 +5,17 @@ import yaml
 
 from lorax_gen import config as configs
 from lorax_gen.errors import UserError
-from lorax_gen.recipes.registry import METHODS, SHIPPED, load_config, shipped_configs
+from lorax_gen.recipes.registry import RECIPES, SHIPPED, load_config, shipped_configs
 
 
 def test_there_are_configs_for_every_method():
-    assert {load_config(name)[0] for name in shipped_configs()} == set(METHODS)
+    assert {load_config(name)[0] for name in shipped_configs()} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_a_shipped_config_loads_by_name_and_by_path(name):
     method, config = load_config(name)
-    assert type(config) is METHODS[method].config
+    assert type(config) is RECIPES[method].config
     assert load_config(str(SHIPPED / f"{name}.yaml")) == (method, config)
 
 
@@ -56,7 +56,10 @@ def test_the_comment_on_top_is_the_command(name):
         ("method: lora_gen\ngenerator: {pool: global}", "pool"),
         ("method: lora_gen\ngenerator: {top_k: 9}", "top_k is 9: choose a number at most"),
         ("method: lora_gen\ndata: {kind: world, families: [sorts]}", "unknown family 'sorts'"),
-        ("method: lora_gen\ndata: {prompt_length: 9}", "data.kind is missing; choose one of world,"),
+        (
+            "method: lora_gen\ndata: {prompt_length: 9}",
+            "data.kind is missing; choose one of world,",
+        ),
         (
             "method: lora_gen\ndata: {kind: mixture, families: [sort]}",
             "unknown key data.families; known: kind, sources",
