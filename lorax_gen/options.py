@@ -223,7 +223,8 @@ class Evaluate:
     card: Path | None = None
     """A task card or PEFT adapter directory, merged into the edge for mode card."""
     lora: str | None = None
-    """The world only: a released LoRA baseline; the shipped one if the edge is the shipped one."""
+    """The world only: a PEFT adapter directory, one LoRA of all tasks; the shipped one if the edge
+    is the shipped one."""
     shots: int = 5
     """Solved examples in a prompt, for modes that have any."""
     limit: int | None = None

@@ -115,18 +115,15 @@ def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Ev
     train = [load_shots(record, data.root) if shots else [] for record in records]
 
     def evaluate(answerer: Answerer) -> dict[str, float]:
-        accuracies = {
-            record: evaluate_benchmark(
+        result, splits = {}, {"seen": [], "unseen": []}
+        for record, questions, solved in zip(records, asked, train, strict=True):
+            found = evaluate_benchmark(
                 record, questions, answerer, shots=shots, train=solved, mesh=mesh
-            ).acc
-            for record, questions, solved in zip(records, asked, train, strict=True)
-        }
-        result = {f"accuracy/{record.name}": share for record, share in accuracies.items()}
-        for split in ("seen", "unseen"):
-            own = [acc for r, acc in accuracies.items() if r.unseen == (split == "unseen")]
-            if own:
-                result[f"accuracy/{split}"] = float(np.mean(own))
-        return result
+            )
+            result[f"accuracy/{record.name}"] = found.acc
+            splits["unseen" if record.unseen else "seen"].append(found.acc)
+        means = {f"accuracy/{split}": float(np.mean(own)) for split, own in splits.items() if own}
+        return result | means
 
     return evaluate
 

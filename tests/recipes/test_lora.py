@@ -17,6 +17,7 @@ from lorax_gen.models import decoder
 from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.recipes.lora import LoraConfig, experiment, lora_loss
+from lorax_gen.tensors import tree_hash
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.state import init_state
 from lorax_gen.training.step import answer_loss, make_train_step
@@ -103,6 +104,12 @@ def test_a_released_lora_comes_back_with_its_scale(trained, released, tiny_world
     chex.assert_trees_all_equal(loaded, jax.device_get(scaled(state["params"], 3.0)))
     described = json.loads((released / "provenance.json").read_text())
     assert described == {"metrics": {"loss": 0.5}}
+
+
+def test_the_shipped_lora_is_an_adapter_of_the_shipped_edge():
+    edge = load_model("world/edge")
+    # Of the values that training ended with, in fp32 and with their scale.
+    assert tree_hash(load_adapter("world/lora", edge.config)) == "c70345f68c20198c"
 
 
 def test_merged_it_answers_as_it_did_unmerged(released, tiny_world_system):
