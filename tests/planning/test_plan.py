@@ -18,8 +18,7 @@ from lorax_gen.models import presets
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.planning import memory, plan, topology
 from lorax_gen.planning.table import print_plan
-from lorax_gen.recipes import lora_gen
-from lorax_gen.recipes.registry import load_config
+from lorax_gen.recipes.registry import load_config, recipe_of
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -48,11 +47,20 @@ def change(config, **fields):
 # --- the same step ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cloud_int8", [False, True])
-def test_the_plan_has_the_shapes_of_the_run(config, cloud_int8):
-    config = change(config, cloud_int8=cloud_int8)
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("world", {"prompts": 8, "queries_per_prompt": 2}),
+        ("world", {"prompts": 8, "queries_per_prompt": 2, "cloud_int8": True}),
+        ("world-lora", {}),
+        ("world-edge", {}),
+    ],
+    ids=["lora_gen", "lora_gen-int8", "lora", "pretrain"],
+)
+def test_the_plan_has_the_shapes_of_the_run(name, fields):
+    config = dataclasses.replace(load_config(name)[1], mesh=MESH, **fields)
     step = plan.abstract_step(config, jax.devices())
-    experiment = lora_gen.experiment(config)
+    experiment = recipe_of(config).experiment(config)
     state = jax.eval_shape(experiment.fresh_state)
     shape = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))  # noqa: E731
     for ours, theirs in (
@@ -63,6 +71,15 @@ def test_the_plan_has_the_shapes_of_the_run(config, cloud_int8):
         assert jax.tree.map(shape, ours) == jax.tree.map(shape, theirs)
     places = jax.tree.map(lambda leaf: leaf.sharding, step.frozen)
     assert places == jax.tree.map(lambda leaf: leaf.sharding, experiment.frozen)
+
+
+@pytest.mark.parametrize("name", ["world-lora", "world-edge"])
+def test_the_step_of_every_recipe_is_compiled(name):
+    config = dataclasses.replace(load_config(name)[1], mesh=MESH)
+    step = plan.abstract_step(config, jax.devices())
+    found, traffic = plan.compile_step(step)
+    assert found["arguments"] == pytest.approx(plan.arguments(step)["total"], rel=0.02)
+    assert traffic["all-reduce"].bytes > 0  # gradients are added up over devices
 
 
 def test_bytes_are_those_of_a_device(config):
@@ -78,6 +95,16 @@ def test_bytes_are_those_of_a_device(config):
         if shard.device == device
     ]
     assert memory.bytes_per_device(step.frozen) == sum(shards)
+
+
+def test_a_mixture_is_planned_without_its_data(paper):
+    assert paper.data.kind == "mixture"
+    shapes = {
+        name: leaf.shape for name, leaf in plan.abstract_step(paper, jax.devices()).batch.items()
+    }
+    assert shapes == {
+        "prompt": (64, 2048), "prompt_lengths": (64,), "tokens": (64, 512), "answer": (64, 512),
+    }  # fmt: skip
 
 
 def test_a_preset_is_planned_without_its_memory(paper):
