@@ -439,9 +439,7 @@ def make_cases(options: Options, spec: GeneratorSpec, frozen: dict[str, Params])
                 answered=options.answer_length,
             )
             loss = lora_loss(config, edge)
-            cases.append(
-                Case("lora", queries, batch, macs, filled(lora, 4), {}, loss, frozen["edge"])
-            )
+            cases.append(Case("lora", queries, batch, macs, filled(lora, 4), {}, loss, frozen))
     return cases
 
 

@@ -27,19 +27,21 @@ def at_least_one(config: Any, names: tuple[str, ...], prefix: str = "") -> None:
 def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = "") -> T:
     """A config dataclass from plain values, nested ones included.
 
-    Where a field may be one of several dataclasses, it is the one that knows most of the keys.
+    Where a field may be one of several dataclasses, its key `kind` says which: each has a field of
+    that name, whose default is its own.
 
     Args:
       where: what the values come from, for messages; `prefix` is that of the keys, such as `data.`.
 
-    Raises UserError for an unknown key (naming the nearest known one) or a value of a wrong type.
+    Raises UserError for an unknown key (naming the nearest known one), an unknown or missing kind,
+    or a value of a wrong type.
     """
     _reject_unknown(cls, values, where, prefix)
     for name, classes in _choices(cls).items():
         if name in values:
-            known = [sum(f.name in values[name] for f in dataclasses.fields(c)) for c in classes]
-            chosen = classes[known.index(max(known))]
-            values = {**values, name: from_dict(chosen, values[name], where, f"{prefix}{name}.")}
+            inner = f"{prefix}{name}."
+            chosen = _choose(classes, values[name], where, inner)
+            values = {**values, name: from_dict(chosen, values[name], where, inner)}
     hooks = {float: _to_float, tuple[str, ...]: _to_names, tuple[int, ...]: _to_tuple}
     try:
         return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
@@ -56,6 +58,17 @@ def _choices(cls: type) -> dict[str, list[type]]:
         for name, hint in typing.get_type_hints(cls).items()
     }
     return {name: classes for name, classes in unions.items() if len(classes) > 1}
+
+
+def _choose(classes: list[type], values: dict[str, Any], where: str, prefix: str) -> type:
+    """The class whose kind the values name."""
+    kinds = {cls.kind: cls for cls in classes}
+    if "kind" not in values:
+        raise UserError(f"{where}: {prefix}kind is missing; choose one of {', '.join(kinds)}")
+    kind = values["kind"]
+    if kind not in list(kinds):  # a list, for YAML may give what has no hash
+        raise UserError(f"{where}: {prefix}kind is {kind!r}; choose one of {', '.join(kinds)}")
+    return kinds[kind]
 
 
 def _to_float(value: Any) -> Any:

@@ -27,7 +27,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from lorax_gen.method.generator import GeneratorConfig
-from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.method.lora import count_params
+from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
 from lorax_gen.system import GeneratorSpec
 
 Ranks = Mapping[str, int]
@@ -85,14 +86,8 @@ class Macs:
 
 
 def parameters(config: DecoderConfig) -> int:
-    """V D (twice with an own head) + D + L (kernels, 2 or 4 norms of D, biases of q, k, v)."""
-    shapes, d = kernel_shapes(config), config.hidden_size
-    layer = sum(d_in * d_out for d_in, d_out in shapes.values())
-    layer += (4 if config.post_norms else 2) * d
-    if config.qkv_bias:
-        layer += sum(shapes[name][1] for name in ("q", "k", "v"))
-    tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * d + d + config.num_hidden_layers * layer
+    """All numbers of the parameter tree."""
+    return count_params(abstract_params(config))
 
 
 def prefill_macs(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lorax_gen import assets
 from lorax_gen.artifacts.generator import load_generator
+from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import pictures
@@ -21,16 +22,17 @@ from lorax_gen.evaluation.world import evaluate_world
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
-from lorax_gen.recipes.lora import load_lora
 
 
 def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> System:
-    """Loads what is compared; the names are directories or shipped models."""
+    """Loads what is compared; the names are directories or shipped models, `lora` is that of a PEFT
+    adapter."""
+    model = load_model(edge)
     return System(
-        load_model(edge),
+        model,
         load_model(cloud),
         load_generator(generator),
-        lora=None if lora is None else load_lora(lora),
+        lora=None if lora is None else load_adapter(lora, model.config),
     )
 
 

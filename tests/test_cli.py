@@ -105,8 +105,8 @@ def linear(monkeypatch):
         made = linear_experiment(config.run)
         return dataclasses.replace(made, optimizer=config.optimizer)
 
-    method = methods.METHODS["lora"]._replace(experiment=experiment)
-    monkeypatch.setitem(methods.METHODS, "lora", method)
+    method = methods.RECIPES["lora"]._replace(experiment=experiment)
+    monkeypatch.setitem(methods.RECIPES, "lora", method)
 
 
 # --- help ----------------------------------------------------------------------------------------

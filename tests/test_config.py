@@ -21,12 +21,14 @@ class Inner:
 
 @dataclasses.dataclass(frozen=True)
 class Here:
+    kind: Literal["here"] = "here"
     path: str = ""
     length: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class There:
+    kind: Literal["there"] = "there"
     host: str = ""
     names: tuple[str, ...] = ()
     length: int = 2
@@ -57,10 +59,10 @@ def test_a_rate_is_a_float_however_it_is_written(number):
     assert isinstance(read("inner: {rate: 2}").inner.rate, float)
 
 
-def test_keys_tell_which_of_several_dataclasses_a_field_is():
-    assert read("place: {length: 3}").place == Here(length=3)
-    assert read("place: {path: a}").place == Here("a")
-    assert read("place: {host: b, length: 3}").place == There("b", length=3)
+def test_the_kind_tells_which_of_several_dataclasses_a_field_is():
+    assert read("place: {kind: here, length: 3}").place == Here(length=3)
+    assert read("place: {kind: here, path: a}").place == Here(path="a")
+    assert read("place: {kind: there, host: b, length: 3}").place == There(host="b", length=3)
     again = configs.to_yaml(configs.to_dict(Outer(place=There())))
     assert read(again) == Outer(place=There())
 
@@ -79,9 +81,17 @@ def test_names_are_a_tuple():
         ("inner: {rates: 1}", "unknown key inner.rates; did you mean inner.rate?"),
         ("inner: [rate]", "inner must map names to values"),
         ("inner:", "inner must map names to values"),
-        ("place: {hots: b, names: [c]}", "unknown key place.hots; did you mean place.host?"),
+        ("place: {length: 3}", "place.kind is missing; choose one of here, there"),
+        ("place: {}", "place.kind is missing; choose one of here, there"),
+        ("place: {kind: hear}", "place.kind is 'hear'; choose one of here, there"),
+        ("place: {kind: [here]}", "place.kind is ['here']; choose one of here, there"),
+        (
+            "place: {kind: there, hots: b, names: [c]}",
+            "unknown key place.hots; did you mean place.host?",
+        ),
+        ("place: {kind: here, host: b}", "unknown key place.host; known: kind, path, length"),
         ("place: 3", "place must map names to values"),
-        ("place: {host: 3}", 'field "place.host"'),
+        ("place: {kind: there, host: 3}", 'field "place.host"'),
         ("steps: many", "steps"),
         ("steps: 1.5", "steps"),
         ("steps: '3'", "steps"),
@@ -127,7 +137,7 @@ def test_a_config_survives_yaml(tmp_path):
     values = configs.to_dict(config)
     assert values == {
         "steps": 7, "kind": "two", "fast": True, "inner": {"rate": 2e-5, "names": ["x"]},
-        "place": {"path": "", "length": 1},
+        "place": {"kind": "here", "path": "", "length": 1},
     }  # fmt: skip
     text = configs.to_yaml(values)
     assert text.startswith("steps: 7\nkind: two\n")

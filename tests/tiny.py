@@ -9,7 +9,7 @@ import numpy as np
 
 from lorax_gen.artifacts.generator import Generator, save_generator
 from lorax_gen.files import new_directory
-from lorax_gen.mesh.sharding import MeshConfig
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.method import init_generator
 from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoder import kernel_shapes
@@ -123,5 +123,5 @@ def linear_experiment(run: RunConfig, batch=None) -> Experiment:
         work=lambda batch: {"examples": 8},
         run=run,
         optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0),
-        mesh=MeshConfig(),
+        mesh=make_mesh(MeshConfig()),
     )

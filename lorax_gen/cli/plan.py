@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import tyro
 
 from lorax_gen.cli.parse import parse
-from lorax_gen.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +52,7 @@ def run_config(name: str, overrides: list[str]) -> int:
     from lorax_gen.recipes.registry import load_config
 
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
-    method, config = load_config(name)
-    if method != "lora_gen":
-        raise UserError(f"{name} is a config of {method}; plan knows those of lora_gen")
+    _, config = load_config(name)
     options = dataclasses.make_dataclass(
         "Options",
         [

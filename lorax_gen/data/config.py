@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorax_gen.data.agent import AgentSource, load_agent
 from lorax_gen.data.benchmarks import BENCHMARKS, find_benchmark, load_questions
@@ -26,6 +26,8 @@ SETS = ("alpaca", "natural_instructions", "gpt4tools")
 class WorldConfig:
     """The embedded world and the shape of the batches drawn from it."""
 
+    kind: Literal["world"] = "world"
+    """Which kind of data this is."""
     seed: int = 0
     """Which world; the shipped models know world 0."""
     families: tuple[str, ...] = FAMILIES
@@ -52,6 +54,8 @@ class WorldConfig:
 class MixtureConfig:
     """Real tasks: which are mixed, where they lie, and the shape of the batches drawn from them."""
 
+    kind: Literal["mixture"] = "mixture"
+    """Which kind of data this is."""
     sources: tuple[str, ...] = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
     """What to train on: benchmarks by name, alpaca, natural_instructions, gpt4tools, or paths: a
     .jsonl, .json or .parquet file of instruction triples, an archive or directory of Natural
@@ -99,8 +103,8 @@ class MixtureConfig:
         """The directory, or None for the hub."""
         return Path(self.directory) if self.directory else None
 
-    def mixture(self, cloud: Encoder, edge: Encoder, **options: Any) -> Mixture:
-        """Opens all sources; options as of `Mixture`.
+    def mixture(self, cloud: Encoder | None, edge: Encoder, **options: Any) -> Mixture:
+        """Opens all sources; arguments and options as of `Mixture`.
 
         Raises UserError where a source is unknown, unseen, or cannot be read.
         """

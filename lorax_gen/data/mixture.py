@@ -46,6 +46,8 @@ class Mixture:
 
     Args:
       sources, weights: how often each source's samples are taken in an epoch.
+      cloud_encoder: of the model that reads prompts; None: there is none, batches are questions
+        alone, and they may all be of a single task.
       prompts, queries: prompts of a batch, and questions asked under each.
       shots, min_shots: solved examples of a prompt, drawn between the two; None: always `shots`.
       prompt_length, question_length, answer_length: most tokens of a prompt, of a question with
@@ -63,7 +65,7 @@ class Mixture:
         self,
         sources: Sequence[Source],
         weights: Sequence[float],
-        cloud_encoder: Encoder,
+        cloud_encoder: Encoder | None,
         edge_encoder: Encoder,
         *,
         seed: int,
@@ -106,27 +108,30 @@ class Mixture:
         """`prompt: [P, T]`, `prompt_lengths: [P]`, and `tokens` and `answer: [B, T]` of a step.
 
         Row b of the questions belongs to prompt b // Q. Some two of the prompts are of different
-        tasks.
+        tasks. Where no model reads prompts there are `tokens` and `answer` alone.
         """
         first = step * self.prompts
         samples = [self._sample(first + i) for i in range(self.prompts)]
-        if len({sample.task for sample in samples}) < 2:
+        if self.cloud is not None and len({sample.task for sample in samples}) < 2:
             samples[-1] = self._of_another_task(samples[-1].task, first + self.prompts - 1)
         self.counts["samples"] += self.prompts
-        prompts = [sample.prompt for sample in samples]
         rows, starts = zip(*(row for sample in samples for row in sample.rows), strict=True)
+        questions = answer_batch(
+            rows,
+            starts,
+            _smallest(self.question_buckets, max(map(len, rows))),
+            self.edge.pad_id,
+            self.whole,
+            self.answer_length,
+        )
+        if self.cloud is None:
+            return questions
+        prompts = [sample.prompt for sample in samples]
         length = _smallest(self.buckets, max(map(len, prompts)))
         return {
             "prompt": pad_rows(prompts, length, self.cloud.pad_id, "a prompt"),
             "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
-            **answer_batch(
-                rows,
-                starts,
-                _smallest(self.question_buckets, max(map(len, rows))),
-                self.edge.pad_id,
-                self.whole,
-                self.answer_length,
-            ),
+            **questions,
         }
 
     def summary(self) -> str:
@@ -170,7 +175,7 @@ class Mixture:
             rng = self._rng(position, purpose + attempt)
             if attempt:
                 index = int(rng.integers(len(source)))
-            shots = int(rng.integers(self.min_shots, self.shots + 1))
+            shots = int(rng.integers(self.min_shots, self.shots + 1)) if self.cloud else 0
             episode = source.episode(index, rng, shots, self.queries)
             sample = self._fit(episode)
             if sample is not None:
@@ -207,6 +212,8 @@ class Mixture:
         marked = [len(ids) - max(1, 0 if self.whole else start) for ids, start in rows]
         if self.answer_length is not None and max(marked) > self.answer_length:
             return self._dropped("answer")
+        if self.cloud is None:
+            return Sample(episode.task, [], rows)
         prompt, left_out = self.cloud.encode(episode.prompt), 0
         while len(prompt) > self.buckets[-1] and episode.shots:
             episode, left_out = episode.without_last_shot(), left_out + 1
@@ -231,13 +238,13 @@ class Mixture:
                 raise UserError(f"the weight of {source.name} is {weight}; it must be above 0")
             if unseen:
                 refuse_unseen(source.texts(), unseen, source.name)
-        if sum(source.tasks for source in self.sources) < 2:
+        if self.cloud is not None and sum(source.tasks for source in self.sources) < 2:
             names = ", ".join(source.name for source in self.sources) or "no source"
             raise UserError(
                 f"the mixture holds a single task ({names}): the router's BatchNorm needs several "
                 "in a batch; add a source"
             )
-        if self.prompts < 2 or self.queries < 1:
+        if self.cloud is not None and (self.prompts < 2 or self.queries < 1):
             raise UserError(
                 f"prompts={self.prompts} and queries={self.queries}: a batch needs two prompts or "
                 "more, so that it mixes tasks, and a question each"

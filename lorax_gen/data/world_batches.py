@@ -59,6 +59,24 @@ def generator_batch(
     }
 
 
+def tuning_batch(
+    tasks: Sequence[Task],
+    edge: Encoder,
+    *,
+    seed: int,
+    step: int,
+    rows: int,
+    question_length: int,
+    whole: bool = False,
+    answer_length: int | None = None,
+) -> Batch:
+    """Training batch of a model that reads no prompts: B bare questions of mixed tasks."""
+    rng = np.random.default_rng([seed, step])
+    drawn = mixed_tasks(rng, tasks, rows)
+    questions = [task.questions[rng.integers(len(task.questions))] for task in drawn]
+    return question_batch(edge, questions, question_length, whole, answer_length)
+
+
 def document_batch(encoder: Encoder, documents: Sequence[Sequence[Piece]], length: int) -> Batch:
     """`{'tokens', 'answer': [B, T]}` of documents made of pieces; `answer` marks the trained."""
     rows, marks = [], []

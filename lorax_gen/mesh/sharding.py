@@ -123,11 +123,8 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host batch onto the devices, rows split over `data` and `fsdp`.
-
-    Every process makes the whole batch, which is a function of (seed, step), and keeps its rows.
-    """
+def check_rows(batch: Any, mesh: Mesh) -> None:
+    """UserError where the rows of a batch, arrays or shapes, cannot be split over the mesh."""
     shards = row_shards(mesh)
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % shards:
@@ -135,6 +132,14 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
                 f"a batch of {leaf.shape[0]} rows cannot be split over {shards} devices; "
                 f"make it a multiple of {shards}"
             )
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A host batch onto the devices, rows split over `data` and `fsdp`.
+
+    Every process makes the whole batch, which is a function of (seed, step), and keeps its rows.
+    """
+    check_rows(batch, mesh)
     rows = NamedSharding(mesh, P(BATCH_AXES))
     return place(batch, jax.tree.map(lambda _: rows, batch))
 
@@ -195,18 +200,21 @@ def place_adapter(adapter: Adapter | None, mesh: Mesh) -> Adapter | None:
     return place(adapter, dataclasses.replace(adapter, shared=shared, rows=rows))
 
 
+def jit_step(train_step: Callable, state: Any, mesh: Mesh) -> Callable:
+    """`train_step` jitted: the state, arrays or shapes, keeps its shardings and is donated."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, everywhere))
+
+
 def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Callable:
     """`step(state, frozen, host_batch) -> (state, metrics)` on the mesh, compiled once.
 
-    With `mode="jit"` the state keeps its shardings and is donated. With `mode="pmap"` every
-    device holds all of it and a shard of the batch; the results are the same.
+    With `mode="jit"` it is that of `jit_step`. With `mode="pmap"` every device holds all of the
+    state and a shard of the batch; the results are the same.
     """
     if mode == "jit":
-        jitted = jax.jit(
-            train_step,
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, P())),
-        )
+        jitted = jit_step(train_step, state, mesh)
         return lambda state, frozen, batch: jitted(state, frozen, put_batch(batch, mesh))
 
     devices = mesh.devices.ravel().tolist()

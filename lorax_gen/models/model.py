@@ -42,6 +42,11 @@ class Model:
         if not self.stop_ids and eos is not None:
             object.__setattr__(self, "stop_ids", (eos,))
 
+    @property
+    def is_abstract(self) -> bool:
+        """Whether it is shapes alone, to be planned with: neither numbers nor a tokenizer."""
+        return isinstance(self.params["embed"], jax.ShapeDtypeStruct)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the parameters, whatever directory they lie in, and in fp32 as in bf16."""

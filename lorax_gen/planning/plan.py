@@ -1,9 +1,9 @@
-"""What a train step of the generator needs on devices that are not here, and whether it fits.
+"""What a train step needs on devices that are not here, and whether it fits.
 
 For a TPU topology the real step is compiled ahead of time, by the compiler that the TPU would use
 (libtpu), for devices that are only described: memory and collectives are those of the program that
-would run. For GPUs there is no such compiler; the same table is filled by arithmetic (see
-`planning.memory`) and says so.
+would run. For GPUs there is no such compiler; for the generator's step the same table is filled by
+arithmetic (see `planning.memory`) and says so.
 
     report = make_plan(config, "v5e:4x4", utilisation=0.4)
     print_plan(report)
@@ -19,7 +19,7 @@ import inspect
 import math
 import re
 import sys
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,21 +28,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax_gen import assets, cost
+from lorax_gen import config as configs
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.chips import Chip
-from lorax_gen.mesh.kernels import BLOCK, execution_over
-from lorax_gen.mesh.sharding import BATCH_AXES, make_mesh, row_shards, tree_shardings
-from lorax_gen.method import init_generator
+from lorax_gen.mesh.kernels import BLOCK
+from lorax_gen.mesh.sharding import BATCH_AXES, jit_step, row_shards, tree_shardings
+from lorax_gen.method.lora import count_params
 from lorax_gen.models import int8, presets
 from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
 from lorax_gen.models.families import read_config
+from lorax_gen.models.model import Model
 from lorax_gen.planning import hlo, memory
 from lorax_gen.planning.topology import Absent, find_devices
+from lorax_gen.recipes.base import EdgeConfig, RecipeConfig
 from lorax_gen.recipes.lora_gen import LoraGenConfig
+from lorax_gen.recipes.registry import recipe_of
 from lorax_gen.system import GeneratorSpec
-from lorax_gen.training.optimizer import make_optimizer
-from lorax_gen.training.state import init_state
-from lorax_gen.training.step import generator_loss, make_train_step
+from lorax_gen.training.experiment import Experiment
 
 GIB = 2**30
 
@@ -68,130 +70,97 @@ def read_shape(name: str) -> DecoderConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """A train step as shapes: what `recipes.lora_gen.experiment` would make of a config."""
+def abstract_model(
+    name: str,
+    dtype: Any = jnp.float32,
+    *,
+    in_int8: bool = False,
+    shardings: Callable[[Any], Any],
+) -> Model:
+    """As `models.huggingface.load_model`: a model of shapes with shardings, and no tokenizer."""
+    config = read_shape(name)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(config)
+    )
+    if in_int8:
+        params = jax.eval_shape(int8.quantize_kernels, params)
+    return Model(config, placed(params, shardings(params)), None, name=name)
 
-    config: LoraGenConfig
-    spec: GeneratorSpec
-    mesh: Mesh
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes with the shardings that their arrays would have."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        shardings,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A train step that could be compiled: the run of a config, and its arguments as shapes."""
+
+    config: RecipeConfig
+    experiment: Experiment
     state: Any
-    frozen: Any
     batch: Any
 
     @property
-    def shards(self) -> int:
-        """Parts that the batch is split into."""
-        return row_shards(self.mesh)
+    def frozen(self) -> dict[str, Any]:
+        return self.experiment.frozen
 
     @property
-    def answered(self) -> int:
-        longest = self.config.data.question_length - 1
-        return min(self.config.answer_length or longest, longest)
+    def mesh(self) -> Mesh:
+        return self.experiment.mesh
+
+    @property
+    def models(self) -> dict[str, DecoderConfig]:
+        """Shapes of the frozen models, by their role."""
+        return {role: read_shape(getattr(self.config, role)) for role in self.frozen}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the config says of how the step computes, of those that a recipe has."""
+        names = ("answer_length", "dtype", "cloud_int8", "remat", "microbatches", "attention")
+        values = configs.to_dict(self.config)
+        return {name: values[name] for name in names if name in values}
 
 
-def make_work(config: LoraGenConfig, devices: list) -> Work:
-    """Shapes with shardings of the state, the frozen models and the batch.
+def abstract_step(config: RecipeConfig, devices: list) -> Step:
+    """The step of the very experiment that `train` would run, of models that are shapes alone.
 
     Raises UserError where the mesh does not fit the devices, or the batch not the mesh.
     """
     if config.mesh.mode != "jit":
         raise UserError(f"plan knows mesh.mode=jit only, and not {config.mesh.mode}")
-    mesh = make_mesh(config.mesh, devices)
-    cloud, edge = read_shape(config.cloud), read_shape(config.edge)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-
-    def fresh():
-        params, stats = init_generator(
-            jax.random.key(0),
-            config.generator,
-            edge_layers=edge.num_hidden_layers,
-            edge_shapes=kernel_shapes(edge),
-            cloud_layers=cloud.num_hidden_layers,
-            cloud_shapes=kernel_shapes(cloud),
-            cloud_embedding=jnp.zeros(cloud.hidden_size, config.dtype),
-        )
-        return init_state(params, stats, optimizer, config.run.seed)
-
-    def placed(tree: Any, shardings: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            tree,
-            shardings,
-        )
-
-    def loaded(model: DecoderConfig) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype), abstract_params(model)
-        )
-
-    by_name = partial(tree_shardings, mesh=mesh)
-    state = jax.eval_shape(fresh)
-    frozen = {"cloud": loaded(cloud), "edge": loaded(edge)}
-    if config.cloud_int8:
-        frozen["cloud"] = jax.eval_shape(int8.quantize_kernels, frozen["cloud"])
-    prompts, rows = config.prompts, config.prompts * config.queries_per_prompt
-    length = config.data.question_length
-    batch = {
-        "prompt": jax.ShapeDtypeStruct((prompts, config.data.prompt_length), jnp.int32),
-        "prompt_lengths": jax.ShapeDtypeStruct((prompts,), jnp.int32),
-        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
-        "answer": jax.ShapeDtypeStruct((rows, length), jnp.bool),
-    }
+    experiment = recipe_of(config).experiment(config, abstract_model, devices)
+    state, mesh = jax.eval_shape(experiment.fresh_state), experiment.mesh
     split = NamedSharding(mesh, P(BATCH_AXES))
-    work = Work(
+    return Step(
         config,
-        GeneratorSpec(config.generator, cloud, edge),
-        mesh,
-        state=placed(state, by_name(state)),
-        frozen=placed(frozen, by_name(frozen)),
-        batch=placed(batch, jax.tree.map(lambda _: split, batch)),
+        experiment,
+        state=placed(state, tree_shardings(state, mesh)),
+        batch=placed(experiment.shapes, jax.tree.map(lambda _: split, experiment.shapes)),
     )
-    if prompts % work.shards:
-        raise UserError(
-            f"{prompts} prompts cannot be split over {work.shards} devices; make prompts a "
-            f"multiple of it, or give devices to mesh.tensor, which does not split the batch"
-        )
-    if prompts % config.microbatches:
-        raise UserError(
-            f"{prompts} prompts cannot be split into {config.microbatches} microbatches; "
-            "choose a divisor"
-        )
-    own = prompts // work.shards
-    if own % config.microbatches:
-        raise UserError(
-            f"{own} prompts of a device cannot be split into {config.microbatches} microbatches; "
-            "choose a divisor, so that every device has its share of each"
-        )
-    return work
 
 
 # --- memory and collectives ----------------------------------------------------------------------
 
 
-def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | None]:
+def compile_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | None]:
     """Memory and collectives of the step as compiled for the mesh's devices.
 
     Where it does not fit, XLA gives no program, only how much it would have needed. No collectives
     either where libtpu is newer than jaxlib and writes programs that jaxlib cannot read.
     """
-    config = work.config
-    loss = generator_loss(
-        work.spec,
-        microbatches=config.microbatches,
-        answer_length=config.answer_length,
-        execution=execution_over(work.mesh, config.attention, config.remat),
-    )
-    step = make_train_step(loss, make_optimizer(config.optimizer, config.run.steps))
-    places = jax.tree.map(lambda leaf: leaf.sharding, work.state)
-    everywhere = NamedSharding(work.mesh, P())
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-    with jax.set_mesh(work.mesh):
-        lowered = jitted.lower(work.state, work.frozen, work.batch)
+    held = arguments(step)["total"]
+    jitted = jit_step(step.experiment.train_step(), step.state, step.mesh)
+    with jax.set_mesh(step.mesh):
+        lowered = jitted.lower(step.state, step.frozen, step.batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return read_out_of_memory(str(error), arguments(work)["total"]), None
+            return read_out_of_memory(str(error), held), None
     sizes = compiled.memory_analysis()
     found = {
         "method": "compiled",
@@ -203,7 +172,7 @@ def compile_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
         "peak": sizes.peak_memory_in_bytes,
     }
     # What the step does not read, such as the cloud's head, is no argument of it but lies there.
-    found["arguments"] = max(found["arguments"], arguments(work)["total"])
+    found["arguments"] = max(found["arguments"], held)
     new_outputs = found["outputs"] - found["aliased"]
     found["needed"] = found["arguments"] + new_outputs + found["temporaries"] + found["program"]
     try:
@@ -235,71 +204,76 @@ def read_out_of_memory(message: str, arguments: int) -> dict[str, Any]:
     }
 
 
-def estimate_step(work: Work) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
-    """The same by arithmetic; see `planning.memory` for the formula.
+def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
+    """The same by arithmetic, for the generator's step; see `planning.memory` for the formula.
 
     Collectives are those that weights in shards ask for: they are gathered in the forward and in
     the backward pass of each microbatch, and where a forward pass is computed again; gradients of
     what is trained are added up. Sums of activations over `tensor` are not counted.
+
+    Raises UserError for the step of another recipe.
     """
-    config, spec = work.config, work.spec
-    held = arguments(work)["total"]
+    config, mesh, shards = step.config, step.mesh, row_shards(step.mesh)
+    if not isinstance(config, LoraGenConfig):
+        raise UserError(
+            "for GPUs the generator's step alone is estimated; for this recipe give a TPU, such as "
+            "--topology v5e:2x2, for which the step is compiled"
+        )
+    spec = GeneratorSpec(config.generator, **step.models)
+    held = arguments(step)["total"]
     parts = memory.activations(
         spec,
-        prompts=config.prompts // work.shards,
+        prompts=config.prompts // shards,
         queries=config.queries_per_prompt,
         prompt_length=config.data.prompt_length,
         length=config.data.question_length,
-        answered=work.answered,
+        answered=config.answered(config.data.question_length),
         bytes_each=jnp.dtype(config.dtype).itemsize,
         remat=config.remat,
-        flash=(is_flash(work, spec.cloud), is_flash(work, spec.edge)),
-        sharded=work.mesh.shape["fsdp"] > 1,
+        flash=tuple(is_flash(config, mesh, model) for model in (spec.cloud, spec.edge)),
+        sharded=mesh.shape["fsdp"] > 1,
         microbatches=config.microbatches,
     )
     found = {"method": "estimated", "arguments": held, "temporaries": sum(parts.values())}
     found |= {"parts": parts, "needed": held + found["temporaries"]}
     traffic = {}
-    fsdp, tensor = work.mesh.shape["fsdp"], work.mesh.shape["tensor"]
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     passes = 2 + (config.remat != "none") + (config.microbatches > 1)
     passes *= config.microbatches
     if fsdp > 1:
-        gathered = tree_bytes(work.frozen) // tensor * passes
+        gathered = tree_bytes(step.frozen) // tensor * passes
         layers = spec.cloud.num_hidden_layers + spec.edge.num_hidden_layers
         kernels = len(kernel_shapes(spec.cloud))
         traffic["all-gather"] = hlo.Traffic(
             layers * kernels * passes, int(gathered * (fsdp - 1) / fsdp)
         )
-    if work.shards > 1:
-        trained = tree_bytes(work.state["params"])
-        leaves = len(jax.tree.leaves(work.state["params"]))
-        traffic["all-reduce"] = hlo.Traffic(
-            leaves, int(2 * trained * (work.shards - 1) / work.shards)
-        )
+    if shards > 1:
+        trained = tree_bytes(step.state["params"])
+        leaves = len(jax.tree.leaves(step.state["params"]))
+        traffic["all-reduce"] = hlo.Traffic(leaves, int(2 * trained * (shards - 1) / shards))
     return found, traffic
 
 
-def is_flash(work: Work, config: DecoderConfig) -> bool:
+def is_flash(config: EdgeConfig, mesh: Mesh, model: DecoderConfig) -> bool:
     """Whether attention runs in a kernel that never holds the scores; see `mesh.kernels`."""
-    if config.attn_logit_softcapping is not None or any(config.windows):
+    if model.attn_logit_softcapping is not None or any(model.windows):
         return False
-    name = work.config.attention
+    name = config.attention
     if name == "auto":
-        platform = work.mesh.devices.flat[0].platform
+        platform = mesh.devices.flat[0].platform
         name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
     if name == "cudnn":
-        return work.config.dtype == "bfloat16" and config.head_dim <= 128
-    return name == "splash" and config.head_dim % BLOCK == 0
+        return config.dtype == "bfloat16" and model.head_dim <= 128
+    return name == "splash" and model.head_dim % BLOCK == 0
 
 
-def arguments(work: Work) -> dict[str, int]:
+def arguments(step: Step) -> dict[str, int]:
     """Bytes on each device of what the step is given."""
     parts = {
-        "cloud": work.frozen["cloud"],
-        "edge": work.frozen["edge"],
-        "trained": (work.state["params"], work.state["stats"]),
-        "optimizer": work.state["opt_state"],
-        "batch": work.batch,
+        **step.frozen,
+        "trained": (step.state["params"], step.state["stats"]),
+        "optimizer": step.state["opt_state"],
+        "batch": step.batch,
     }
     sizes = {name: memory.bytes_per_device(tree) for name, tree in parts.items()}
     return sizes | {"total": sum(sizes.values())}
@@ -310,31 +284,6 @@ def tree_bytes(tree: Any) -> int:
 
 
 # --- time ----------------------------------------------------------------------------------------
-
-
-def count_flops(work: Work) -> dict[str, int]:
-    """Of one step on all devices: `useful` as MFU counts, `executed` with what is recomputed."""
-    config, spec = work.config, work.spec
-    shape = {
-        "prompts": config.prompts,
-        "queries": config.queries_per_prompt,
-        "prompt_length": config.data.prompt_length,
-        "length": config.data.question_length,
-        "answered": work.answered,
-    }
-    useful = cost.train_step_macs(spec, **shape).flops
-    executed = cost.train_step_macs(spec, **shape, remat=config.remat).flops
-    if config.microbatches > 1:  # each is computed once more as a whole
-        rows = config.prompts * config.queries_per_prompt
-        executed += cost.generator_macs(spec, config.data.prompt_length, config.prompts).flops
-        executed += cost.prefill_macs(
-            spec.edge,
-            config.data.question_length - 1,
-            rows,
-            logits=work.answered,
-            lora=cost.generated_ranks(spec.generator),
-        ).flops
-    return {"useful": useful, "executed": executed}
 
 
 def estimate_time(
@@ -361,7 +310,7 @@ def estimate_time(
 # --- the plan ------------------------------------------------------------------------------------
 
 
-def make_plan(config: LoraGenConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
+def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
     """The whole report as plain values; bytes are of one device, FLOPs of one step on all.
 
     Raises UserError where the topology, the models, the mesh or the batch cannot be.
@@ -369,37 +318,37 @@ def make_plan(config: LoraGenConfig, topology: str, utilisation: float = 0.4) ->
     if not 0 < utilisation <= 1:
         raise UserError(f"utilisation is {utilisation}; expected a share of the peak, such as 0.4")
     chip, devices = find_devices(topology)
-    work = make_work(config, devices)
+    step = abstract_step(config, devices)
+    models = {
+        role: {"name": getattr(config, role), "parameters": cost.parameters(model)}
+        for role, model in step.models.items()
+    }
     if isinstance(devices[0], Absent):
-        needs, traffic = estimate_step(work)
+        needs, traffic = estimate_step(step)
     else:
-        print(f"compiling the step for {topology} ...", file=sys.stderr)
-        needs, traffic = compile_step(work)
+        names = " and ".join(model["name"] for model in models.values()) or "the model"
+        print(
+            f"compiling the train step of {names} for {len(devices)} x {chip.kind}; for models of "
+            "billions of parameters it takes minutes ...",
+            file=sys.stderr,
+        )
+        needs, traffic = compile_step(step)
     usable = int(chip.usable * GIB)
-    flops = count_flops(work)
+    work = step.experiment.work(step.batch)
+    flops = {"useful": work["flops"], "executed": work["executed"]}
     sent = None if traffic is None else sum(each.bytes for each in traffic.values())
     fits = needs["method"] != "refused" and needs["needed"] <= usable
+    batch = jax.tree_util.tree_flatten_with_path(step.batch)[0]
     return {
         "topology": topology,
         "devices": len(devices),
         "chip": dataclasses.asdict(chip),
-        "mesh": dict(work.mesh.shape),
-        "cloud": {"name": config.cloud, "parameters": cost.parameters(work.spec.cloud)},
-        "edge": {"name": config.edge, "parameters": cost.parameters(work.spec.edge)},
-        "trained": sum(leaf.size for leaf in jax.tree.leaves(work.state["params"])),
-        "step": {
-            "prompts": config.prompts,
-            "queries_per_prompt": config.queries_per_prompt,
-            "prompt_length": config.data.prompt_length,
-            "question_length": config.data.question_length,
-            "answer_length": work.answered,
-            "dtype": config.dtype,
-            "cloud_int8": config.cloud_int8,
-            "remat": config.remat,
-            "microbatches": config.microbatches,
-            "attention": config.attention,
-        },
-        "arguments": arguments(work),
+        "mesh": dict(step.mesh.shape),
+        "models": models,
+        "trained": count_params(step.state["params"]),
+        "batch": {"/".join(key.key for key in path): list(leaf.shape) for path, leaf in batch},
+        "settings": step.settings,
+        "arguments": arguments(step),
         "memory": needs | {"usable": usable, "share": needs["needed"] / usable},
         "flops": flops,
         "collectives": None
@@ -407,38 +356,39 @@ def make_plan(config: LoraGenConfig, topology: str, utilisation: float = 0.4) ->
         else {kind: dataclasses.asdict(each) for kind, each in sorted(traffic.items())},
         "time": estimate_time(flops, chip, len(devices), utilisation, sent),
         "fits": fits,
-        "advice": [] if fits else advice(work, needs, usable),
+        "advice": [] if fits else advice(step, needs, usable),
     }
 
 
-def advice(work: Work, needs: dict[str, Any], usable: int) -> list[str]:
-    """What makes a step smaller, the cheapest first."""
-    config, shape, held = work.config, work.mesh.shape, arguments(work)
+def advice(step: Step, needs: dict[str, Any], usable: int) -> list[str]:
+    """What makes a step smaller, the cheapest first, of what its recipe has."""
+    settings, shape, held = step.settings, step.mesh.shape, arguments(step)
     found = []
-    if config.dtype == "float32":
+    if settings.get("dtype") == "float32":
         found.append("dtype=bfloat16: the frozen models in half the bytes")
     if shape["data"] > 1:
         found.append(
             f"mesh.data=1, mesh.fsdp={shape['data'] * shape['fsdp']}: weights in more shards, at "
             "the same batch per device"
         )
-    if config.attention == "xla" and (
-        is_flash(dataclasses.replace(work, config=dataclasses.replace(config, attention="auto")),
-                 work.spec.cloud)
-    ):  # fmt: skip
-        found.append("attention=auto: a kernel that never holds the cloud's scores")
-    if config.remat != "full":
+    if settings.get("attention") == "xla":
+        auto = dataclasses.replace(step.config, attention="auto")
+        role, model = next(iter(step.models.items()))
+        if is_flash(auto, step.mesh, model):
+            found.append(f"attention=auto: a kernel that never holds the {role}'s scores")
+    if settings.get("remat") in ("none", "dots"):
         found.append("remat=full: of each layer only its input is kept, for half the FLOPs again")
-    per_device = config.prompts // work.shards
-    parts = [n for n in range(config.microbatches + 1, per_device + 1) if not per_device % n]
-    if parts:
-        found.append(
-            f"microbatches={parts[0]}: {per_device // parts[0]} of {per_device} prompts per device "
-            "at a time, for one more forward pass"
-        )
-    if not config.cloud_int8:
+    if "microbatches" in settings:
+        own, parts = step.config.prompts // row_shards(step.mesh), settings["microbatches"]
+        more = next((n for n in range(parts + 1, own + 1) if not own % n), None)
+        if more:
+            found.append(
+                f"microbatches={more}: {own // more} of {own} prompts per device at a time, for "
+                "one more forward pass"
+            )
+    if settings.get("cloud_int8") is False:
         found.append("cloud_int8=true: the cloud's kernels, rounded, in half the bytes of bfloat16")
-    if config.answer_length is None:
+    if settings.get("answer_length", 0) is None:
         found.append("answer_length: logits only where answers are")
     if held["total"] > 0.5 * usable or not found:
         devices = math.prod(shape.values())

@@ -19,7 +19,12 @@ def print_plan(report: dict[str, Any]) -> None:
         return f"{count / GIB:.2f}"
 
     def parameters(count: int) -> str:
+        if count < 1e6:
+            return f"{count / 1e3:.1f} K"
         return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+    def listed(values: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in values.items())
 
     def table(title: str, *columns: str) -> Table:
         made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -27,19 +32,19 @@ def print_plan(report: dict[str, Any]) -> None:
             made.add_column(column, justify="right" if i else "left")
         return made
 
-    step, needs, held = report["step"], report["memory"], report["arguments"]
-    dtype = f"{step['dtype']}, the cloud's kernels int8" if step["cloud_int8"] else step["dtype"]
-    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
-    console.print(
-        f"{report['cloud']['name']} ({parameters(report['cloud']['parameters'])}) for "
-        f"{report['edge']['name']} ({parameters(report['edge']['parameters'])}), "
-        f"{parameters(report['trained'])} trained\n"
-        f"{report['devices']} x {report['chip']['kind']}: {mesh}\n"
-        f"{step['prompts']} prompts of {step['prompt_length']}, {step['queries_per_prompt']} x "
-        f"{step['question_length']} tokens each, {step['answer_length']} answered; "
-        f"{dtype}, remat {step['remat']}, microbatches {step['microbatches']}, "
-        f"attention {step['attention']}\n"
-    )
+    needs, held = report["memory"], report["arguments"]
+    models = [
+        f"{role} {model['name']} ({parameters(model['parameters'])})"
+        for role, model in report["models"].items()
+    ]
+    sizes = {name: " x ".join(map(str, shape)) for name, shape in report["batch"].items()}
+    lines = [
+        ", ".join([*models, f"{parameters(report['trained'])} trained"]),
+        f"{report['devices']} x {report['chip']['kind']}: {listed(report['mesh'])}",
+        f"batch: {listed(sizes)}",
+        listed({name: value for name, value in report["settings"].items() if value}),
+    ]
+    console.print("\n".join(filter(None, lines)) + "\n")
     how = {
         "compiled": "compiled for it",
         "refused": "XLA refused to compile it",
@@ -47,8 +52,9 @@ def print_plan(report: dict[str, Any]) -> None:
     }
     rows = table(f"memory per device ({how[needs['method']]})", "", "GiB")
     rows.add_row("arguments", gib(needs["arguments"]))
-    for name in ("cloud", "edge", "trained", "optimizer", "batch"):
-        rows.add_row(f"  {name}", gib(held[name]))
+    for name, count in held.items():
+        if name != "total":
+            rows.add_row(f"  {name}", gib(count))
     if "outputs" in needs:
         rows.add_row("outputs", gib(needs["outputs"]))
         rows.add_row("  in the place of arguments", f"-{gib(needs['aliased'])}")

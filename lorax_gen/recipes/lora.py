@@ -2,83 +2,67 @@
 
 It reads no prompt: it learns what the tasks have in common and cannot know which one is asked.
 Rank 8 on all seven kernels fits the paper's arithmetic best (Table 13). Once trained it is merged.
+It is released as a PEFT adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import numpy as np
 
-from lorax_gen import files
+from lorax_gen.artifacts.peft import save_adapter
 from lorax_gen.config import at_least_one
 from lorax_gen.cost import tuning_step_macs
-from lorax_gen.data.config import WorldConfig
-from lorax_gen.data.tokens import Encoder, question_batch
-from lorax_gen.data.world_batches import mixed_tasks
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.greedy import right_answers
-from lorax_gen.evaluation.world import WorldQuiz
-from lorax_gen.hub import find_directory
-from lorax_gen.mesh.kernels import execution_over
-from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
+from lorax_gen.evaluation.answerers import Answerer
+from lorax_gen.mesh.sharding import make_mesh
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.adapter import Adapter, LowRank
-from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.huggingface import load_model
-from lorax_gen.tensors import flatten, read_tensors, unflatten, write_tensors
+from lorax_gen.recipes.base import EdgeConfig, Load, assemble
+from lorax_gen.recipes.data import open_data
 from lorax_gen.training.experiment import Experiment
-from lorax_gen.training.optimizer import OptimizerConfig
-from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
-from lorax_gen.training.step import Loss, answer_loss
+from lorax_gen.training.step import Batch, Loss, answer_loss
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(EdgeConfig):
     """Fine-tune one LoRA on the edge model, on all seen tasks and without their prompts."""
 
-    edge: str = "world/edge"
-    """Edge model: a model directory, or the name of a shipped one."""
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     batch_size: int = 128
     """Questions per batch, of mixed tasks."""
-    answer_length: int | None = None
-    """Most answer tokens of a row, its end of text included; no logits are computed beyond."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the edge model; bfloat16 on GPUs and TPUs. What is trained is float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again, per layer: nothing, all but matmuls, everything."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto is splash on TPU, cudnn on GPU, xla elsewhere, and where those do not fit."""
-    data: WorldConfig = dataclasses.field(default_factory=WorldConfig)
-    run: RunConfig = dataclasses.field(default_factory=RunConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        at_least_one(self, ("rank", "batch_size", "answer_length"))
+        super().__post_init__()
+        at_least_one(self, ("rank", "batch_size"))
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; choose a number at least 0 and below 1")
 
+    @property
+    def scale(self) -> float:
+        """s = alpha / r of eq. 1."""
+        return self.alpha / self.rank
 
-def lora_loss(config: LoraConfig, decoder_config: Any, **options: Any) -> Loss:
-    """L_LM of the frozen edge with the trained LoRA; `frozen` is the edge's parameters.
+
+def lora_loss(config: LoraConfig, decoder_config: DecoderConfig, **options: Any) -> Loss:
+    """L_LM of the frozen edge with the trained LoRA; `frozen` is `{'edge': params}`.
 
     Options as of `decoder.hidden_states`.
     """
 
     def loss(params, stats, frozen, batch, key, axis_name):
-        lora = scaled(params, config.alpha / config.rank)
+        lora = scaled(params, config.scale)
         lm, accuracy = answer_loss(
-            frozen,
+            frozen["edge"],
             decoder_config,
             batch,
             adapter=Adapter(lora, apply=LowRank(config.dropout)),
@@ -92,14 +76,12 @@ def lora_loss(config: LoraConfig, decoder_config: Any, **options: Any) -> Loss:
     return loss
 
 
-def experiment(config: LoraConfig) -> Experiment:
-    """Assembles the run; see `training.loop.fit`."""
-    mesh = make_mesh(config.mesh)
-    shardings = partial(tree_shardings, mesh=mesh) if config.mesh.mode == "jit" else None
-    edge = load_model(config.edge, config.dtype, shardings=shardings)
-    world, data = config.data.world(), config.data
-    encoder = Encoder.of(edge)
-    seen = [task for task in world.select("seen") if task.family in data.families]
+def experiment(
+    config: LoraConfig, load: Load = load_model, devices: list | None = None
+) -> Experiment:
+    """Assembles the run; see `recipes.base` and `training.loop.fit`."""
+    mesh = make_mesh(config.mesh, devices)
+    edge = config.loader(mesh, load)(config.edge)
     shapes = kernel_shapes(edge.config)
     for name in config.targets:
         if name not in shapes:
@@ -107,73 +89,36 @@ def experiment(config: LoraConfig) -> Experiment:
                 f"targets names {name!r}, which the edge model lacks: choose from {sorted(shapes)}"
             )
     shapes = {name: shapes[name] for name in config.targets}
+    key, layers = jax.random.key(config.run.seed), edge.config.num_hidden_layers
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng([config.run.seed, step])
-        tasks = mixed_tasks(rng, seen, config.batch_size)
-        questions = [task.questions[rng.integers(len(task.questions))] for task in tasks]
-        return question_batch(
-            encoder, questions, data.question_length, answer_length=config.answer_length
-        )
+    def tree(state: State) -> Tree:
+        return scaled(state["params"], config.scale)
 
-    quiz = WorldQuiz(world, data.families)
-
-    def evaluate(state: State) -> dict[str, float]:
-        lora = scaled(state["params"], config.alpha / config.rank)
-        over = mesh if config.mesh.mode == "jit" else None
-        return quiz.accuracy(right_answers(edge, quiz.bare, adapter=Adapter(lora), mesh=over))
+    def answerer(state: State) -> Answerer:
+        return Answerer("lora", "edge + one LoRA", edge, adapter=Adapter(tree(state)))
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
-        tree = scaled(state["params"], config.alpha / config.rank)
-        with files.new_directory(directory) as partial:
-            write_tensors(partial / "lora.safetensors", flatten(tree))
-            files.write_json(partial / "config.json", {"format": FORMAT, **provenance})
+        name = edge.name
+        save_adapter(directory, tree(state), edge.config, base_model=name, provenance=provenance)
 
-    macs = tuning_step_macs(
-        edge.config,
-        config.batch_size,
-        data.question_length,
-        dict.fromkeys(config.targets, config.rank),
-        answered=config.answer_length,
-    )
-    work = {
-        "examples": config.batch_size,
-        "tokens": config.batch_size * data.question_length,
-        "flops": macs.flops,
-    }
-    return Experiment(
-        init=lambda: (
-            init_lora(
-                jax.random.key(config.run.seed), shapes, config.rank, edge.config.num_hidden_layers
-            ),
-            {},
-        ),
-        loss=lora_loss(
-            config,
-            edge.config,
-            execution=execution_over(mesh, config.attention, config.remat, config.mesh.mode),
-        ),
-        frozen=edge.params,
-        batch=batch,
-        evaluate=evaluate,
+    def work(batch: Batch) -> dict[str, float]:
+        rows, length = batch["tokens"].shape
+        ranks, answered = dict.fromkeys(config.targets, config.rank), config.answered(length)
+        macs = [
+            tuning_step_macs(edge.config, rows, length, ranks, answered=answered, remat=remat)
+            for remat in ("none", config.remat)
+        ]
+        useful, executed = (each.flops for each in macs)
+        return {"examples": rows, "tokens": rows * length, "flops": useful, "executed": executed}
+
+    return assemble(
+        config,
+        mesh,
+        open_data(config, mesh, edge, samples=config.batch_size),
+        init=lambda: (init_lora(key, shapes, config.rank, layers), {}),
+        loss=lora_loss(config, edge.config, execution=config.execution(mesh)),
+        frozen={"edge": edge.params},
+        answerer=answerer,
         release=release,
-        work=lambda batch: work,
-        run=config.run,
-        optimizer=config.optimizer,
-        mesh=config.mesh,
+        work=work,
     )
-
-
-FORMAT = "lorax-gen lora 1"
-
-
-def load_lora(directory: str | Path) -> Tree:
-    """A released LoRA tree, its scale folded in; merge it with `method.lora.merge`.
-
-    Raises UserError where a file is missing, truncated or of another kind.
-    """
-    directory = find_directory(directory, "LoRA")
-    found = files.read_json(directory / "config.json").get("format")
-    if found != FORMAT:
-        raise UserError(f"{directory} holds no LoRA (format {found!r}, expected {FORMAT!r})")
-    return unflatten(read_tensors(directory / "lora.safetensors"))

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from lorax_gen.config import at_least_one
 from lorax_gen.cost import tuning_step_macs
 from lorax_gen.data.tokens import Encoder
-from lorax_gen.data.world import FAMILIES, make_world, vocabulary
+from lorax_gen.data.world import FAMILIES, World, make_world, vocabulary
 from lorax_gen.data.world_batches import LESSON_LENGTH, pretraining_batch
-from lorax_gen.evaluation.greedy import right_answers
+from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.evaluation.world import WorldQuiz
-from lorax_gen.mesh.sharding import MeshConfig, keep_rows, make_mesh
+from lorax_gen.mesh.sharding import keep_rows, make_mesh
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import DecoderConfig, Execution
-from lorax_gen.models.huggingface import save_model
+from lorax_gen.models.huggingface import load_model, save_model
 from lorax_gen.models.model import Model
+from lorax_gen.recipes.base import Data, Load, RecipeConfig, assemble
 from lorax_gen.tokenizers import word_level
 from lorax_gen.training.experiment import Experiment
-from lorax_gen.training.optimizer import OptimizerConfig
-from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
-from lorax_gen.training.step import pretraining_loss
+from lorax_gen.training.step import Batch, pretraining_loss
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RecipeConfig):
     """Pretrain a small LLaMA on documents of the world: lessons (one fact, a short cue) and
     exercises (a seen task's system prompt with questions and answers)."""
 
@@ -53,9 +55,6 @@ class PretrainConfig:
     """Longest exercise, in tokens."""
     world_seed: int = 0
     """Which world."""
-    run: RunConfig = dataclasses.field(default_factory=RunConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
@@ -75,52 +74,75 @@ class PretrainConfig:
         )
 
 
-def experiment(config: PretrainConfig) -> Experiment:
-    """Assembles the run; see `training.loop.fit`."""
+def experiment(
+    config: PretrainConfig, load: Load = load_model, devices: list | None = None
+) -> Experiment:
+    """Assembles the run, which loads no model; see `recipes.base` and `training.loop.fit`."""
+    del load
+    mesh = make_mesh(config.mesh, devices)
     world = make_world(config.world_seed)
     tokenizer = word_level(vocabulary(world))
-    encoder = Encoder(tokenizer)
     shape = config.decoder(len(tokenizer))
 
-    def batch(step: int) -> dict[str, Any]:
+    def trained(state: State) -> Model:
+        return Model(shape, state["params"], tokenizer)
+
+    def answerer(state: State) -> Answerer:
+        # With the system prompt in context, the only way in which a language model knows the task.
+        return Answerer("icl", "prompt in context", trained(state), in_context=True)
+
+    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
+        save_model(directory, trained(state), provenance)
+
+    def work(batch: dict[str, Batch]) -> dict[str, float]:
+        groups = [group["tokens"].shape for group in batch.values()]
+        flops = sum(tuning_step_macs(shape, *group).flops for group in groups)
+        return {
+            "examples": sum(rows for rows, _ in groups),
+            "tokens": sum(rows * length for rows, length in groups),
+            "flops": flops,
+            "executed": flops,
+        }
+
+    over = config.over(mesh)
+    constrain = decoder.unconstrained if over is None else keep_rows(mesh)
+    return assemble(
+        config,
+        mesh,
+        lessons_and_exercises(config, world, Encoder(tokenizer), over),
+        init=lambda: (decoder.init_params(jax.random.key(config.run.seed), shape), {}),
+        loss=pretraining_loss(shape, execution=Execution(constrain=constrain)),
+        frozen={},
+        answerer=answerer,
+        release=release,
+        work=work,
+    )
+
+
+def lessons_and_exercises(
+    config: PretrainConfig, world: World, encoder: Encoder, mesh: Mesh | None
+) -> Data:
+    """The documents of `pretraining_batch`, and questions about the world's tasks."""
+    sizes = {"lessons": config.lessons, "exercises": config.exercises}
+    lengths = {"lessons": LESSON_LENGTH, "exercises": config.document_length}
+    shapes = {
+        name: {
+            "tokens": jax.ShapeDtypeStruct((rows, lengths[name]), np.int32),
+            "answer": jax.ShapeDtypeStruct((rows, lengths[name]), np.bool_),
+        }
+        for name, rows in sizes.items()
+    }
+
+    def batch(step: int) -> dict[str, Batch]:
         return pretraining_batch(
             world,
             encoder,
             seed=config.run.seed,
             step=step,
-            lessons=config.lessons,
-            exercises=config.exercises,
             questions=config.questions,
             length=config.document_length,
+            **sizes,
         )
 
-    # With the system prompt in context, the only way in which a language model knows the task.
     quiz = WorldQuiz(world, FAMILIES, per_task=8)
-    mesh = make_mesh(config.mesh) if config.mesh.mode == "jit" else None
-
-    def evaluate(state: State) -> dict[str, float]:
-        model = Model(shape, state["params"], tokenizer)
-        return quiz.accuracy(right_answers(model, quiz.prompted, mesh=mesh))
-
-    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
-        save_model(directory, Model(shape, state["params"], tokenizer), provenance)
-
-    groups = [(config.lessons, LESSON_LENGTH), (config.exercises, config.document_length)]
-    work = {
-        "examples": config.lessons + config.exercises,
-        "tokens": sum(rows * length for rows, length in groups),
-        "flops": sum(tuning_step_macs(shape, *group).flops for group in groups),
-    }
-    constrain = decoder.unconstrained if mesh is None else keep_rows(mesh)
-    return Experiment(
-        init=lambda: (decoder.init_params(jax.random.key(config.run.seed), shape), {}),
-        loss=pretraining_loss(shape, execution=Execution(constrain=constrain)),
-        frozen={},
-        batch=batch,
-        evaluate=evaluate,
-        release=release,
-        work=lambda batch: work,
-        run=config.run,
-        optimizer=config.optimizer,
-        mesh=config.mesh,
-    )
+    return Data(shapes, batch, partial(quiz.accuracy, mesh=mesh))

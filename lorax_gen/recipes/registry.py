@@ -1,6 +1,7 @@
-"""The methods that `lorax-gen train` knows: a config class and what assembles a run of it.
+"""The recipes that `lorax-gen train` and `plan` know: a config class and what assembles its run.
 
-A config file names its method; the rest of it are that method's fields.
+A config file names its recipe as `method:`, for that is what the field calls it; the rest of it are
+that recipe's fields.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from lorax_gen.training.experiment import Experiment
 SHIPPED = Path(configs.__file__).parent / "configs"
 
 
-class Method(NamedTuple):
+class Recipe(NamedTuple):
     config: type
-    experiment: Callable[[Any], Experiment]
+    experiment: Callable[..., Experiment]
+    """`experiment(config, load=load_model, devices=None)`; see `recipes.base`."""
 
 
-METHODS = {
-    "lora_gen": Method(lora_gen.LoraGenConfig, lora_gen.experiment),
-    "lora": Method(lora.LoraConfig, lora.experiment),
-    "pretrain": Method(pretrain.PretrainConfig, pretrain.experiment),
+RECIPES = {
+    "lora_gen": Recipe(lora_gen.LoraGenConfig, lora_gen.experiment),
+    "lora": Recipe(lora.LoraConfig, lora.experiment),
+    "pretrain": Recipe(pretrain.PretrainConfig, pretrain.experiment),
 }
+
+
+def recipe_of(config: Any) -> Recipe:
+    """The recipe that a config is of."""
+    return next(recipe for recipe in RECIPES.values() if type(config) is recipe.config)
 
 
 def shipped_configs() -> list[str]:
@@ -35,7 +42,7 @@ def shipped_configs() -> list[str]:
 
 
 def load_config(name: str) -> tuple[str, Any]:
-    """`(method, config)` of a YAML file, or of a shipped config by its name.
+    """`(name of the recipe, its config)` of a YAML file, or of a shipped config by its name.
 
     Raises UserError for an unknown name, method or key, or a value of a wrong type.
     """
@@ -49,6 +56,6 @@ def load_config(name: str) -> tuple[str, Any]:
         raise UserError(f"no config file {name}; {hint}")
     values = configs.read_yaml(path)
     method = values.pop("method", None)
-    if method not in list(METHODS):  # a list, for YAML may give what has no hash
-        raise UserError(f"{path.name}: method is {method!r}; expected one of {', '.join(METHODS)}")
-    return method, configs.from_dict(METHODS[method].config, values, path.name)
+    if method not in list(RECIPES):  # a list, for YAML may give what has no hash
+        raise UserError(f"{path.name}: method is {method!r}; expected one of {', '.join(RECIPES)}")
+    return method, configs.from_dict(RECIPES[method].config, values, path.name)

@@ -1,4 +1,4 @@
-"""The training loop: one for every method.
+"""The training loop: one for every recipe.
 
 A run directory holds
 
@@ -44,8 +44,7 @@ from lorax_gen.training.metrics import (
     use_compilation_cache,
 )
 from lorax_gen.training.run import RunConfig
-from lorax_gen.training.state import State, init_state
-from lorax_gen.training.step import make_train_step
+from lorax_gen.training.state import State
 
 
 class Interrupted(Exception):
@@ -83,24 +82,16 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
     if hosts.from_first(released.is_dir()):
         return released
     use_compilation_cache(run.compilation_cache)
-    mesh = sharding.make_mesh(experiment.mesh)
-    check_mode(experiment.mesh.mode, mesh)
-    transformation = optimizer.make_optimizer(experiment.optimizer, run.steps)
-
-    def fresh() -> State:
-        params, stats = experiment.init()
-        return init_state(params, stats, transformation, run.seed)
-
+    mesh, mode = experiment.mesh, experiment.mode
+    check_mode(mode, mesh)
     with jax.set_mesh(mesh):
-        state = sharding.init_sharded(fresh, mesh)
-        train_step = sharding.parallelize(
-            make_train_step(experiment.loss, transformation), state, mesh, experiment.mesh.mode
-        )
+        state = sharding.init_sharded(experiment.fresh_state, mesh)
+        train_step = sharding.parallelize(experiment.train_step(), state, mesh, mode)
         with Checkpoints(run_dir / "checkpoints", run) as checkpoints:
             hosts.on_first(lambda: checkpoints.check_room(state))
             state = checkpoints.restore(state) or state
             with open_log(run_dir, run, int(state["step"])) as log:
-                state = train(experiment, state, train_step, mesh, checkpoints, log)
+                state = train(experiment, state, train_step, checkpoints, log)
         result = read_whole(state)
 
     def release() -> None:
@@ -117,12 +108,12 @@ def train(
     experiment: Experiment,
     state: State,
     train_step: Callable,
-    mesh: Mesh,
     checkpoints: Checkpoints,
     log: MetricsLog,
 ) -> State:
     """Steps from where `state` is to the end: logs, evaluates, saves."""
     run, start, run_dir = experiment.run, int(state["step"]), log.path.parent
+    mesh = experiment.mesh
     places = sharding.tree_shardings(experiment.frozen, mesh)
     frozen = sharding.place(experiment.frozen, places)
     schedule = optimizer.make_schedule(experiment.optimizer, run.steps)
@@ -226,7 +217,7 @@ def check_processes(experiment: Experiment, config: dict[str, Any]) -> None:
     """UserError where processes were started for different runs, or cannot run this one."""
     if len(set(hosts.each(zlib.crc32(configs.to_yaml(config).encode())))) > 1:
         raise UserError("the processes have different configs; start all with the same command")
-    if hosts.several() and experiment.mesh.mode == "pmap":
+    if hosts.several() and experiment.mode == "pmap":
         raise UserError("mesh.mode=pmap is for one process; over several use jit, with data=-1")
 
 

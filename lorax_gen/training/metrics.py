@@ -154,7 +154,7 @@ class Clock:
         """
         done, steps, seconds = self.done, step - self.since, time.perf_counter() - self.time
         self.restart(step)
-        flops = done.pop("flops", None)
+        flops, _ = done.pop("flops", None), done.pop("executed", None)
         rates = {"step_time": seconds / steps}
         rates |= {f"{name}_per_second": count / seconds for name, count in done.items()}
         if self.peak is not None and flops is not None:

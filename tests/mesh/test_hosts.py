@@ -28,7 +28,7 @@ cloud: {system}/cloud
 edge: {system}/edge
 prompts: 8
 queries_per_prompt: 2
-data: {{families: [{family}]}}
+data: {{kind: world, families: [{family}]}}
 generator: {{n_experts: 4, rank: 2, alpha: 2, router_width: 8, cloud_rank: 2, cloud_alpha: 2}}
 run: {{steps: 3, log_every: 1, checkpoint_every: 2, best: accuracy/unseen}}
 optimizer: {{learning_rate: 0.01, warmup_steps: 0}}
@@ -48,10 +48,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
 from lorax_gen import cli
 from lorax_gen.errors import UserError
-from lorax_gen.training import hosts, sharding
+from lorax_gen.mesh import hosts, sharding
 from lorax_gen.training.loop import Interrupted, fit
 from tests.tiny import linear_experiment
-from tests.training.test_hosts import LINEAR
+from tests.mesh.test_hosts import LINEAR
 
 folder, found = Path(sys.argv[1]), {}
 hosts.initialize()

@@ -18,9 +18,7 @@ from lorax_gen.models import presets
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.planning import memory, plan, topology
 from lorax_gen.planning.table import print_plan
-from lorax_gen.recipes import lora_gen
-from lorax_gen.recipes.registry import load_config
-from lorax_gen.training.state import init_state
+from lorax_gen.recipes.registry import load_config, recipe_of
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -49,28 +47,45 @@ def change(config, **fields):
 # --- the same step ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cloud_int8", [False, True])
-def test_the_plan_has_the_shapes_of_the_run(config, cloud_int8):
-    config = change(config, cloud_int8=cloud_int8)
-    work = plan.make_work(config, jax.devices())
-    experiment = lora_gen.experiment(config)
-    optimizer = plan.make_optimizer(config.optimizer, config.run.steps)
-    state = jax.eval_shape(lambda: init_state(*experiment.init(), optimizer, config.run.seed))
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("world", {"prompts": 8, "queries_per_prompt": 2}),
+        ("world", {"prompts": 8, "queries_per_prompt": 2, "cloud_int8": True}),
+        ("world-lora", {}),
+        ("world-edge", {}),
+    ],
+    ids=["lora_gen", "lora_gen-int8", "lora", "pretrain"],
+)
+def test_the_plan_has_the_shapes_of_the_run(name, fields):
+    config = dataclasses.replace(load_config(name)[1], mesh=MESH, **fields)
+    step = plan.abstract_step(config, jax.devices())
+    experiment = recipe_of(config).experiment(config)
+    state = jax.eval_shape(experiment.fresh_state)
     shape = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))  # noqa: E731
     for ours, theirs in (
-        (work.state, state),
-        (work.frozen, experiment.frozen),
-        (work.batch, experiment.batch(0)),
+        (step.state, state),
+        (step.frozen, experiment.frozen),
+        (step.batch, experiment.batch(0)),
     ):
         assert jax.tree.map(shape, ours) == jax.tree.map(shape, theirs)
-    places = jax.tree.map(lambda leaf: leaf.sharding, work.frozen)
+    places = jax.tree.map(lambda leaf: leaf.sharding, step.frozen)
     assert places == jax.tree.map(lambda leaf: leaf.sharding, experiment.frozen)
 
 
+@pytest.mark.parametrize("name", ["world-lora", "world-edge"])
+def test_the_step_of_every_recipe_is_compiled(name):
+    config = dataclasses.replace(load_config(name)[1], mesh=MESH)
+    step = plan.abstract_step(config, jax.devices())
+    found, traffic = plan.compile_step(step)
+    assert found["arguments"] == pytest.approx(plan.arguments(step)["total"], rel=0.02)
+    assert traffic["all-reduce"].bytes > 0  # gradients are added up over devices
+
+
 def test_bytes_are_those_of_a_device(config):
-    work = plan.make_work(config, jax.devices())
+    step = plan.abstract_step(config, jax.devices())
     held = jax.tree.map(
-        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), work.frozen
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), step.frozen
     )
     device = jax.devices()[0]
     shards = [
@@ -79,27 +94,38 @@ def test_bytes_are_those_of_a_device(config):
         for shard in leaf.addressable_shards
         if shard.device == device
     ]
-    assert memory.bytes_per_device(work.frozen) == sum(shards)
+    assert memory.bytes_per_device(step.frozen) == sum(shards)
+
+
+def test_a_mixture_is_planned_without_its_data(paper):
+    assert paper.data.kind == "mixture"
+    shapes = {
+        name: leaf.shape for name, leaf in plan.abstract_step(paper, jax.devices()).batch.items()
+    }
+    assert shapes == {
+        "prompt": (64, 2048), "prompt_lengths": (64,), "tokens": (64, 512), "answer": (64, 512),
+    }  # fmt: skip
 
 
 def test_a_preset_is_planned_without_its_memory(paper):
-    work = plan.make_work(paper, jax.devices())
-    assert work.spec.cloud == presets.llama3_8b()
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(work.frozen))
-    held = plan.arguments(work)
+    step = plan.abstract_step(paper, jax.devices())
+    assert step.models["cloud"] == presets.llama3_8b()
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(step.frozen))
+    held = plan.arguments(step)
     assert held["cloud"] == pytest.approx(8_030_261_248 * 2 / 8, rel=1e-3)  # but for the norms
     assert held["total"] == sum(held[name] for name in held if name != "total")
 
 
 def test_the_compiled_step_is_read(config):
     """Here compiled for simulated devices; for a TPU the same way."""
-    work = plan.make_work(config, jax.devices())
-    found, traffic = plan.compile_step(work)
+    step = plan.abstract_step(config, jax.devices())
+    found, traffic = plan.compile_step(step)
     assert found["method"] == "compiled"
-    assert found["arguments"] == pytest.approx(plan.arguments(work)["total"], rel=0.02)
+    assert found["arguments"] == pytest.approx(plan.arguments(step)["total"], rel=0.02)
     assert found["aliased"] > 0.9 * found["outputs"]  # the state is donated
     assert found["needed"] >= found["arguments"] + found["temporaries"]
-    assert traffic["all-gather"].count > work.spec.cloud.num_hidden_layers  # more than one a layer
+    layers = step.models["cloud"].num_hidden_layers
+    assert traffic["all-gather"].count > layers  # more than one a layer
     assert all(each.bytes > 0 for each in traffic.values())
 
 
@@ -294,7 +320,7 @@ def test_the_command_prints_tables_and_writes_json(call, tmp_path):
     for words in ("fits", "estimated", "arguments", "all-gather", "FLOPs", "qwen2_1_5b"):
         assert words in out
     report = json.loads(path.read_text())
-    assert report["fits"] and report["edge"]["parameters"] == 1_543_714_304
+    assert report["fits"] and report["models"]["edge"]["parameters"] == 1_543_714_304
     assert call("paper", "--topology", "gpu:8", "--output", path)[0] == 2  # nothing is overwritten
 
 
@@ -318,7 +344,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_to_change(call):
         (("paper", "--topology", "gpu:8", "--mesh.mode", "pmap"), "mesh.mode=jit only"),
         (("paper", "--topology", "gpu:8", "--edge", "org/name"), "no model org/name.*tinyllama_1b"),
         (("paper", "--topology", "gpu:8", "--utilisation", "0"), "utilisation is 0"),
-        (("world-lora", "--topology", "gpu:8"), "a config of lora; plan knows those of lora_gen"),
+        (("world-lora", "--topology", "gpu:8"), "for GPUs the generator's step alone is"),
         (("papr",), "did you mean paper"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

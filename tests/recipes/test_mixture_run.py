@@ -6,13 +6,29 @@ import pytest
 import yaml
 
 from lorax_gen import cli, load_generator
+from lorax_gen.artifacts.peft import load_adapter
 from tests.data.rows import make_rows, write_lines
 from tests.tiny import write_system
 
+DATA = {
+    "kind": "mixture", "sources": ["arc_easy", "boolq", "alpaca=0.5"], "shots": 2,
+    "prompt_length": 128, "question_length": 64, "prompt_buckets": [128], "question_buckets": [64],
+    "evaluate_on": ["boolq", "winogrande"], "evaluate_questions": 3,
+}  # fmt: skip
+RECIPES = {
+    "lora_gen": {
+        "prompts": 4, "queries_per_prompt": 1,
+        "generator": {"n_experts": 4, "rank": 4, "alpha": 4, "router_width": 16},
+    },
+    "lora": {"rank": 2, "batch_size": 4},
+}  # fmt: skip
+RUN = {"steps": 3, "log_every": 1, "checkpoint_every": 2, "evaluate_every": 3}
+
 
 @pytest.fixture
-def config_file(tiny_world_system, tmp_path):
-    """Two benchmarks and triples of instructions, for a tiny system."""
+def train(tiny_world_system, tmp_path, capsys):
+    """`train(recipe, **data) -> (run directory, stderr)`: a tiny system on two benchmarks and
+    triples of instructions."""
     models = write_system(tmp_path / "models", tiny_world_system)
     data = tmp_path / "data"
     data.mkdir()
@@ -21,38 +37,52 @@ def config_file(tiny_world_system, tmp_path):
         write_lines(data / f"{name}.test.jsonl", make_rows(name, 4, first=8))
     triples = [{"instruction": f"Say {i}", "input": "now", "output": "yes"} for i in range(4)]
     write_lines(data / "alpaca.jsonl", triples)
-    path = tmp_path / "mixed.yaml"
-    path.write_text(yaml.safe_dump({
-        "method": "lora_gen", "cloud": str(models / "cloud"), "edge": str(models / "edge"),
-        "prompts": 4, "queries_per_prompt": 1,
-        "data": {
-            "sources": ["arc_easy", "boolq", "alpaca=0.5"], "directory": str(data), "shots": 2,
-            "prompt_length": 128, "question_length": 64, "prompt_buckets": [128],
-            "question_buckets": [64], "evaluate_on": ["boolq", "winogrande"],
-            "evaluate_questions": 3,
-        },
-        "generator": {"n_experts": 4, "rank": 4, "alpha": 4, "router_width": 16},
-        "run": {"steps": 3, "log_every": 1, "checkpoint_every": 2, "evaluate_every": 3},
-        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-    }))  # fmt: skip
-    return path
+
+    def train(recipe, **changes):
+        cloud = {"cloud": str(models / "cloud")} if recipe == "lora_gen" else {}
+        values = {
+            "method": recipe, **cloud, "edge": str(models / "edge"), **RECIPES[recipe],
+            "data": DATA | {"directory": str(data)} | changes, "run": RUN,
+            "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        }  # fmt: skip
+        path = tmp_path / "mixed.yaml"
+        path.write_text(yaml.safe_dump(values))
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", str(path), "--run-dir", str(tmp_path / "run")])
+        said = capsys.readouterr().err
+        assert stop.value.code == 0, said
+        return tmp_path / "run", said
+
+    return train
 
 
-def test_a_mixture_trains_and_its_generator_is_released(config_file, tmp_path, capsys):
-    run = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", str(config_file), "--run-dir", str(run)])
-    said = capsys.readouterr().err
-    assert stop.value.code == 0, said
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_mixture_trains_and_what_it_trained_is_released(
+    train, recipe, tmp_path, tiny_world_system
+):
+    run, said = train(recipe)
     assert "has no files of hellaswag, piqa: whether the training data holds" in said
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    *steps, evaluation = rows
+    *steps, evaluation = rows_of(run)
     assert [row["data/samples"] for row in steps] == [4, 8, 12]
     assert all(row["tokens_per_second"] > 0 for row in steps)
     assert set(evaluation) == {
         "step", "accuracy/boolq", "accuracy/winogrande", "accuracy/seen", "accuracy/unseen",
     }  # fmt: skip
     assert evaluation["accuracy/unseen"] == evaluation["accuracy/winogrande"]
-    assert load_generator(run / "released").config.n_experts == 4
+    if recipe == "lora_gen":
+        assert load_generator(run / "released").config.n_experts == 4
+    else:
+        lora = load_adapter(run / "released", tiny_world_system.edge.config)
+        assert {pair["a"].shape[-1] for pair in lora.values()} == {2}
     released = "".join(path.read_text() for path in (run / "released").glob("*.json*"))
     assert str(tmp_path) not in released
+
+
+def test_a_recipe_without_prompts_may_train_on_a_single_task(train):
+    """The rule that batches mix tasks is the router's, and prompts that are too long are not read."""
+    run, _ = train("lora", sources=["boolq"], prompt_length=1, prompt_buckets=[])
+    assert [row["data/samples"] for row in rows_of(run)[:-1]] == [4, 8, 12]

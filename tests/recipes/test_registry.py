@@ -5,17 +5,17 @@ import yaml
 
 from lorax_gen import config as configs
 from lorax_gen.errors import UserError
-from lorax_gen.recipes.registry import METHODS, SHIPPED, load_config, shipped_configs
+from lorax_gen.recipes.registry import RECIPES, SHIPPED, load_config, shipped_configs
 
 
 def test_there_are_configs_for_every_method():
-    assert {load_config(name)[0] for name in shipped_configs()} == set(METHODS)
+    assert {load_config(name)[0] for name in shipped_configs()} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_a_shipped_config_loads_by_name_and_by_path(name):
     method, config = load_config(name)
-    assert type(config) is METHODS[method].config
+    assert type(config) is RECIPES[method].config
     assert load_config(str(SHIPPED / f"{name}.yaml")) == (method, config)
 
 
@@ -55,7 +55,15 @@ def test_the_comment_on_top_is_the_command(name):
         ("method: lora_gen\nprompts: four", 'wrong value type for field "prompts"'),
         ("method: lora_gen\ngenerator: {pool: global}", "pool"),
         ("method: lora_gen\ngenerator: {top_k: 9}", "top_k is 9: choose a number at most"),
-        ("method: lora_gen\ndata: {families: [sorts]}", "unknown family 'sorts'"),
+        ("method: lora_gen\ndata: {kind: world, families: [sorts]}", "unknown family 'sorts'"),
+        (
+            "method: lora_gen\ndata: {prompt_length: 9}",
+            "data.kind is missing; choose one of world,",
+        ),
+        (
+            "method: lora_gen\ndata: {kind: mixture, families: [sort]}",
+            "unknown key data.families; known: kind, sources",
+        ),
         ("method: lora\noptimizer: {learning_rate: -1.0}", "must be positive"),
         (
             "method: lora\noptimizer: {warmup_steps: -1}",
@@ -65,7 +73,7 @@ def test_the_comment_on_top_is_the_command(name):
         ("method: lora_gen\nqueries_per_prompt: 0", "queries_per_prompt is 0"),
         ("method: lora_gen\nmicrobatches: -2", "microbatches is -2"),
         ("method: lora_gen\nanswer_length: 0", "answer_length is 0"),
-        ("method: lora_gen\ndata: {max_shots: -1}", "data.max_shots is -1"),
+        ("method: lora_gen\ndata: {kind: world, max_shots: -1}", "data.max_shots is -1"),
         ("method: lora\nbatch_size: 0", "batch_size is 0; it must be at least 1"),
         ("method: lora\ndropout: 1.0", "dropout is 1.0; choose a number at least 0 and below 1"),
         ("method: pretrain\nlessons: 0", "lessons is 0; it must be at least 1"),

@@ -61,13 +61,13 @@ def kernels_experiment(mesh, run=RUN, batch=lambda step: None):
         frozen={"gate": FROZEN},
         evaluate=lambda state: {"size": float(abs(state["params"]["up"]).max())},
         release=lambda state, directory, provenance: None,
-        mesh=mesh,
+        mesh=sharding.make_mesh(mesh),
+        mode=mesh.mode,
     )
 
 
 def config_of(experiment):
-    values = {"run": experiment.run, "mesh": experiment.mesh}
-    return {name: configs.to_dict(value) for name, value in values.items()}
+    return {"run": configs.to_dict(experiment.run), "mesh": dict(experiment.mesh.shape)}
 
 
 def train(experiment, run_dir):
@@ -282,7 +282,7 @@ def experiment(config):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     return kernels_experiment(DATA, config.run, fill)
 
-methods.METHODS["lora"] = methods.METHODS["lora"]._replace(experiment=experiment)
+methods.RECIPES["lora"] = methods.RECIPES["lora"]._replace(experiment=experiment)
 cli.main(["train", sys.argv[1], "--run-dir", sys.argv[2]])
 """
 
@@ -301,10 +301,10 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_no_checkpoint(tmp_path, monk
     )
     assert steps_of(run_dir) == {2}
     asked = []
-    method = methods.METHODS["lora"]._replace(
+    method = methods.RECIPES["lora"]._replace(
         experiment=lambda config: kernels_experiment(DATA, config.run, asked.append)
     )
-    monkeypatch.setitem(methods.METHODS, "lora", method)
+    monkeypatch.setitem(methods.RECIPES, "lora", method)
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", str(config), "--run-dir", str(run_dir)])
     assert stop.value.code == 0 and asked == [2, 3, 4, 5]

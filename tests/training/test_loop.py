@@ -18,9 +18,9 @@ from lorax_gen import cli, load_generator
 from lorax_gen import config as configs
 from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
-from lorax_gen.mesh.sharding import MeshConfig
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.recipes import registry as methods
-from lorax_gen.recipes.registry import METHODS, load_config
+from lorax_gen.recipes.registry import RECIPES, load_config
 from lorax_gen.tensors import flatten, read_tensors
 from lorax_gen.training.checkpoint import Checkpoints
 from lorax_gen.training.loop import Interrupted, fit
@@ -34,7 +34,7 @@ cloud: {system}/cloud
 edge: {system}/edge
 prompts: 8
 queries_per_prompt: 2
-data: {{families: [{family}]}}
+data: {{kind: world, families: [{family}]}}
 generator:
   n_experts: 4
   rank: 2
@@ -53,10 +53,10 @@ import dataclasses, os, signal, sys, time
 from pathlib import Path
 import tests.conftest
 from lorax_gen import cli
-from lorax_gen.recipes.registry import METHODS
+from lorax_gen.recipes.registry import RECIPES
 
 name, run_dir = sys.argv[1:]
-method = METHODS["lora_gen"]
+method = RECIPES["lora_gen"]
 
 def experiment(config):
     made = method.experiment(config)
@@ -68,7 +68,7 @@ def experiment(config):
         return made.batch(step)
     return dataclasses.replace(made, batch=batch)
 
-METHODS["lora_gen"] = method._replace(experiment=experiment)
+RECIPES["lora_gen"] = method._replace(experiment=experiment)
 cli.main(["train", name, "--run-dir", run_dir])
 """
 
@@ -102,7 +102,7 @@ def config_file(tiny_world_system, tmp_path_factory):
 def run(config_file, run_dir, batch=lambda step: None):
     """The run of a config file; `batch(step)` is called before each step."""
     method, config = load_config(str(config_file))
-    made = METHODS[method].experiment(config)
+    made = RECIPES[method].experiment(config)
 
     def watched(step):
         batch(step)
@@ -230,13 +230,13 @@ def test_a_killed_run_resumes_with_the_same_command(
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3, 3, 4]
-    method = METHODS["lora_gen"]
+    method = RECIPES["lora_gen"]
 
     def experiment(config):
         made = method.experiment(config)
         return dataclasses.replace(made, batch=lambda step: asked.append(step) or made.batch(step))
 
-    monkeypatch.setitem(methods.METHODS, "lora_gen", method._replace(experiment=experiment))
+    monkeypatch.setitem(methods.RECIPES, "lora_gen", method._replace(experiment=experiment))
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", arguments[0], "--run-dir", arguments[1]])
     assert stop.value.code == 0
@@ -272,9 +272,9 @@ def test_a_foreign_directory_is_refused_and_untouched(tmp_path):
 @pytest.mark.parametrize("sizes", [(-1, 2, 1), (1, 1, -1)])
 def test_a_run_that_replicates_its_weights_splits_none(sizes, tmp_path):
     made = linear_experiment(RunConfig(steps=1))
-    mesh = MeshConfig(*sizes, mode="pmap")
+    mesh = make_mesh(MeshConfig(*sizes))
     with pytest.raises(UserError, match=r"pmap replicates the weights, but fsdp=.* and tensor="):
-        fit(dataclasses.replace(made, mesh=mesh), tmp_path / "run", {})
+        fit(dataclasses.replace(made, mesh=mesh, mode="pmap"), tmp_path / "run", {})
 
 
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path):

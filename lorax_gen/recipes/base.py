@@ -1,0 +1,134 @@
+"""What recipes share: the fields of their configs, and how an experiment is put together.
+
+A recipe is a config and `experiment(config, load, devices)`, which makes the run of it. With
+`load_model` and the devices of this machine that run is there to be trained; with a `load` that
+gives models of shapes alone, and devices that are only described, the same is there to be planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jax.sharding import Mesh
+
+from lorax_gen.config import at_least_one
+from lorax_gen.data.config import MixtureConfig, WorldConfig
+from lorax_gen.evaluation.answerers import Answerer
+from lorax_gen.mesh.kernels import execution_over
+from lorax_gen.mesh.sharding import MeshConfig, check_rows, tree_shardings
+from lorax_gen.models.decoder import Execution
+from lorax_gen.models.model import Model
+from lorax_gen.training.experiment import Experiment
+from lorax_gen.training.optimizer import OptimizerConfig
+from lorax_gen.training.run import RunConfig
+from lorax_gen.training.state import State
+from lorax_gen.training.step import Batch, Loss
+
+Load = Callable[..., Model]
+"""`load(name, dtype, in_int8=, shardings=)`, as `models.huggingface.load_model`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What every recipe has."""
+
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def over(self, mesh: Mesh) -> Mesh | None:
+        """What frozen weights and evaluations are split over; under pmap, whose weights lie on
+        every device, nothing."""
+        return mesh if self.mesh.mode == "jit" else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EdgeConfig(RecipeConfig):
+    """What recipes have that make a frozen edge model answer better."""
+
+    edge: str = "world/edge"
+    """Edge model: a model directory, or the name of a shipped one."""
+    data: WorldConfig | MixtureConfig = dataclasses.field(default_factory=WorldConfig)
+    answer_length: int | None = None
+    """Most answer tokens of a row, its end of text included; no logits are computed beyond."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen models; bfloat16 on GPUs and TPUs. What is trained is float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again, per layer: nothing, all but matmuls, everything."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto is splash on TPU, cudnn on GPU, xla elsewhere, and where those do not fit."""
+
+    def __post_init__(self):
+        at_least_one(self, ("answer_length",))
+
+    def loader(self, mesh: Mesh, load: Load) -> Load:
+        """`load` in the config's dtype, the weights born in their shards."""
+        over = self.over(mesh)
+        shardings = over and partial(tree_shardings, mesh=over)
+        return partial(load, dtype=self.dtype, shardings=shardings)
+
+    def execution(self, mesh: Mesh) -> Execution:
+        """How forward passes run."""
+        return execution_over(mesh, self.attention, self.remat, self.mesh.mode)
+
+    def answered(self, length: int) -> int:
+        """Positions of a row of so many tokens that go through the head."""
+        return min(self.answer_length or length, length - 1)
+
+
+class Data(NamedTuple):
+    """What a run is trained on and evaluated by; `recipes.data` opens it.
+
+    Attributes:
+      shapes: the largest batch, as `jax.ShapeDtypeStruct`s.
+      batch: the batch of a step.
+      evaluate: metrics of an answerer, by name.
+      counts: see `Experiment`.
+    """
+
+    shapes: Batch
+    batch: Callable[[int], Batch]
+    evaluate: Callable[[Answerer], dict[str, float]]
+    counts: Callable[[], dict[str, int]] = dict
+
+
+def assemble(
+    config: RecipeConfig,
+    mesh: Mesh,
+    data: Data,
+    *,
+    init: Callable[[], tuple[Any, Any]],
+    loss: Loss,
+    frozen: dict[str, Any],
+    answerer: Callable[[State], Answerer],
+    release: Callable[[State, Path, dict[str, Any]], None],
+    work: Callable[[Batch], dict[str, float]],
+) -> Experiment:
+    """The experiment of a recipe.
+
+    Args:
+      answerer: who answers in an evaluation of a state.
+      init, loss, frozen, release, work: see `Experiment`.
+
+    Raises UserError where the batch cannot be split over the mesh.
+    """
+    check_rows(data.shapes, mesh)
+    return Experiment(
+        init=init,
+        loss=loss,
+        frozen=frozen,
+        batch=data.batch,
+        evaluate=lambda state: data.evaluate(answerer(state)),
+        release=release,
+        work=work,
+        run=config.run,
+        optimizer=config.optimizer,
+        mesh=mesh,
+        mode=config.mesh.mode,
+        shapes=data.shapes,
+        counts=data.counts,
+    )

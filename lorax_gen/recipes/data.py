@@ -1,0 +1,139 @@
+"""The data of a recipe, whatever its kind: batches to train on, questions to be evaluated by.
+
+Dimensions: P prompts, Q queries per prompt, B = P * Q rows, T time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
+from lorax_gen.data.config import MixtureConfig, WorldConfig
+from lorax_gen.data.tokens import Batch, Encoder
+from lorax_gen.data.unseen import without_texts
+from lorax_gen.data.world_batches import generator_batch, tuning_batch
+from lorax_gen.evaluation.answerers import Answerer
+from lorax_gen.evaluation.benchmark import evaluate_benchmark
+from lorax_gen.evaluation.world import WorldQuiz
+from lorax_gen.mesh import hosts
+from lorax_gen.models.model import Model
+from lorax_gen.recipes.base import Data, EdgeConfig
+
+Evaluate = Callable[[Answerer], dict[str, float]]
+
+
+def open_data(
+    config: EdgeConfig,
+    mesh: Mesh,
+    edge: Model,
+    reader: Model | None = None,
+    *,
+    samples: int,
+    queries: int = 1,
+    whole: bool = False,
+) -> Data:
+    """The data that a config names; for models of shapes alone, the shapes of a batch alone.
+
+    A batch holds `tokens` and `answer: [B, T]`, questions for the edge model; where a model reads
+    prompts also `prompt: [P, T]` and `prompt_lengths: [P]`, row b being asked under prompt b // Q.
+
+    Args:
+      reader: the model that reads prompts; None: there are questions alone.
+      samples: P prompts, with Q = `queries` questions under each; without a reader B questions.
+      whole: the loss is on all of a row, not only on its answer.
+
+    Raises UserError where the data cannot be opened.
+    """
+    data, prompted = config.data, reader is not None
+    shapes = batch_shapes(data, samples, queries, prompted)
+    if edge.is_abstract:
+        return Data(shapes, closed, closed)
+    over, to_edge = config.over(mesh), Encoder.of(edge)
+    to_reader = Encoder.of(reader) if prompted else None
+    options = {"prompts": samples, "queries": queries, "seed": config.run.seed, "whole": whole}
+    options |= {"answer_length": config.answer_length}
+    if isinstance(data, WorldConfig):
+        quiz = WorldQuiz(data.world(), data.families)
+        batch = world_batches(data, to_reader, to_edge, **options)
+        return Data(shapes, batch, partial(quiz.accuracy, mesh=over))
+    warn_without_texts(data.root)
+    mixture = data.mixture(to_reader, to_edge, **options)
+    evaluate = benchmark_accuracy(data, over, data.evaluate_shots if prompted else 0)
+    return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts)
+
+
+def batch_shapes(
+    data: WorldConfig | MixtureConfig, samples: int, queries: int, prompted: bool
+) -> Batch:
+    """The largest batch that `open_data` makes, as shapes and dtypes."""
+    rows = samples * queries, data.question_length
+    shapes = {
+        "tokens": jax.ShapeDtypeStruct(rows, np.int32),
+        "answer": jax.ShapeDtypeStruct(rows, np.bool_),
+    }
+    if not prompted:
+        return shapes
+    return shapes | {
+        "prompt": jax.ShapeDtypeStruct((samples, data.prompt_length), np.int32),
+        "prompt_lengths": jax.ShapeDtypeStruct((samples,), np.int32),
+    }
+
+
+def closed(*_: Any) -> Any:
+    """What stands where no data are opened."""
+    raise RuntimeError("models of shapes alone are planned, neither trained nor evaluated")
+
+
+def world_batches(
+    data: WorldConfig, reader: Encoder | None, edge: Encoder, **options: Any
+) -> Callable[[int], Batch]:
+    """Batches of the embedded world's seen tasks, by their step."""
+    seen = [task for task in data.world().select("seen") if task.family in data.families]
+    options |= {"question_length": data.question_length}
+    if reader is None:
+        rows = options.pop("prompts") * options.pop("queries")
+        return lambda step: tuning_batch(seen, edge, step=step, rows=rows, **options)
+    options |= {"prompt_length": data.prompt_length, "max_shots": data.max_shots}
+    return lambda step: generator_batch(seen, reader, edge, step=step, **options)
+
+
+def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Evaluate:
+    """Accuracy on the benchmarks that a config names, and means of those seen and unseen.
+
+    Each question has a prompt of its own, for an answerer that reads prompts.
+    """
+    records = [find_benchmark(name) for name in data.evaluate_on]
+    asked = [load_questions(r, "test", data.root)[: data.evaluate_questions] for r in records]
+    train = [load_shots(record, data.root) if shots else [] for record in records]
+
+    def evaluate(answerer: Answerer) -> dict[str, float]:
+        result, splits = {}, {"seen": [], "unseen": []}
+        for record, questions, solved in zip(records, asked, train, strict=True):
+            found = evaluate_benchmark(
+                record, questions, answerer, shots=shots, train=solved, mesh=mesh
+            )
+            result[f"accuracy/{record.name}"] = found.acc
+            splits["unseen" if record.unseen else "seen"].append(found.acc)
+        means = {f"accuracy/{split}": float(np.mean(own)) for split, own in splits.items() if own}
+        return result | means
+
+    return evaluate
+
+
+def warn_without_texts(root: Path | None) -> None:
+    """A line on stderr where the guard against unseen tasks has no texts of some of them."""
+    missing = ", ".join(without_texts(root))
+    if missing and hosts.is_first():
+        print(
+            f"lorax-gen: warning: {root} has no files of {missing}: whether the training data "
+            "holds these unseen tasks is told by names alone, not by texts",
+            file=sys.stderr,
+        )
