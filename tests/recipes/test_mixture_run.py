@@ -83,6 +83,6 @@ def test_a_mixture_trains_and_what_it_trained_is_released(
 
 
 def test_a_recipe_without_prompts_may_train_on_a_single_task(train):
-    """The rule that batches mix tasks is the router's, and prompts that are too long are not read."""
+    """That batches mix tasks is the router's rule, and prompts that are too long are not read."""
     run, _ = train("lora", sources=["boolq"], prompt_length=1, prompt_buckets=[])
     assert [row["data/samples"] for row in rows_of(run)[:-1]] == [4, 8, 12]
