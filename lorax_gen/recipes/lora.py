@@ -167,7 +167,7 @@ def experiment(config: LoraConfig) -> Experiment:
 FORMAT = "lorax-gen lora 1"
 
 
-def load_lora(directory: str | Path) -> Tree:
+def load_lora(directory: str | files.AnyPath) -> Tree:
     """A released LoRA tree, its scale folded in; merge it with `method.lora.merge`.
 
     Raises UserError where a file is missing, truncated or of another kind.
