@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from pathlib import Path
 from typing import Any, TypeVar
 
 import dacite
 import yaml
 
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ def _must_map(values: Any, where: str, prefix: str) -> None:
         raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must map names to values")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: AnyPath) -> dict[str, Any]:
     """A YAML mapping; UserError where the file is missing or not one."""
     try:
         values = read_yaml_text(path.read_text())

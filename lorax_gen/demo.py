@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from lorax_gen import assets
+from lorax_gen import assets, files
 from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.data.config import WorldConfig
@@ -19,6 +18,7 @@ from lorax_gen.evaluation.answerers import System
 from lorax_gen.evaluation.report import save_report
 from lorax_gen.evaluation.tables import print_report, progress
 from lorax_gen.evaluation.world import evaluate_world
+from lorax_gen.files import AnyPath
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
@@ -36,12 +36,12 @@ def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> Syst
     )
 
 
-def run_demo(run_dir: Path, questions: int, seed: int) -> dict[str, Any]:
+def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
     """Specialises, evaluates and draws; see `options.Demo`. Returns the report."""
     report_path = run_dir / "report.json"
     if run_dir.exists() and any(run_dir.iterdir()) and not report_path.exists():
         raise UserError(f"{run_dir} exists and holds no demo; choose another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    files.make_directory(run_dir)
     console = Console(highlight=False)
     system = load_system("world/cloud", "world/edge", "world/generator", "world/lora")
     data = WorldConfig()
@@ -84,7 +84,7 @@ def show_examples(console: Console, system: System, data: WorldConfig, seed: int
         console.print()
 
 
-def draw_gates(system: System, data: WorldConfig, path: Path, seed: int) -> None:
+def draw_gates(system: System, data: WorldConfig, path: AnyPath, seed: int) -> None:
     """The heat map of gates of some unseen tasks of each family."""
     rng, chosen = np.random.default_rng(seed), []
     for family in data.families:

@@ -1,20 +1,122 @@
-"""Reading and writing files so that nothing is overwritten and nothing is left half-written."""
+"""Reading and writing files so that nothing is overwritten and nothing is left half-written.
+
+A path is a local one (`pathlib.Path`) or, where a user wrote a URL such as `gs://bucket/run`, one
+in an object store (`epath.Path`, orbax's own type). `to_path` makes either. Of a store:
+
+* An object is uploaded in one piece under its own name, and until that is done there is none: what
+  a disk needs a temporary name and a rename for.
+* A directory is nothing but objects whose names begin alike; it cannot be renamed at once. While
+  one is being written it holds an object `.incomplete`, the first that comes and the last that
+  goes. Readers refuse such a directory, and the next writer removes it. Foreign readers know a
+  directory by its `config.json`, so that comes last of all files.
+* Libraries want local files: they read from `local_copy` and write into what `new_file`,
+  `new_directory` and `replaced_file` yield, which is local and is uploaded when the block ends
+  well.
+* Nothing can be appended to: see `Log`.
+"""
 
 from __future__ import annotations
 
+import fnmatch
+import functools
+import importlib.util
 import json
 import os
+import pathlib
+import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
+from etils import epath
+
 from lorax_gen.errors import UserError
 
+# Where tensorflow is installed, epath would import all of it to reach a store, as slow as it is.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
-def read_json(path: Path) -> dict[str, Any]:
+AnyPath = pathlib.Path | epath.Path
+
+# The schemes of stores: the package that knows each, and what to install.
+STORES = {"gs": ("gcsfs", "'lorax-gen[gcs]'"), "s3": ("s3fs", "'lorax-gen[s3]'")}
+# Whose errors are those of a store: its own, its sign-in's and its connection's.
+LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs"}
+INCOMPLETE = ".incomplete"
+
+# --- paths ---------------------------------------------------------------------------------------
+
+
+def to_path(name: str | os.PathLike) -> AnyPath:
+    """The path that a user wrote: a URL in a store, anything else on this machine.
+
+    Raises UserError where the store is of no known kind, or its package is not installed.
+    """
+    if isinstance(name, epath.Path) and not is_url(name):
+        return Path(name)
+    text = os.fspath(name)
+    scheme, mark, rest = text.partition("://")
+    if not mark or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme, re.IGNORECASE):
+        cut = re.match("|".join(f"{known}:/" for known in STORES), text)
+        if cut and isinstance(name, pathlib.Path):
+            raise UserError(f"{name} was a URL before pathlib took a slash from it; pass a string")
+        return Path(name)
+    if scheme not in STORES:
+        known = " and ".join(f"{known}://" for known in STORES)
+        raise UserError(f"{text}: no such kind of store; known are {known}, and local paths")
+    package, install = STORES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{text} needs {package}: pip install {install}")
+    if not rest.strip("/"):
+        raise UserError(f"{text} names no bucket; expected such as {scheme}://bucket/name")
+    _open_store(scheme)
+    return epath.Path(text)
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether a path is in a store."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in STORES))
+
+
+def scheme(path: AnyPath) -> str:
+    """`gs`, `s3`, or nothing for a local path."""
+    return os.fspath(path).partition("://")[0] if is_url(path) else ""
+
+
+def file_system(path: AnyPath) -> fsspec.AbstractFileSystem:
+    """fsspec's for a path in a store, which epath uses too."""
+    return _open_store(scheme(path))
+
+
+def absolute(path: AnyPath) -> AnyPath:
+    return path if is_url(path) else path.absolute()
+
+
+@functools.cache
+def _open_store(scheme: str) -> fsspec.AbstractFileSystem:
+    # What is there is asked anew each time: other processes, and orbax's own client, write too.
+    for name in {"gs": ("gs", "gcs")}.get(scheme, (scheme,)):
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    return fsspec.filesystem(scheme)
+
+
+def store_error(error: BaseException) -> str | None:
+    """What a store's library has to say, in one line; None for an error of another kind."""
+    kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if not kinds & LIBRARIES:
+        return None
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file; UserError where it is missing, broken or no object."""
     try:
         value = json.loads(path.read_text())
@@ -27,29 +129,119 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file or none: under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def read_prompt(text: str) -> str:
+    """The prompt itself, or the text of standard input (`-`) or of a file (`@FILE`)."""
+    if text == "-":
+        return sys.stdin.read()
+    if text.startswith("@"):
+        path = to_path(text[1:])
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError):
+            raise UserError(
+                f"cannot read the prompt file {path}; after @ stands the name of a text file"
+            ) from None
+    return text
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a whole JSON file or none."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def find(directory: AnyPath, pattern: str) -> list[AnyPath]:
+    """The files and directories in or below a directory whose name fits a pattern, sorted."""
+    if not is_url(directory):
+        return sorted(directory.rglob(pattern))
+    found = file_system(directory).find(os.fspath(directory), withdirs=True)
+    names = (_inside(name, directory) for name in found)
+    return sorted(directory / name for name in names if name and _fits(name, pattern))
 
 
-def must_be_new(path: Path) -> None:
-    """UserError where something is at `path`."""
-    if path.exists():
+def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
+    """The path itself, or for one in a store a copy of it, of the same name.
+
+    A process downloads what has not changed once, into a temporary directory (in `$TMPDIR`) that
+    is removed when it ends.
+
+    Args:
+      patterns: of a directory, the files to copy.
+
+    Raises UserError where a directory was never finished; FileNotFoundError where nothing is there.
+    """
+    if not is_url(path):
+        return path
+    store = file_system(path)
+    infos = store.find(os.fspath(path), detail=True)
+    if not infos:
+        raise FileNotFoundError(f"no such file or directory: {path}")
+    names = {name: _inside(name, path) for name in sorted(infos)}  # '' for a file
+    if INCOMPLETE in names.values():
+        raise UserError(f"{path} is incomplete: what wrote it was interrupted; write it again")
+    wanted = {
+        name: inner
+        for name, inner in names.items()
+        if not inner or any(_fits(inner, pattern) for pattern in patterns)
+    }
+    state = fsspec.utils.tokenize(os.fspath(path), [(name, infos[name]) for name in wanted])
+    if state not in _copies:
+        folder = Path(_scratch().name) / state / path.name
+        folder.parent.mkdir(exist_ok=True)
+        local = [folder / inner for inner in wanted.values()]
+        for each in local:
+            each.parent.mkdir(parents=True, exist_ok=True)
+        store.get(list(wanted), [os.fspath(each) for each in local])
+        _copies[state] = folder
+    return _copies[state]
+
+
+def _inside(name: str, directory: AnyPath) -> str:
+    """A store's name of an object, without that of the directory in front of it."""
+    return name.removeprefix(os.fspath(directory).partition("://")[2]).strip("/")
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)
+
+
+_copies: dict[str, Path] = {}
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="lorax-gen-")
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def must_be_new(path: str | os.PathLike) -> None:
+    """UserError where something is at `path`; what was left incomplete in a store is nothing."""
+    path = to_path(path)
+    if path.exists() and not is_incomplete(path):
         raise UserError(f"{path} already exists; choose another name or remove it first")
 
 
+def is_incomplete(path: AnyPath) -> bool:
+    """Whether it is a directory in a store that was never finished."""
+    return is_url(path) and (path / INCOMPLETE).exists()
+
+
+def is_complete_directory(path: AnyPath) -> bool:
+    return path.is_dir() and not is_incomplete(path)
+
+
+def make_directory(path: AnyPath) -> None:
+    """Makes a directory and its parents; a store needs none."""
+    if not is_url(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well. `path` must not exist."""
-    must_be_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary local path that takes the place of `path` when the block ends well."""
+    path = to_path(path)
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -58,14 +250,44 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends well.
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a whole text file or none, in place of what was there."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(text)
 
-    `path` must not exist, or be an empty directory.
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a whole JSON file or none, in place of what was there."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary local path that becomes `path` when the block ends well. `path` must not
+    exist."""
+    path = to_path(path)
+    must_be_new(path)
+    make_directory(path.parent)
+    with replaced_file(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary local directory that becomes `path` when the block ends well.
+
+    `path` must not exist, or be an empty directory, or one left incomplete in a store.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    path = to_path(path)
+    if not is_incomplete(path) and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another name or remove it first")
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
+            temporary = Path(folder) / path.name
+            temporary.mkdir()
+            yield temporary
+            _upload_new(temporary, path)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -78,16 +300,71 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_prompt(text: str) -> str:
-    """The prompt itself, or the text of standard input (`-`) or of a file (`@FILE`)."""
-    if text == "-":
-        return sys.stdin.read()
-    if text.startswith("@"):
-        path = Path(text[1:])
-        try:
-            return path.read_text()
-        except (OSError, UnicodeDecodeError):
-            raise UserError(
-                f"cannot read the prompt file {path}; after @ stands the name of a text file"
-            ) from None
-    return text
+def staging(path: AnyPath) -> Path:
+    """The local directory to write into where `path` is one: itself, or one that `upload` takes
+    there, as often as is wanted."""
+    return Path(tempfile.mkdtemp(dir=_scratch().name)) if is_url(path) else path
+
+
+def upload(local: Path, path: AnyPath) -> None:
+    """Copies a local file, or the files in and below a local directory, to names in a store; what
+    was there is replaced. Nothing to do where both are the same."""
+    if local == path:
+        return
+    store = file_system(path)
+    inside = [each for each in sorted(local.rglob("*")) if each.is_file()]
+    inside.sort(key=lambda each: each.name.endswith("config.json"))  # False comes first
+    for each in inside if local.is_dir() else [local]:
+        store.put_file(os.fspath(each), os.fspath(path / each.relative_to(local)))
+
+
+def _upload_new(local: Path, path: AnyPath) -> None:
+    """The directory as a whole, or as good as none."""
+    if is_incomplete(path):
+        path.rmtree()
+    (path / INCOMPLETE).write_text("")
+    try:
+        upload(local, path)
+        (path / INCOMPLETE).unlink()
+    except BaseException:
+        with suppress(Exception):  # what has failed may be the store; then it stays incomplete
+            path.rmtree()
+        raise
+
+
+class Log:
+    """A text file that grows.
+
+    On a disk, what `write` was given is there when it returns. A store can only replace an object,
+    so there what is written gathers on this machine, and the object is written again by `flush`,
+    and by `write` where that was a minute ago or more. A process that is killed loses what has come
+    since, so a writer flushes before anything that counts on it.
+
+    Args:
+      text: what the file begins with; it replaces what is there.
+    """
+
+    EVERY = 60.0  # seconds
+
+    def __init__(self, path: AnyPath, text: str = ""):
+        write_text(path, text)
+        self.path, self.written, self.pending = path, text, []
+        self.flushed = time.monotonic()
+
+    def write(self, text: str) -> None:
+        if not is_url(self.path):
+            with self.path.open("a") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            return
+        self.pending.append(text)
+        if time.monotonic() - self.flushed >= self.EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns when all that was written is there."""
+        if self.pending:
+            text = "".join([self.written, *self.pending])
+            write_text(self.path, text)
+            self.written, self.pending, self.flushed = text, [], time.monotonic()

@@ -1,4 +1,4 @@
-"""Names to directories: a local directory, a shipped one such as `world/cloud`, or a hub name."""
+"""Names to directories: local ones, URLs, shipped ones such as `world/cloud`, or hub names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from lorax_gen import assets
+from lorax_gen import assets, files
 from lorax_gen.errors import UserError
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -21,20 +21,23 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
-def find_directory(name: str | Path, what: str = "model", revision: str | None = None) -> Path:
-    """The directory of `what` that a name stands for, downloaded and cached if it is on the hub.
+def find_directory(
+    name: str | files.AnyPath, what: str = "model", revision: str | None = None
+) -> Path:
+    """The local directory of `what` that a name stands for.
 
-    A local directory comes first, then a shipped one, then the hub (`$HF_HOME`, `$HF_TOKEN` and
-    `$HF_HUB_OFFLINE` are those of huggingface_hub).
+    A directory comes first, copied from its store if it is in one, then a shipped one, then the
+    hub, downloaded and cached (`$HF_HOME`, `$HF_TOKEN` and `$HF_HUB_OFFLINE` are those of
+    huggingface_hub).
 
     Raises UserError where there is none, or the hub refuses or cannot be reached.
     """
     if not str(name):
         raise UserError(f"the name of the {what} is empty; give a directory or a hub name")
-    local = assets.resolve(name)
-    if local.is_dir():
-        return local
-    if Path(name).exists():
+    found = assets.resolve(name)
+    if found.is_dir():
+        return files.local_copy(found, PATTERNS)
+    if found.exists():
         raise UserError(f"{name} is a file; expected a {what} directory")
     if not HUB_NAME.fullmatch(str(name)):
         raise UserError(f"no {what} directory at {name}; give one, or a hub name such as org/name")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 
 from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 
 
 def named_leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -57,7 +57,7 @@ def tree_hash(tree: dict[str, Any], dtype: Any = None) -> str:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+    path: AnyPath, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
     """Writes a new safetensors file, whole or not at all."""
     with files.new_file(path) as temporary:
@@ -66,23 +66,23 @@ def write_tensors(
         temporary.chmod(0o644)  # safetensors let nobody else read
 
 
-def open_safetensors(path: Path):
+def open_safetensors(path: AnyPath):
     """Opens a safetensors file; a missing, truncated or foreign one is a UserError."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected a safetensors file there")
     try:
-        return safe_open(path, framework="numpy")
+        return safe_open(files.local_copy(path), framework="numpy")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); get it again") from None
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: AnyPath) -> dict[str, np.ndarray]:
     """All tensors of a file; UserError where it is missing or truncated."""
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: AnyPath) -> dict[str, str]:
     """The metadata of a file; UserError where it is missing or truncated."""
     with open_safetensors(path) as file:
         return file.metadata() or {}

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, to_path
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.model import Model
@@ -118,17 +118,17 @@ def make_card(
     )
 
 
-def save_card(path: str | Path, card: TaskCard) -> None:
+def save_card(path: str | AnyPath, card: TaskCard) -> None:
     """Writes a card to a new file, whole or not at all."""
     metadata = {"format": FORMAT, **{name: getattr(card, name) for name in METADATA}}
     tensors = {"indices": card.indices, "gates": card.gates}
     # One entry, for safetensors write several in a random order: equal cards are equal files.
-    write_tensors(Path(path), tensors, {"card": json.dumps(metadata)})
+    write_tensors(to_path(path), tensors, {"card": json.dumps(metadata)})
 
 
-def load_card(path: str | Path) -> TaskCard:
+def load_card(path: str | AnyPath) -> TaskCard:
     """Reads a card; UserError where the file is missing, truncated or not a card."""
-    path = Path(path)
+    path = to_path(path)
     metadata, tensors = json.loads(read_metadata(path).get("card", "{}")), read_tensors(path)
     names = {FORMAT: METADATA, FIRST_FORMAT: FIRST_METADATA}.get(metadata.pop("format", None))
     known = names is not None and set(metadata) == set(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from lorax_gen.artifacts.generator import Generator
 from lorax_gen.artifacts.gguf import save_gguf_lora
 from lorax_gen.artifacts.peft import CONFIG, load_adapter, save_adapter
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, to_path
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.model import Model
@@ -20,13 +22,13 @@ Format = Literal["merged", "peft", "gguf-lora"]
 CARD = "task.card.safetensors"  # a merged directory keeps the card that it was made with
 
 
-def is_adapter(artifact: str | Path) -> bool:
+def is_adapter(artifact: str | AnyPath) -> bool:
     """Whether a path is a PEFT adapter directory."""
-    return (Path(artifact) / CONFIG).is_file()
+    return (to_path(artifact) / CONFIG).is_file()
 
 
 def lora_of(
-    artifact: TaskCard | Tree | str | Path, edge: Model, generator: Generator | None = None
+    artifact: TaskCard | Tree | str | AnyPath, edge: Model, generator: Generator | None = None
 ) -> tuple[Tree, dict[str, Any], TaskCard | None]:
     """The LoRA tree of a card, of a tree, or of the card or PEFT adapter at a path; its provenance;
     and the card.
@@ -36,9 +38,9 @@ def lora_of(
 
     Raises UserError for what is none of these, or was made for another edge model or generator.
     """
-    if isinstance(artifact, str | Path):
+    if isinstance(artifact, str | os.PathLike):
         if is_adapter(artifact):
-            provenance = {"edge": describe(edge), "adapter": Path(artifact).name}
+            provenance = {"edge": describe(edge), "adapter": to_path(artifact).name}
             return load_adapter(artifact, edge.config), provenance, None
         artifact = load_card(artifact)
     if not isinstance(artifact, TaskCard):
@@ -66,8 +68,8 @@ def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
 
 
 def export(
-    artifact: TaskCard | Tree | str | Path,
-    output: str | Path,
+    artifact: TaskCard | Tree | str | AnyPath,
+    output: str | AnyPath,
     format: Format,
     edge: Model,
     generator: Generator | None = None,
@@ -92,7 +94,7 @@ def export(
     elif format == "gguf-lora":
         flat = {key: str(value) for key, value in provenance.items() if key != "edge"}
         flat |= {f"edge_{key}": value for key, value in describe(edge).items()}
-        save_gguf_lora(output, tree, edge.config, name=Path(output).stem, provenance=flat)
+        save_gguf_lora(output, tree, edge.config, name=to_path(output).stem, provenance=flat)
     else:
 
         def extra(directory: Path) -> None:

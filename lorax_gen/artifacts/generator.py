@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 from lorax_gen import config as configs
 from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
 from lorax_gen.method.generator import GeneratorConfig
 from lorax_gen.models.decoder import DecoderConfig
@@ -83,14 +83,14 @@ def make_generator(
 
 
 def save_generator(
-    directory: str | Path, generator: Generator, provenance: dict[str, Any] | None = None
+    directory: str | AnyPath, generator: Generator, provenance: dict[str, Any] | None = None
 ) -> None:
     """Writes a generator directory; replaces nothing.
 
     Args:
       provenance: added to the generator's metadata in its `config.json`.
     """
-    with files.new_directory(Path(directory)) as partial:
+    with files.new_directory(directory) as partial:
         tensors = flatten({"params": generator.params, "stats": generator.stats})
         write_tensors(partial / "generator.safetensors", tensors)
         files.write_json(
@@ -104,7 +104,7 @@ def save_generator(
         )
 
 
-def load_generator(directory: str | Path) -> Generator:
+def load_generator(directory: str | AnyPath) -> Generator:
     """Reads a generator directory.
 
     Raises UserError where a file is missing, truncated or of another kind.

@@ -21,12 +21,12 @@ Dimensions: D input width, F output width, L layers, R rank, E head size.
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 
 from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 from lorax_gen.method.lora import Tree, check_fits
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.families import family_of
@@ -42,7 +42,7 @@ NEIGHBOURS = {"llama": True, "gemma": False, "gemma2": False, "qwen2": False}
 
 
 def save_gguf_lora(
-    path: str | Path,
+    path: str | AnyPath,
     tree: Tree,
     config: DecoderConfig,
     *,
@@ -74,7 +74,7 @@ def save_gguf_lora(
     check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
     alpha = max((pair["a"].shape[-1] for pair in tree.values()), default=1)
     with (
-        files.new_file(Path(path)) as temporary,
+        files.new_file(path) as temporary,
         contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer,
     ):
         writer.add_type(gguf.GGUFType.ADAPTER)

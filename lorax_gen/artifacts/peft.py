@@ -22,6 +22,7 @@ import numpy as np
 
 from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
 from lorax_gen.method.lora import Tree, check_fits
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
@@ -56,7 +57,7 @@ def modules(config: DecoderConfig) -> dict[str, list[str]]:
 
 
 def save_adapter(
-    directory: str | Path,
+    directory: str | AnyPath,
     tree: Tree,
     config: DecoderConfig,
     *,
@@ -83,7 +84,7 @@ def save_adapter(
             ranks[module.rsplit(".", 1)[-1]] = pair["a"].shape[-1]
     rank = max(ranks.values(), default=1)
     others = {module: r for module, r in ranks.items() if r != rank}
-    with files.new_directory(Path(directory)) as partial:
+    with files.new_directory(directory) as partial:
         write_tensors(partial / TENSORS, tensors, {"format": "pt"})
         files.write_json(
             partial / CONFIG,
@@ -109,7 +110,7 @@ def save_adapter(
             files.write_json(partial / "provenance.json", provenance)
 
 
-def load_adapter(name_or_dir: str | Path, config: DecoderConfig) -> Tree:
+def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:
     """The LoRA tree of a PEFT adapter, its scale folded in; fp32.
 
     Layers that the adapter leaves out get zeros; ranks that differ between layers are filled up

@@ -8,6 +8,7 @@ explains.
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lorax_gen.artifacts.export import CARD, export, lora_of
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, to_path
 from lorax_gen.method.generator import lora_from_gates
 from lorax_gen.method.lora import Tree
 from lorax_gen.models import decoder
@@ -47,7 +49,7 @@ class Comparison:
 
 
 def verify(
-    artifact: TaskCard | Tree | str | Path,
+    artifact: TaskCard | Tree | str | AnyPath,
     edge: Model,
     generator: Generator | None = None,
     *,
@@ -67,8 +69,8 @@ def verify(
     Raises UserError for another kind of artifact, or one made for other models.
     """
     merged_dir = None
-    if isinstance(artifact, str | Path) and (Path(artifact) / "config.json").is_file():
-        merged_dir, artifact = artifact, Path(artifact) / CARD
+    if isinstance(artifact, str | os.PathLike) and (to_path(artifact) / "config.json").is_file():
+        merged_dir, artifact = artifact, to_path(artifact) / CARD
         if not artifact.is_file():
             raise UserError(
                 f"{merged_dir} holds no {CARD} to compare it with; verify takes a card, an adapter "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lorax_gen import files
+
 ASSETS = Path(__file__).parent
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | files.AnyPath) -> files.AnyPath:
     """A directory as given, or that of a shipped model such as `world/cloud`."""
-    shipped = ASSETS / name
-    return shipped if not Path(name).exists() and shipped.is_dir() else Path(name)
+    path, shipped = files.to_path(name), ASSETS / str(name)
+    return shipped if shipped.is_dir() and not path.exists() else path

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from lorax_gen.cli.parse import UserPath
+
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
@@ -14,7 +16,7 @@ class Demo:
     report.json and pictures into the run directory.
     """
 
-    run_dir: Path = Path("runs/demo")
+    run_dir: UserPath = Path("runs/demo")
     """Where the report and the pictures go."""
     questions: int = 16
     """Questions asked per task."""

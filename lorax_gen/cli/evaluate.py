@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from lorax_gen.cli.parse import UserPath
 from lorax_gen.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Evaluate:
     """Edge model: a directory or a hub name."""
     generator: str = "world/generator"
     """Generator directory."""
-    card: Path | None = None
+    card: UserPath | None = None
     """A task card or PEFT adapter directory, merged into the edge for mode card."""
     lora: str | None = None
     """A PEFT adapter of all tasks, merged into the edge for mode lora; in the world the shipped one
@@ -59,9 +59,9 @@ class Evaluate:
     """Solved examples in a prompt, for modes that have any."""
     limit: int | None = None
     """Questions of each benchmark, the first ones; all where it is not given."""
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Where data files lie, at any depth; else benchmarks are loaded from the hub."""
-    run_dir: Path | None = None
+    run_dir: UserPath | None = None
     """Where results are kept: report.json, a CSV, and a JSONL of single items for each mode."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters; bfloat16 on GPUs and TPUs."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from lorax_gen.cli.parse import UserPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +20,11 @@ class Export:
     Example: lorax-gen export task.card.safetensors --format peft --output adapter
     """
 
-    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
+    artifact: Annotated[UserPath, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
     """A task card, or a PEFT adapter directory."""
     format: Literal["merged", "peft", "gguf-lora"]
     """What to write."""
-    output: Path
+    output: UserPath
     """Where: a new directory, or for gguf-lora a new file."""
     edge: str = "world/edge"
     """Edge model that the artifact was made for."""

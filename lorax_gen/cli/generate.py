@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from lorax_gen.cli.parse import UserPath
 from lorax_gen.errors import UserError
 
 
@@ -25,7 +25,7 @@ class Generate:
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION ...")
     ]
     """Texts to continue."""
-    card: Path | None = None
+    card: UserPath | None = None
     """A task card or a PEFT adapter directory, merged into the model first."""
     context: str = ""
     """A prompt put before every question, in the model's context; with --chat the system's turn."""

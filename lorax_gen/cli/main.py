@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from lorax_gen import files
 from lorax_gen.cli import (
     demo,
     evaluate,
@@ -44,7 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # orbax narrates every save, and a failed one in tracebacks of its threads; it also raises it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # So does gcsfs with each request that fails.
+    for name in ("absl", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         sys.exit(run(arguments))
@@ -59,6 +62,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:  # of a store: no sign-in, no connection, no such bucket
+        if (reason := files.store_error(error)) is None:
+            raise
+        print(f"lorax-gen: error: the store cannot be used ({reason})", file=sys.stderr)
+        sys.exit(2)
 
 
 def run(arguments: list[str]) -> int:

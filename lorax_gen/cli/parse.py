@@ -5,13 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
+from lorax_gen import files
 from lorax_gen.errors import UserError
 
 OPTION = re.compile(r"--[\w-]+")
+# A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash.
+UserPath = Annotated[
+    files.AnyPath,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: files.to_path(words[0]),
+        is_instance=lambda value: isinstance(value, files.AnyPath),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
 RULE = re.compile(r"^[│\s]*─{5,}[│\s]*$")
 
 

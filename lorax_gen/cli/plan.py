@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from lorax_gen.cli.parse import parse
+from lorax_gen.cli.parse import UserPath, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Target:
     """TPU slice (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4) or GPUs (gpu:8, gpu-a100:8, gpu-h200:8)."""
     utilisation: float = 0.4
     """Share of the devices' peak FLOPs at which the step is assumed to multiply."""
-    output: Path | None = None
+    output: UserPath | None = None
     """Also write the report as JSON to this new file."""
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lorax_gen.cli.parse import UserPath
+
 
 @dataclasses.dataclass(frozen=True)
 class Specialize:
@@ -20,9 +22,9 @@ class Specialize:
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """The system prompt; `-` reads it from standard input, `@FILE` from a file."""
-    output: Path = Path("task.card.safetensors")
+    output: UserPath = Path("task.card.safetensors")
     """The card, a new file."""
-    merged: Path | None = None
+    merged: UserPath | None = None
     """Also write the merged edge model into this new directory."""
     cloud: str = "world/cloud"
     """Cloud model: a directory or a hub name."""

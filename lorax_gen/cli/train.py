@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lorax_gen.cli.parse import parse
+from lorax_gen.cli.parse import UserPath, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +25,20 @@ class Train:
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A YAML file, or the name of a shipped config."""
-    run_dir: Path | None = None
+    run_dir: UserPath | None = None
     """Where the run lives; default runs/<name of the config>."""
 
     def run(self) -> int:
         return run_config(self.config, ["--run-dir", str(self.run_dir)] if self.run_dir else [])
 
 
-RunDir = Annotated[Path, tyro.conf.arg(help="Where the run lives.")]
+RunDir = Annotated[UserPath, tyro.conf.arg(help="Where the run lives.")]
 
 
 def run_config(name: str, overrides: list[str]) -> int:
     """Trains as the config of a name says, with options that override its fields."""
     from lorax_gen import config as configs
+    from lorax_gen import files
     from lorax_gen.mesh.hosts import Hosts, initialize, is_first
     from lorax_gen.recipes.registry import RECIPES, load_config
     from lorax_gen.training.loop import Interrupted, fit
@@ -47,7 +48,7 @@ def run_config(name: str, overrides: list[str]) -> int:
         "Options",
         [
             ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
-            ("run_dir", RunDir, dataclasses.field(default=Path("runs") / Path(name).stem)),
+            ("run_dir", RunDir, dataclasses.field(default=Path("runs") / files.to_path(name).stem)),
             ("hosts", Hosts, dataclasses.field(default=Hosts())),
         ],
         frozen=True,

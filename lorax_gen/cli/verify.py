@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from lorax_gen.cli.parse import UserPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Verify:
     Example: lorax-gen verify task.card.safetensors
     """
 
-    artifact: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
+    artifact: Annotated[UserPath, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
     """A task card, a PEFT adapter directory, or a merged directory that export wrote."""
     edge: str = "world/edge"
     """Edge model that the artifact was made for."""

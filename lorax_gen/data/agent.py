@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from lorax_gen.data.readers import FORMATS, Row, parse_row, read_rows, text_of
 from lorax_gen.data.sources import Episode, cycled
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, find, to_path
 
 CUT = "\n\n"
 CONVERSATION = "Previous conversation:"
@@ -70,7 +70,7 @@ def full_prompt(item: AgentItem) -> str:
     return f"{item.prompt}{CUT}{item.request}"
 
 
-def load_agent(split: str, directory: Path) -> list[AgentItem]:
+def load_agent(split: str, directory: AnyPath) -> list[AgentItem]:
     """The records of `train`, `validation` or `test`, in the file's order.
 
     Read from the published file of that name in or below `directory`, `.json` or `.json.gz`;
@@ -78,7 +78,7 @@ def load_agent(split: str, directory: Path) -> list[AgentItem]:
 
     Raises UserError where there is no such file, and for a malformed record, with its place.
     """
-    path = _find_file(FILES.get(split, (split,)), Path(directory))
+    path = _find_file(FILES.get(split, (split,)), to_path(directory))
     return [
         parse_row(place, row, lambda row, number=number: _item(row, number))
         for number, (place, row) in enumerate(read_rows(path))
@@ -94,11 +94,11 @@ def _item(row: Row, number: int) -> AgentItem:
     return AgentItem(str(row.get("id", number)), *split_instruction(instruction), output)
 
 
-def _find_file(names: Sequence[str], directory: Path) -> Path:
+def _find_file(names: Sequence[str], directory: AnyPath) -> AnyPath:
     if not directory.is_dir():
         raise UserError(f"no such data directory: {directory}")
     for name in names:
-        found = sorted(p for p in directory.rglob(f"{name}.*") if p.name[len(name) :] in FORMATS)
+        found = [p for p in find(directory, f"{name}.*") if p.name[len(name) :] in FORMATS]
         if len(found) > 1:
             raise UserError(f"several files are called {name}: {', '.join(map(str, found))}")
         if found:

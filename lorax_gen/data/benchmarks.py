@@ -12,13 +12,13 @@ import dataclasses
 import difflib
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from lorax_gen.data import questions
 from lorax_gen.data.hub_rows import HubData, load_hub_rows
 from lorax_gen.data.questions import Question
 from lorax_gen.data.readers import Row, parse_row, read_rows
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, find, to_path
 
 HARNESS_SEED = 1234  # what lm-evaluation-harness seeds its few-shot draws with
 BETWEEN = "\n\n"
@@ -220,7 +220,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def load_questions(
-    benchmark: Benchmark, split: str, directory: Path | None = None
+    benchmark: Benchmark, split: str, directory: AnyPath | None = None
 ) -> list[Question]:
     """All questions of a split, in the order of the data set.
 
@@ -244,7 +244,7 @@ def load_questions(
             )
         rows = load_hub_rows(benchmark.name, benchmark.hub, split)
     else:
-        rows = read_rows(_find_file(benchmark, split, Path(directory)))
+        rows = read_rows(_find_file(benchmark, split, to_path(directory)))
     found = []
     for place, row in rows:
         name = f"{benchmark.name}-{split}-{len(found)}"
@@ -259,28 +259,28 @@ def _question(benchmark: Benchmark, row: Row, name: str) -> Question:
     return benchmark.check(benchmark.prepare(question))
 
 
-def load_shots(benchmark: Benchmark, directory: Path | None = None) -> list[Question]:
+def load_shots(benchmark: Benchmark, directory: AnyPath | None = None) -> list[Question]:
     """The training questions that shots are drawn from: the complete ones, or all if none is."""
     train = load_questions(benchmark, "train", directory)
     return [question for question in train if benchmark.complete(question)] or train
 
 
-def has_split(benchmark: Benchmark, split: str, directory: Path) -> bool:
+def has_split(benchmark: Benchmark, split: str, directory: AnyPath) -> bool:
     """Whether a directory holds a file of a split."""
-    return bool(_find_files(benchmark, split, Path(directory)))
+    return bool(_find_files(benchmark, split, to_path(directory)))
 
 
-def _find_files(benchmark: Benchmark, split: str, directory: Path) -> list[Path]:
+def _find_files(benchmark: Benchmark, split: str, directory: AnyPath) -> list[AnyPath]:
     """The files of a split, or those of the first part that stands in for it."""
     for name in (split, *(benchmark.parts if split == "train" else ())):
         wanted = {f"{benchmark.name}.{name}{ending}" for ending in ENDINGS}
-        found = sorted(p for p in directory.rglob(f"{benchmark.name}.*") if p.name in wanted)
+        found = [p for p in find(directory, f"{benchmark.name}.*") if p.name in wanted]
         if found:
             return found
     return []
 
 
-def _find_file(benchmark: Benchmark, split: str, directory: Path) -> Path:
+def _find_file(benchmark: Benchmark, split: str, directory: AnyPath) -> AnyPath:
     if not directory.is_dir():
         raise UserError(f"no such data directory: {directory}")
     found = _find_files(benchmark, split, directory)
@@ -291,7 +291,7 @@ def _find_file(benchmark: Benchmark, split: str, directory: Path) -> Path:
         )
     if found:
         return found[0]
-    others = ", ".join(sorted(p.name for p in directory.rglob(f"{benchmark.name}.*")))
+    others = ", ".join(sorted(p.name for p in find(directory, f"{benchmark.name}.*")))
     raise UserError(
         f"no file {benchmark.name}.{split}.jsonl, .jsonl.gz or .parquet in or below {directory}; "
         + (f"of {benchmark.name} there is {others}" if others else "put one there")

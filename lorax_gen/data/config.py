@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from lorax_gen.data.agent import AgentSource, load_agent
@@ -17,6 +16,7 @@ from lorax_gen.data.tokens import Encoder
 from lorax_gen.data.unseen import refuse_name, unseen_texts
 from lorax_gen.data.world import FAMILIES, World, make_world
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, find, to_path
 
 ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
 SETS = ("alpaca", "natural_instructions", "gpt4tools")
@@ -99,9 +99,9 @@ class MixtureConfig:
             raise UserError(f"data.evaluate_questions is {self.evaluate_questions}; at least 1")
 
     @property
-    def root(self) -> Path | None:
+    def root(self) -> AnyPath | None:
         """The directory, or None for the hub."""
-        return Path(self.directory) if self.directory else None
+        return to_path(self.directory) if self.directory else None
 
     def mixture(self, cloud: Encoder | None, edge: Encoder, **options: Any) -> Mixture:
         """Opens all sources; arguments and options as of `Mixture`.
@@ -138,7 +138,7 @@ def split_weight(entry: str) -> tuple[str, float]:
 
 def open_source(
     name: str,
-    directory: Path | None,
+    directory: AnyPath | None,
     leave_out: Sequence[str] = (),
     per_task: int | None = None,
 ) -> Source:
@@ -163,7 +163,7 @@ def open_source(
             raise UserError("natural_instructions: set data.directory to its archive or folder")
         tasks = load_tasks(_find(directory, name, ARCHIVES, folders=True), leave_out=leave_out)
         return NaturalSource(tasks, per_task)
-    path = Path(name)
+    path = to_path(name)
     refuse_name(path.name)
     if path.is_dir() or (path.is_file() and name.endswith(ARCHIVES)):
         tasks = load_tasks(path, leave_out=leave_out)
@@ -176,13 +176,15 @@ def open_source(
     )
 
 
-def _find(directory: Path, name: str, endings: tuple[str, ...], *, folders: bool = False) -> Path:
+def _find(
+    directory: AnyPath, name: str, endings: tuple[str, ...], *, folders: bool = False
+) -> AnyPath:
     """The one file in or below a directory whose name begins with `name`, or such a folder."""
     if not directory.is_dir():
         raise UserError(f"no such data directory: {directory}")
     found = [
         path
-        for path in sorted(directory.rglob(f"{name}*"))
+        for path in find(directory, f"{name}*")
         if (folders if path.is_dir() else path.name.endswith(endings))
     ]
     if len(found) != 1:

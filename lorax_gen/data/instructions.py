@@ -22,6 +22,7 @@ from lorax_gen.data.readers import Row, is_text, parse_row, read_rows, text_of
 from lorax_gen.data.sources import Episode, Pair, cycled, draw
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, local_copy, to_path
 
 ALPACA = HubData(
     "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"train": "train"}
@@ -57,12 +58,12 @@ class Triple:
         return not self.input.strip() or letters in NO_INPUT
 
 
-def load_triples(path: Path | None = None) -> list[Triple]:
+def load_triples(path: AnyPath | None = None) -> list[Triple]:
     """Triples of a file (`.jsonl`, `.json` or `.parquet`), or Alpaca's own from the hub.
 
     Raises UserError for a malformed row, with file and line, or where the hub is out of reach.
     """
-    rows = read_rows(Path(path)) if path else load_hub_rows("alpaca", ALPACA, "train")
+    rows = read_rows(to_path(path)) if path else load_hub_rows("alpaca", ALPACA, "train")
     return [parse_row(place, row, _triple) for place, row in rows]
 
 
@@ -131,7 +132,7 @@ class NaturalTask:
 
 
 def load_tasks(
-    path: Path, only: Sequence[str] = ("*",), leave_out: Sequence[str] = ()
+    path: AnyPath, only: Sequence[str] = ("*",), leave_out: Sequence[str] = ()
 ) -> list[NaturalTask]:
     """Tasks of an archive (`.tar`, `.tar.gz`, `.tar.xz`) or of a directory of `.json` files.
 
@@ -140,9 +141,10 @@ def load_tasks(
 
     Raises UserError where something cannot be read or is malformed, with the file.
     """
-    path, tasks = Path(path), []
-    for file, data in _members(path, only, leave_out):
-        place = f"{path}, {file}" if path.is_file() else str(path / file)
+    path, tasks = to_path(path), []
+    local = local_copy(path)
+    for file, data in _members(local, only, leave_out):
+        place = f"{path}, {file}" if local.is_file() else str(path / file)
         try:
             row = json.loads(data)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

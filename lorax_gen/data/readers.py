@@ -7,10 +7,10 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, local_copy
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -18,7 +18,7 @@ FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: AnyPath) -> str:
     """The text of a file, unpacked where its name ends in `.gz`.
 
     Raises UserError where it is missing, is no text in UTF-8 or cannot be unpacked.
@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not text in UTF-8 ({error})") from None
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def read_rows(path: AnyPath) -> Iterator[tuple[str, Row]]:
     """Yields `(place, row)` of every row; `place` names the file and the line, for errors.
 
     Formats are those of `FORMATS`; blank lines of `.jsonl` are skipped.
@@ -64,7 +64,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path} has no known data format; use one of {', '.join(FORMATS)}")
 
 
-def parse_rows(path: Path, parse: Callable[[Row], T]) -> list[T]:
+def parse_rows(path: AnyPath, parse: Callable[[Row], T]) -> list[T]:
     """`parse(row)` of every row; what a row lacks or gets wrong is a UserError with its place."""
     return [parse_row(place, row, parse) for place, row in read_rows(path)]
 
@@ -109,12 +109,12 @@ def _checked(place: str, row: Any) -> Row:
     return row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet_rows(path: AnyPath) -> Iterator[tuple[str, Row]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(local_copy(path)) as file:
             rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path} ({str(error).splitlines()[0]})") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from lorax_gen.data.benchmarks import BENCHMARKS, Benchmark, has_split, load_questions
 from lorax_gen.data.questions import Question
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 
 UNSEEN = tuple(record.name for record in BENCHMARKS.values() if record.unseen)
 # Tasks of Natural Instructions that were made from WinoGrande, and other spellings of the names.
@@ -38,7 +39,7 @@ def _refusal(name: str, benchmark: str) -> UserError:
     )
 
 
-def unseen_texts(directory: Path | None) -> list[str]:
+def unseen_texts(directory: AnyPath | None) -> list[str]:
     """Texts that give the unseen benchmarks away, of all their splits, from files or the hub.
 
     Questions, and the choices of those whose choices stand for themselves. HellaSwag's questions
@@ -57,7 +58,7 @@ def unseen_texts(directory: Path | None) -> list[str]:
     return texts
 
 
-def without_texts(directory: Path | None) -> list[str]:
+def without_texts(directory: AnyPath | None) -> list[str]:
     """The unseen benchmarks of which a directory has no file: training data can be held against
     their names, not against their texts."""
     if directory is None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from lorax_gen.evaluation.agent_metrics import ToolScores, score_answer
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.evaluation.item_log import ItemLog, Row, digest
 from lorax_gen.evaluation.report import Cell, cell
+from lorax_gen.files import AnyPath
 from lorax_gen.inference.continuations import TOKENS_PER_BATCH, continue_texts, room_for
 
 MAX_NEW_TOKENS = 512
@@ -69,7 +69,7 @@ def evaluate_agent(
     answerer: Answerer,
     items: Sequence[AgentItem],
     *,
-    path: Path | None = None,
+    path: AnyPath | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     stop: Sequence[str] = STOP,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -147,6 +147,8 @@ def evaluate_agent(
             mesh=mesh,
             adapter=adapter,
         )
+    if log is not None:
+        log.flush()
     return summary(answerer, [done[item.id] for item in items])
 
 

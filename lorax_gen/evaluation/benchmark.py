@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, Prompt
 from lorax_gen.evaluation.item_log import ItemLog, Row, digest
 from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
+from lorax_gen.files import AnyPath, to_path
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceScores, encode_items, score_items
 from lorax_gen.mesh import hosts
 
@@ -119,7 +119,7 @@ def evaluate_benchmark(
     seed: int = HARNESS_SEED,
     train: Sequence[Question] = (),
     other: tuple[Benchmark, Sequence[Question]] | None = None,
-    path: Path | None = None,
+    path: AnyPath | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     mesh: Mesh | None = None,
     bar: Any = None,
@@ -146,7 +146,7 @@ def evaluate_benchmark(
     cases = BenchmarkCases(benchmark, questions, train, shots, seed, other)
     log = None
     if path is not None:
-        log = open_log(Path(path), describe(cases, answerer), questions)
+        log = open_log(to_path(path), describe(cases, answerer), questions)
     numbers = known_numbers(log, len(questions))
     left = np.flatnonzero(np.isnan(numbers).any(1)).tolist()
 
@@ -184,6 +184,8 @@ def evaluate_benchmark(
         progress=advance(bar),
         on_batch=record,
     )
+    if log is not None:
+        log.flush()
     return summary(cases, answerer, numbers, len(left), time.perf_counter() - begun)
 
 
@@ -268,7 +270,7 @@ def describe(cases: BenchmarkCases, answerer: Answerer) -> Row:
     return found
 
 
-def open_log(path: Path, settings: Row, questions: Sequence[Question]) -> ItemLog | None:
+def open_log(path: AnyPath, settings: Row, questions: Sequence[Question]) -> ItemLog | None:
     """The file, in the first process; None in others.
 
     Raises UserError, in all of them, where it is of another run or holds other items.

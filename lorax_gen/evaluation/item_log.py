@@ -1,19 +1,19 @@
 """Results of single items in a file that grows while they come, so that a run can be resumed.
 
 One JSON object a line: first the settings of the run, then an item each, in the order in which
-they are finished. A line counts when it is whole.
+they are finished. A line counts when it is whole. In a store the file is up to a minute behind
+(`files.Log`), and what it lacks is computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath, Log, make_directory
 
 Row = dict[str, Any]
 
@@ -32,35 +32,29 @@ class ItemLog:
     Raises UserError where the file is of a run with other settings, or is no such file.
     """
 
-    def __init__(self, path: Path, settings: Row):
+    def __init__(self, path: AnyPath, settings: Row):
         self.path = path
         self.rows: list[Row] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._whole_lines()
-        if not lines:
-            self._write([{"settings": settings}])
-            return
-        found, *self.rows = lines
-        self._check(found.get("settings"), json.loads(json.dumps(settings)))
+        make_directory(path.parent)
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # without a last line that was cut off
+        lines = self._parsed(whole)
+        if lines:
+            found, *self.rows = lines
+            self._check(found.get("settings"), json.loads(json.dumps(settings)))
+        self.log = Log(path, whole.decode() or _text([{"settings": settings}]))
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Writes items; when this returns they are on the disk."""
+        """Writes items; on a disk they are there when this returns."""
         rows = list(rows)
-        self._write(rows)
+        self.log.write(_text(rows))
         self.rows += rows
 
-    def _write(self, rows: Iterable[Row]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+    def flush(self) -> None:
+        """Returns when all items are where they are kept."""
+        self.log.flush()
 
-    def _whole_lines(self) -> list[Row]:
-        """The lines of the file, which is cut behind the last whole one."""
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+    def _parsed(self, whole: bytes) -> list[Row]:
         rows = []
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
@@ -74,8 +68,6 @@ class ItemLog:
                     f"{self.path}, line {number}: not a line of results; remove the file or "
                     "choose another place"
                 )
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
         return rows
 
     def _check(self, found: Row, settings: Row) -> None:
@@ -85,3 +77,7 @@ class ItemLog:
                     f"{self.path} is of a run with {key} {found.get(key)!r}, this one has "
                     f"{settings.get(key)!r}; choose another place, or remove the file"
                 )
+
+
+def _text(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)

@@ -10,9 +10,7 @@ Dimensions: L edge layers, N experts.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lorax_gen.files import AnyPath, replaced_file
 
 INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
 VERMILION = "#d55e00"
@@ -38,12 +38,14 @@ LONGEST_NAMED = 40  # more tasks than this, and their names would be too small t
 PANELS_PER_ROW = 6
 
 
-def draw_accuracy(report: dict[str, Any], path: Path) -> None:
+def draw_accuracy(report: dict[str, Any], path: AnyPath) -> None:
     """Bars of each answerer's accuracy per family and on average, from `world.evaluate_world`."""
     _write(_figure_accuracy(report), path)
 
 
-def draw_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str], path: Path) -> None:
+def draw_gates(
+    gates: np.ndarray, names: Sequence[str], groups: Sequence[str], path: AnyPath
+) -> None:
     """Heat maps of tasks x experts, one per edge layer, with the tasks of a family together.
 
     Args:
@@ -54,7 +56,7 @@ def draw_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str], p
     _write(_figure_gates(gates, names, groups), path)
 
 
-def draw_training(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_training(rows: Sequence[dict[str, Any]], path: AnyPath) -> None:
     """Losses, and accuracy on seen and unseen tasks, against the step; rows of `metrics.jsonl`.
 
     A row is skipped where it lacks the value drawn, and so is a curve that no row has.
@@ -252,11 +254,7 @@ def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[f
     return [row["step"] for row in have], [row[key] for row in have]
 
 
-def _write(figure: Figure, path: Path) -> None:
-    """Writes a whole PNG or none: under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+def _write(figure: Figure, path: AnyPath) -> None:
+    """Writes a whole PNG or none."""
+    with replaced_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,7 +25,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +35,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.latency import measure_latency, peak_memory
 from lorax_gen.evaluation.metrics import arithmetic_mean, harmonic_mean, standard_error
+from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts
 
 Report = dict[str, Any]
@@ -45,7 +45,7 @@ MEANS = ("context_tokens", "prompt_tokens", "flops", "cloud_flops")
 
 
 def new_report(
-    kind: str, system: System, columns: Mapping[str, Cell], path: Path | None = None, **settings
+    kind: str, system: System, columns: Mapping[str, Cell], path: AnyPath | None = None, **settings
 ) -> Report:
     """A report without rows, or with those that an earlier call left at `path`.
 
@@ -118,9 +118,9 @@ def serving_cost(answerer: Answerer, texts: Sequence[str]) -> Cell:
     }
 
 
-def save_report(report: Report, run_dir: Path) -> None:
+def save_report(report: Report, run_dir: AnyPath) -> None:
     """Writes `report.json`, and the same as `report.csv`."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    files.make_directory(run_dir)
     files.write_json(run_dir / "report.json", report)
     files.write_text(run_dir / "report.csv", to_csv(report))
 

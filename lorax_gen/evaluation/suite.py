@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -36,6 +35,7 @@ from lorax_gen.evaluation.report import (
     save_report,
     serving_cost,
 )
+from lorax_gen.files import AnyPath
 from lorax_gen.inference.choices import TOKENS_PER_BATCH
 
 
@@ -47,8 +47,8 @@ def evaluate_suite(
     shots: int = 5,
     seed: int | None = None,
     limit: int | None = None,
-    directory: Path | None = None,
-    run_dir: Path | None = None,
+    directory: AnyPath | None = None,
+    run_dir: AnyPath | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     timed: int = 50,
     mesh: Mesh | None = None,
@@ -127,7 +127,7 @@ def evaluate_agent_suite(
     items: Sequence[AgentItem],
     names: Sequence[str],
     *,
-    run_dir: Path | None = None,
+    run_dir: AnyPath | None = None,
     max_new_tokens: int = 512,
     seed: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -162,7 +162,7 @@ def evaluate_agent_suite(
     return report
 
 
-def other_of(record: Benchmark, directory: Path | None) -> tuple[Benchmark, list[Question]]:
+def other_of(record: Benchmark, directory: AnyPath | None) -> tuple[Benchmark, list[Question]]:
     """Whose prompts a benchmark is given in the control: the next one that may be trained on."""
     order = list(BENCHMARKS.values())
     start = order.index(record) + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from lorax_gen.data.world import World
 from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.exact import correct_answers
 from lorax_gen.evaluation.report import Report, add_row, cell, new_report, serving_cost
+from lorax_gen.files import AnyPath
 
 Pair = tuple[str, str]
 NAMES = ("plain", "icl", "lora", "cloud_icl", "lora_gen", "shuffled")
@@ -72,7 +72,7 @@ def evaluate_world(
     seed: int = 0,
     timed: int = 50,
     mesh: Mesh | None = None,
-    path: Path | None = None,
+    path: AnyPath | None = None,
     progress: Callable[[Sequence], Sequence] = lambda items: items,
 ) -> Report:
     """Accuracy of answerers by family of tasks, and what a question costs; see `report`.

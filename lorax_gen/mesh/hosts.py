@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax_gen.errors import UserError
+from lorax_gen.files import store_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def from_first(tree: Any) -> Any:
 def on_first(task: Callable[[], None]) -> None:
     """Runs `task` in process 0 while the others wait.
 
-    Raises UserError, in all processes, where it raises that or OSError.
+    Raises UserError, in all processes, where it raises that, OSError or a store's own error.
     """
     if not several():
         return task()
@@ -172,8 +173,11 @@ def on_first(task: Callable[[], None]) -> None:
     if is_first():
         try:
             task()
-        except (UserError, OSError) as error:
-            text = str(error).encode()[:1000] or b"failed"
+        except Exception as error:
+            reason = store_error(error)
+            if reason is None and not isinstance(error, UserError | OSError):
+                raise
+            text = (reason or str(error)).encode()[:1000] or b"failed"
     message = np.zeros(1000, np.uint8)
     message[: len(text)] = list(text)
     message = bytes(from_first(message)).rstrip(b"\0")

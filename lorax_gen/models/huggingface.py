@@ -23,6 +23,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from lorax_gen import assets, files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
 from lorax_gen.models import int8
 from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params
@@ -42,7 +43,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def load_model(
-    name_or_dir: str | Path,
+    name_or_dir: str | AnyPath,
     dtype: Any = jnp.float32,
     *,
     in_int8: bool = False,
@@ -50,7 +51,7 @@ def load_model(
     revision: str | None = None,
     bos: bool | None = None,
 ) -> Model:
-    """Loads a model from a directory, a shipped one (`world/cloud`) or the hub (`org/name`).
+    """Loads a model from a directory or URL, a shipped one (`world/cloud`) or the hub (`org/name`).
 
     Args:
       dtype: of the parameters; None keeps the checkpoint's.
@@ -65,13 +66,14 @@ def load_model(
     directory = find_directory(name_or_dir, revision=revision)
     config = read_config(directory / "config.json")
     params = read_params(directory, config, dtype, in_int8=in_int8, shardings=shardings)
-    local = assets.resolve(name_or_dir).is_dir()  # no path may enter what is made of the model
-    name = directory.resolve().name if local else str(name_or_dir)
+    # No path and no URL may enter what is made of the model.
+    on_hub = not (files.is_url(name_or_dir) or assets.resolve(name_or_dir).is_dir())
+    name = str(name_or_dir) if on_hub else directory.resolve().name
     return Model(config, params, load_tokenizer(directory), read_stop_ids(directory), name, bos)
 
 
 def save_model(
-    directory: str | Path,
+    directory: str | AnyPath,
     model: Model,
     provenance: dict[str, Any] | None = None,
     *,
@@ -91,7 +93,7 @@ def save_model(
     place for what the config asks for.
     """
     int8.refuse(model.params, "save")
-    with files.new_directory(Path(directory)) as partial:
+    with files.new_directory(directory) as partial:
         eos = list(model.stop_ids) if len(model.stop_ids) > 1 else next(iter(model.stop_ids), None)
         ids = {
             "bos_token_id": model.tokenizer.bos_token_id,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorax_gen import config as configs
+from lorax_gen import files
 from lorax_gen.errors import UserError
 from lorax_gen.recipes import lora, lora_gen, pretrain
 from lorax_gen.training.experiment import Experiment
@@ -46,8 +47,8 @@ def load_config(name: str) -> tuple[str, Any]:
 
     Raises UserError for an unknown name, method or key, or a value of a wrong type.
     """
-    path = Path(name)
-    if not path.exists() and name in shipped_configs():
+    path = files.to_path(name)
+    if name in shipped_configs() and not path.exists():
         path = SHIPPED / f"{name}.yaml"
     if not path.is_file():
         known = shipped_configs()

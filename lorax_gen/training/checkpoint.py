@@ -2,7 +2,8 @@
 
 The data position is the step itself: batches are a function of (seed, step). Frozen weights are
 not in the state and so never in a checkpoint. Over several processes all of them write, each what
-lies on its devices, into one directory that all can reach.
+lies on its devices, into one directory that all can reach: on a disk or in Google's store, where
+orbax marks a finished checkpoint with a file. In another store they are archived, by one process.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
+from lorax_gen.mesh import hosts
+from lorax_gen.training.archive import Archive
 from lorax_gen.training.run import RunConfig
 from lorax_gen.training.state import State
 
@@ -32,8 +36,14 @@ class Checkpoints:
     with the next checkpoint, or when closing.
     """
 
-    def __init__(self, directory: Path, run: RunConfig):
-        self.directory, self.run = directory.absolute(), run
+    def __init__(self, directory: AnyPath, run: RunConfig):
+        self.directory, self.run = files.absolute(directory), run
+        archived = files.scheme(directory) not in ("", "gs")
+        if archived and hosts.several():
+            raise UserError(
+                f"several processes cannot keep checkpoints in {directory}; choose gs://, or a "
+                "directory that all can reach"
+            )
         keep = [policies.LatestN(run.keep)]
         if run.best:
             keep.append(
@@ -45,8 +55,9 @@ class Checkpoints:
                 )
             )
         with self._clear_errors():
+            self.archive = Archive(directory) if archived else None
             self.orbax = ocp.training.Checkpointer(
-                self.directory,
+                self.archive.local if archived else self.directory,
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=True,
             )
@@ -58,6 +69,8 @@ class Checkpoints:
         try:
             with self._clear_errors():
                 self.orbax.close()
+                if self.archive:
+                    self.archive.wait()
         except UserError:
             if kind is None or not issubclass(kind, UserError):  # one failure is told once
                 raise
@@ -70,10 +83,7 @@ class Checkpoints:
         """
         if not force and step % self.run.checkpoint_every:
             return
-        with self._clear_errors():
-            self.orbax.save_async(step, state, force=True, overwrite=wait)
-            if wait:
-                self.orbax.wait()
+        self._save(step, state, overwrite=wait, wait=wait)
 
     def save_best(self, step: int, state: State, evaluation: dict[str, Any]) -> None:
         """Where `run.best` asks for it and the evaluation is the best so far: saves once more, with
@@ -93,9 +103,18 @@ class Checkpoints:
         if self._is_best(value):
             with self._clear_errors():
                 self.orbax.wait()  # or it would replace what is still being written
-                self.orbax.save_async(
-                    step, state, force=True, overwrite=True, metrics={best: value}
-                )
+            self._save(step, state, overwrite=True, metrics={best: value})
+
+    def _save(self, step: int, state: State, *, wait: bool = False, **options: Any) -> None:
+        with self._clear_errors():
+            if self.archive:
+                self.archive.wait()
+                self.orbax.save(step, state, force=True, **options)
+                self.archive.copy()
+            else:
+                self.orbax.save_async(step, state, force=True, **options)
+            if wait:
+                (self.archive or self.orbax).wait()
 
     def _is_best(self, value: float) -> bool:
         saved = [(kept.metrics or {}).get(self.run.best) for kept in self.orbax.checkpoints]
@@ -117,30 +136,35 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint of step {latest.step} does not fit this run, or is damaged "
                 f"({_reason(error.__cause__ or error)}); choose another run directory, or remove "
-                f"{self.directory / str(latest.step)} to resume from the one before"
+                f"{self.directory / str(latest.step)}{'.tar' if self.archive else ''} to resume "
+                "from the one before"
             ) from error
 
     def check_room(self, state: State) -> None:
         """UserError where the directory cannot be written to, or cannot hold what will be kept.
 
-        One more than is kept: a checkpoint goes when the next one is whole.
+        One more than is kept: a checkpoint goes when the next one is whole. A store has room.
         """
+        local = self.archive.local if self.archive else self.directory
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.directory)
             probe = self.directory / ".probe"
             probe.write_bytes(b"x")
             probe.unlink()
-            free = shutil.disk_usage(self.directory).free
+            if files.is_url(local):
+                return
+            free = shutil.disk_usage(local).free
         except OSError as error:
+            reason = error.strerror or error
             raise UserError(
-                f"cannot write to {self.directory} ({error.strerror}); choose another run directory"
+                f"cannot write to {self.directory} ({reason}); choose another run directory"
             ) from None
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         count = self.run.keep + bool(self.run.best) + 1
         missing = max(count - len(self.orbax.checkpoints), 1) * size
         if free < missing:
             raise UserError(
-                f"{self.directory} has {_gib(free)} free, but {count} checkpoints of "
+                f"{local} has {_gib(free)} free, but {count} checkpoints of "
                 f"{_gib(size)} need {_gib(missing)} more; make room, lower run.keep or choose "
                 "another run directory"
             )
@@ -149,10 +173,15 @@ class Checkpoints:
     def _clear_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:
+            reason = files.store_error(error)
+            if reason is None and not isinstance(error, OSError | ValueError | RuntimeError):
+                raise
             raise UserError(
-                f"cannot save a checkpoint in {self.directory} ({_reason(error)}); what was saved "
-                "before is whole, and the same command resumes the run from there"
+                f"cannot save a checkpoint in {self.directory} ({reason or _reason(error)}); what "
+                "was saved before is whole, and the same command resumes the run from there"
             ) from error
 
 

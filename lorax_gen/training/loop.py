@@ -8,6 +8,10 @@ A run directory holds
     released/          the trained artifact and its metrics, written when the run is complete
     tensorboard/, profile/    on request
 
+It may be in a store (see `files`). There metrics.jsonl and tensorboard/ are written again before
+each checkpoint, after each evaluation and otherwise once a minute; what a killed run has not
+written, it computes again when it is resumed.
+
 Metrics are read one step late, so that the host prepares a batch while the device works. Over
 several processes all take the same steps and write checkpoints; only the first writes the rest.
 """
@@ -15,7 +19,6 @@ several processes all take the same steps and write checkpoints; only the first 
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import sys
 import zlib
@@ -31,6 +34,7 @@ from tqdm import tqdm
 from lorax_gen import config as configs
 from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts, sharding
 from lorax_gen.training import optimizer
 from lorax_gen.training.checkpoint import Checkpoints
@@ -55,7 +59,7 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
+def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> AnyPath:
     """Trains to the end, from the latest checkpoint if there is one, and releases the result.
 
     Over several processes (see `mesh.hosts`) each calls it with the same arguments.
@@ -79,7 +83,7 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
     if not all(hosts.each((run_dir / "config.yaml").exists())):
         raise UserError(f"not every process sees {run_dir}; choose a directory that all can reach")
     released = run_dir / "released"
-    if hosts.from_first(released.is_dir()):
+    if hosts.from_first(files.is_complete_directory(released)):
         return released
     use_compilation_cache(run.compilation_cache)
     mesh, mode = experiment.mesh, experiment.mode
@@ -98,7 +102,7 @@ def fit(experiment: Experiment, run_dir: Path, config: dict[str, Any]) -> Path:
         with files.new_directory(released) as partial:
             provenance = {"config": without_places(config), "metrics": log.last}
             experiment.release(result, partial, provenance)
-            shutil.copy(log.path, partial)
+            (partial / log.path.name).write_bytes(log.path.read_bytes())
 
     hosts.on_first(release)
     return released
@@ -148,6 +152,7 @@ def train(
             raise Interrupted(f"stopped at step {step} of {run.steps}, state saved", stop)
         evaluation = hosts.from_first(experiment.evaluate(read_whole(state)))
         log.write(step, evaluation)
+        log.flush()
         checkpoints.save_best(step, state, evaluation)
         clock.restart(step)
 
@@ -170,7 +175,8 @@ def train(
                 more |= {f"data/{name}": count for name, count in experiment.counts().items()}
                 pending = (done, {**metrics, **more})
             if evaluating or stop or done % run.checkpoint_every == 0:
-                write_pending()  # a checkpoint must not be there before the rows that lead to it
+                write_pending()
+                log.flush()  # a checkpoint must not be there before the rows that lead to it
             # In front of an evaluation, which may last longer than a machine waits that is taken.
             checkpoints.save(done, state, force=evaluating or bool(stop), wait=bool(stop))
             if stop:
@@ -231,7 +237,7 @@ def check_mode(mode: str, mesh: Mesh) -> None:
         )
 
 
-def claim_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
+def claim_run_dir(run_dir: AnyPath, config: dict[str, Any]) -> None:
     """Makes the directory and writes the config, or checks that the same run is there."""
     path, text = run_dir / "config.yaml", configs.to_yaml(config)
     if path.exists():
@@ -242,27 +248,29 @@ def claim_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
                 f"{', '.join(differing[:5])}); choose another --run-dir, or repeat that run's "
                 "config to resume it"
             )
-        if old == new or (run_dir / "released").is_dir():
+        if old == new or files.is_complete_directory(run_dir / "released"):
             return
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} exists and is not a run of ours; choose another --run-dir")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        files.make_directory(run_dir)
         files.write_text(path, text)
     except OSError as error:
-        raise UserError(f"cannot write to {run_dir} ({error.strerror}); choose another") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {run_dir} ({reason}); choose another") from None
 
 
-def open_log(run_dir: Path, run: RunConfig, start: int) -> MetricsLog:
+def open_log(run_dir: AnyPath, run: RunConfig, start: int) -> MetricsLog:
     board = run_dir / "tensorboard" if run.tensorboard else None
     return MetricsLog(run_dir / "metrics.jsonl", start, board, write=hosts.is_first())
 
 
 def without_places(value: Any) -> Any:
-    """Plain values, absolute paths cut to their last name: what is released names no machine."""
+    """Plain values, absolute paths and URLs cut to their last name: what is released names no
+    machine and no bucket."""
     if isinstance(value, dict):
         return {key: without_places(item) for key, item in value.items()}
-    if isinstance(value, str) and Path(value).is_absolute():
+    if isinstance(value, str) and (files.is_url(value) or Path(value).is_absolute()):
         return Path(value).name
     return value
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from lorax_gen import files
 from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts
 from lorax_gen.mesh.chips import peak_flops
 from lorax_gen.training.step import Batch
@@ -29,18 +31,21 @@ class MetricsLog:
     """Appends rows to metrics.jsonl, and to TensorBoard's files where asked.
 
     Rows behind the resumed step are dropped first. With `write=False`, in all processes but the
-    first, rows are made and not written.
+    first, rows are made and not written. In a store both are up to a minute behind, but after
+    `flush`: with one before each checkpoint, a run that is killed and resumed lacks no row.
 
     Attributes:
       last: the latest value of everything.
       evaluated: steps with a row of an evaluation, which is one without a loss.
     """
 
-    def __init__(self, path: Path, start: int, tensorboard: Path | None = None, write: bool = True):
+    def __init__(
+        self, path: AnyPath, start: int, tensorboard: AnyPath | None = None, write: bool = True
+    ):
         self.path = path
         self.last: dict[str, Any] = {}
         self.evaluated: set[int] = set()
-        self.file = self.board = None
+        self.log = self.board = None
         if not write:
             return
         rows = read_rows(path)
@@ -48,18 +53,18 @@ class MetricsLog:
         for row in kept:
             self._note(row)
         if tensorboard is not None:
-            self.board = open_tensorboard(tensorboard, start)
-        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = path.open("a")
+            self.events, self.board_dir = files.staging(tensorboard), tensorboard
+            self.board = open_tensorboard(self.events, start)
+        self.log = files.Log(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_) -> None:
-        for writer in (self.file, self.board):
-            if writer is not None:
-                with suppress(OSError):  # rows are flushed as they are written, or that has failed
-                    writer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        with suppress(Exception) if kind else nullcontext():  # one failure is told once
+            self.flush()
+            if self.board is not None:
+                self.board.close()
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Waits for the metrics and appends them as one line.
@@ -68,21 +73,36 @@ class MetricsLog:
         """
         row = {"step": step} | {key: plain(value) for key, value in metrics.items()}
         self._note(row)
-        try:
-            if self.file is not None:
-                self.file.write(json.dumps(row) + "\n")
-                self.file.flush()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.path} ({error.strerror}); what was saved before is whole, "
-                "and the same command resumes the run from there"
-            ) from error
+        if self.log is not None:
+            with self._clear_errors():
+                self.log.write(json.dumps(row) + "\n")
         if self.board is not None:
             for key, value in row.items():
                 if key != "step" and isinstance(value, float):
                     self.board.add_scalar(key, value, step)
             self.board.flush()
         return row
+
+    def flush(self) -> None:
+        """Returns when all rows are where they are kept. Raises UserError where they cannot be."""
+        with self._clear_errors():
+            if self.log is not None:
+                self.log.flush()
+            if self.board is not None:
+                files.upload(self.events, self.board_dir)
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = files.store_error(error)
+            if reason is None and not isinstance(error, OSError):
+                raise
+            raise UserError(
+                f"cannot write to {self.path} ({reason or error.strerror or error}); what was "
+                "saved before is whole, and the same command resumes the run from there"
+            ) from error
 
     def _note(self, row: dict[str, Any]) -> None:
         self.last.update(row)
@@ -101,12 +121,12 @@ def open_tensorboard(directory: Path, start: int) -> Any:
     return SummaryWriter(str(directory), purge_step=start + 1 if start else None)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: AnyPath) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, without a last one that was cut off.
 
     Raises UserError where another line is no row.
     """
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     rows = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
@@ -222,7 +242,7 @@ class Profiler:
     The trace is for TensorBoard's profile plugin, XProf or Perfetto.
     """
 
-    def __init__(self, window: tuple[int, int] | None, directory: Path):
+    def __init__(self, window: tuple[int, int] | None, directory: AnyPath):
         self.first, self.last = window or (None, None)
         self.directory, self.running = directory, False
 
@@ -236,18 +256,21 @@ class Profiler:
     def before(self, step: int, state: Any) -> None:
         if step == self.first:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self.directory))
+            self.traces = files.staging(self.directory)
+            jax.profiler.start_trace(str(self.traces))
             self.running = True
 
     def behind(self, step: int, state: Any) -> None:
         if step == self.last and self.running:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
+            files.upload(self.traces, self.directory)
             self.running = False
 
 
 def use_compilation_cache(directory: str) -> None:
     """Keeps compiled programs in a directory; the next run of the same shapes compiles nothing."""
     if directory:
-        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser().absolute()))
+        path = files.absolute(files.to_path(os.path.expanduser(directory)))
+        jax.config.update("jax_compilation_cache_dir", str(path))
         compilation_cache.reset_cache()  # or what has been compiled before decides against one

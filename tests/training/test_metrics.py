@@ -44,8 +44,7 @@ def test_a_log_on_a_full_disk_says_what_to_do(tmp_path):
         pytest.raises(UserError, match=r"metrics\.jsonl \(No space left on device\); what was"),
         MetricsLog(tmp_path / "metrics.jsonl", 0) as log,
     ):
-        log.file.close()
-        log.file = open("/dev/full", "a")  # noqa: SIM115
+        log.log.path = Path("/dev/full")
         log.write(1, {"loss": 0.5})
 
 

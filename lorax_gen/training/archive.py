@@ -1,0 +1,70 @@
+"""Checkpoints for a store that orbax cannot write to; that is any but Google's.
+
+orbax keeps them on this machine, and each is copied to the store as one object, `<step>.tar`: an
+object is there in one piece or not at all, also where it replaces another, so whatever a killed
+process leaves there is whole.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from lorax_gen import files
+from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
+
+
+class Archive:
+    """Keeps a store as a local directory of checkpoints is.
+
+    Attributes:
+      local: that directory, of `<step>/`; it begins with the checkpoints of the store.
+
+    Raises UserError where one of them is damaged.
+    """
+
+    def __init__(self, store: AnyPath):
+        self.store, self.local = store, files.staging(store)
+        for path in self._objects():
+            try:
+                with tarfile.open(files.local_copy(path)) as tar:
+                    tar.extractall(self.local, filter="data")
+            except tarfile.TarError as error:
+                raise UserError(
+                    f"{path} is damaged ({error}); remove it to resume from the one before"
+                ) from None
+        self.copied = self._steps()
+        self.pool, self.copying = ThreadPoolExecutor(1), Future()
+        self.copying.set_result(None)
+
+    def copy(self) -> None:
+        """Begins to copy the checkpoints that are new, and then to drop those that are gone. They
+        must not change until `wait` returns."""
+        self.copying = self.pool.submit(self._copy)
+
+    def wait(self) -> None:
+        """Until the store has the checkpoints; raises what hindered it."""
+        self.copying.result()
+
+    def _copy(self) -> None:
+        steps = self._steps()
+        for step in [step for step in steps if self.copied.get(step) != steps[step]]:
+            name = self.store / f"{step}.tar"
+            with files.replaced_file(name) as path, tarfile.open(path, "w") as tar:
+                tar.add(self.local / step, step)
+        for path in self._objects():
+            if path.stem not in steps:
+                path.unlink()
+        self.copied = steps
+
+    def _objects(self) -> list[AnyPath]:
+        return [path for path in files.find(self.store, "*.tar") if path.stem.isdigit()]
+
+    def _steps(self) -> dict[str, int]:
+        """When each was written; one that is being written has more in its name than digits."""
+        return {
+            path.name: path.stat().st_mtime_ns
+            for path in self.local.iterdir()
+            if path.name.isdigit()
+        }

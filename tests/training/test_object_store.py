@@ -1,0 +1,221 @@
+"""A run whose directory is in an object store is the run that it is on a disk, killed or not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from lorax_gen import cli, files
+from lorax_gen.data.world import FAMILIES
+from tests.data import rows
+from tests.stores import bucket  # noqa: F401
+from tests.tiny import PROMPTS, make_generator, write_system
+
+CONFIG = """
+method: lora_gen
+cloud: {system}/cloud
+edge: {system}/edge
+prompts: 8
+queries_per_prompt: 2
+data: {{families: [{family}]}}
+generator: {{n_experts: 4, rank: 2, alpha: 2, router_width: 8, cloud_rank: 2, cloud_alpha: 2}}
+run: {{steps: 6, log_every: 1, evaluate_every: 3, checkpoint_every: 3, keep: 1, tensorboard: true}}
+optimizer: {{learning_rate: 0.01, warmup_steps: 2}}
+"""
+
+# The command, in a process that dies without warning when it asks for the batch of step 5; the
+# checkpoint of step 3 is in the store by then.
+KILLED = """
+import dataclasses, os, signal, sys, time
+from lorax_gen import cli, files
+from lorax_gen.recipes.registry import METHODS
+
+name, run_dir = sys.argv[1:]
+checkpoints = files.to_path(run_dir) / "checkpoints"
+method = METHODS["lora_gen"]
+
+def experiment(config):
+    made = method.experiment(config)
+    def batch(step):
+        if step == 5:
+            while not any((checkpoints / n).exists() for n in ("3.tar", "3/commit_success.txt")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made.batch(step)
+    return dataclasses.replace(made, batch=batch)
+
+METHODS["lora_gen"] = method._replace(experiment=experiment)
+cli.main(["train", name, "--run-dir", run_dir])
+"""
+
+
+def start(*words):
+    """Runs a command in a process of its own, of the same programs as this one."""
+    root = Path(__file__).resolve().parents[2]
+    settings = {
+        "PYTHONPATH": root,
+        "JAX_NUM_CPU_DEVICES": jax.config.jax_num_cpu_devices,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": True,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=root,
+        env=os.environ | {name: str(value) for name, value in settings.items()},
+        capture_output=True,
+        text=True,
+    )
+
+
+def rows_of(run_dir):
+    rates = ("step_time", "examples_per_second", "tokens_per_second")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in rates} for line in lines]
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """`call(*words) -> (exit code, stdout, stderr)`, in an empty working directory that stays
+    empty."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in words])
+        assert not list(tmp_path.iterdir())
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def system(bucket, tiny_world_system):  # noqa: F811
+    """Directories `cloud`, `edge` and `generator` and a config `tiny.yaml` in a store."""
+    folder = bucket / "system"
+    write_system(folder, tiny_world_system, make_generator(tiny_world_system))
+    text = CONFIG.format(system=folder, family=FAMILIES[1])
+    files.write_text(folder / "tiny.yaml", text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(system, tmp_path_factory):
+    """A run on a disk that nothing stopped."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    ended = start("-m", "lorax_gen", "train", system / "tiny.yaml", "--run-dir", run_dir)
+    assert ended.returncode == 0, ended.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def resumed(bucket, system):  # noqa: F811
+    """A run in the store that was killed without warning, and taken up by the same command."""
+    run_dir = bucket / "runs" / "killed"
+    killed = start("-c", KILLED, system / "tiny.yaml", run_dir)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    steps = [row["step"] for row in rows_of(run_dir)]
+    assert steps == [1, 2, 3, 3]  # all that led to the checkpoint, and what was found of it
+    assert not (run_dir / "released").exists()
+    ended = start("-m", "lorax_gen", "train", system / "tiny.yaml", "--run-dir", run_dir)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"released: {run_dir}/released\n"
+    return run_dir
+
+
+def test_a_killed_run_ends_as_one_that_nothing_stopped(resumed, unbroken):
+    name = "released/generator.safetensors"
+    assert (resumed / name).read_bytes() == (unbroken / name).read_bytes()
+    assert rows_of(resumed) == rows_of(resumed / "released") == rows_of(unbroken)
+    assert (resumed / "config.yaml").read_text() == (unbroken / "config.yaml").read_text()
+
+
+def test_a_run_keeps_in_a_store_what_it_keeps_on_a_disk(resumed, unbroken):
+    names = {path.name for path in resumed.iterdir()}
+    assert names == {path.name for path in unbroken.iterdir()}
+    assert not files.find(resumed, files.INCOMPLETE)
+    [checkpoint] = (resumed / "checkpoints").iterdir()
+    assert checkpoint.name.removesuffix(".tar") == "6"
+    assert len(files.find(resumed / "tensorboard", "events.*")) == 2  # killed, then resumed
+
+
+def test_what_is_released_names_no_bucket(resumed, bucket):  # noqa: F811
+    described = (resumed / "released" / "config.json").read_text()
+    assert json.loads(described)["config"]["cloud"] == "cloud"
+    assert str(bucket) not in described
+
+
+def test_a_complete_run_is_not_run_again_and_another_is_refused(call, resumed, system):
+    words = ("train", system / "tiny.yaml", "--run-dir", resumed)
+    before = file_states(resumed)
+    assert call(*words) == (0, f"released: {resumed}/released\n", "")
+    code, _, err = call(*words, "--prompts", 16)
+    assert code == 2 and "already holds another run (its config.yaml differs in prompts)" in err
+    assert file_states(resumed) == before
+
+
+def file_states(directory):
+    return files.file_system(directory).find(str(directory), detail=True)
+
+
+def test_a_half_written_release_is_released_again(call, resumed, system):
+    released = resumed / "released"
+    before = (released / "generator.safetensors").read_bytes()
+    (released / "config.json").unlink()
+    (released / files.INCOMPLETE).write_text("")
+    models = ["--cloud", system / "cloud", "--edge", system / "edge", "--generator", released]
+    code, _, err = call("specialize", PROMPTS[0], *models, "--output", "card")
+    assert code == 2 and f"{released} is incomplete" in err
+    assert call("train", system / "tiny.yaml", "--run-dir", resumed)[0] == 0
+    assert (released / "generator.safetensors").read_bytes() == before
+    assert (released / "config.json").exists() and not files.is_incomplete(released)
+
+
+def test_what_was_trained_is_used_from_the_store(call, resumed, system):
+    out = resumed / "out"
+    models = ["--edge", system / "edge", "--generator", resumed / "released"]
+    card, merged, adapter = out / "task.card.safetensors", out / "merged", out / "adapter"
+    words = ["specialize", PROMPTS[0], "--cloud", system / "cloud", *models]
+    words += ["--output", card, "--merged", merged]
+    code, printed, err = call(*words)
+    assert (code, err) == (0, "") and f"card: {card}" in printed
+    assert "already exists" in call(*words)[2]
+    assert call("export", card, "--format", "peft", "--output", adapter, *models)[0] == 0
+    gguf = out / "adapter.gguf"
+    assert call("export", adapter, "--format", "gguf-lora", "--output", gguf, *models)[0] == 0
+    assert (out / "adapter.gguf").exists()
+    assert "already exists" in call("export", card, "--format", "merged", "--output", merged,
+                                    *models)[2]  # fmt: skip
+    for artifact in (card, merged, adapter):
+        assert call("verify", artifact, *models)[0] == 0
+    ask = ["generate", "apple :", "bell :"]
+    answers = call(*ask, "--model", merged)
+    assert answers[0] == 0
+    for artifact in (card, adapter):
+        assert call(*ask, "--model", system / "edge", "--card", artifact,
+                    "--generator", resumed / "released") == answers  # fmt: skip
+
+
+def test_an_evaluation_in_a_store_goes_on_where_it_stopped(call, bucket, system):  # noqa: F811
+    data, run_dir = bucket / "data", bucket / "runs" / "evaluation"
+    for split, first in (("test", 0), ("train", 9)):
+        path = data / "deep" / f"arc_easy.{split}.jsonl"
+        with files.new_file(path) as temporary:
+            rows.write_lines(temporary, rows.make_rows("arc_easy", 4, first))
+    words = ["evaluate", "arc_easy", "--data-dir", data, "--run-dir", run_dir, "--shots", 1]
+    words += ["--modes", "plain", "lora_gen"]
+    words += [f"--{role}={system / role}" for role in ("cloud", "edge", "generator")]
+    code, out, err = call(*words)
+    assert (code, err) == (0, "") and "ARC-e" in out
+    item = run_dir / "items" / "arc_easy.lora_gen.jsonl"
+    lines = item.read_text().splitlines()
+    assert len(lines) == 1 + 4
+    item.write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])
+    assert call(*words)[0] == 0
+    assert sorted(item.read_text().splitlines()[1:]) == sorted(lines[1:])
+    assert (run_dir / "report.csv").exists() and (run_dir / "report.json").exists()
