@@ -15,7 +15,7 @@ from lorax_gen.data.tokens import question_batch
 from lorax_gen.data.world_batches import generator_batch
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, put_batch
-from lorax_gen.models.decoder import REMAT_POLICIES
+from lorax_gen.models.decoder import REMAT_POLICIES, Execution
 from lorax_gen.training.step import answer_nll, generator_loss, in_parts
 
 PROMPTS, QUERIES = 8, 2
@@ -98,7 +98,7 @@ def test_rows_come_back_in_their_places():
 
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
 def test_what_is_computed_again_is_the_same(gradients, whole, remat):
-    assert_same(gradients(remat=remat), whole)
+    assert_same(gradients(execution=Execution(remat=remat)), whole)
 
 
 def test_logits_of_answers_alone_give_the_same_loss(gradients, whole, batch):
