@@ -72,7 +72,7 @@ def to_path(name: str | os.PathLike) -> AnyPath:
     package, install = STORES[scheme]
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{text} needs {package}: pip install {install}")
-    if not rest.strip("/"):
+    if not rest or rest.startswith("/"):
         raise UserError(f"{text} names no bucket; expected such as {scheme}://bucket/name")
     _open_store(scheme)
     return epath.Path(text)

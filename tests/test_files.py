@@ -1,11 +1,15 @@
 """Files appear whole or not at all, and nothing that exists is replaced."""
 
+import importlib.util
 import os
+import time
+from pathlib import Path
 
 import pytest
 
 from lorax_gen import files
 from lorax_gen.errors import UserError
+from tests.stores import bucket  # noqa: F401
 
 
 def snapshot(directory):
@@ -105,3 +109,194 @@ def test_a_missing_or_broken_json_file_is_named_in_one_line(content, tmp_path):
     with pytest.raises(UserError, match=r"value\.json") as error:
         files.read_json(path)
     assert "\n" not in str(error.value)
+
+
+# --- paths ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["runs/x", "/runs/x", "s3/x", "a:b", "a:/b", "C:/x", "."])
+def test_what_is_no_url_is_a_local_path(name):
+    path = files.to_path(name)
+    assert path == Path(name) and isinstance(path, Path)
+    assert not files.is_url(path) and files.scheme(path) == ""
+    assert files.local_copy(path) is path and files.staging(path) is path
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("ftp://host/run", "ftp://host/run: no such kind of store; known are gs:// and s3://"),
+        ("gs:///run", "gs:///run names no bucket"),
+        ("gs://", "gs:// names no bucket"),
+        (Path("gs://bucket/run"), "gs:/bucket/run was a URL before pathlib took a slash"),
+    ],
+)
+def test_a_url_that_names_nothing_is_refused_and_not_made_a_folder(name, message, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(UserError) as error:
+        files.to_path(name)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scheme, package, extra", [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])
+def test_a_store_whose_package_is_missing_says_what_to_install(scheme, package, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"{package}: pip install 'lorax-gen\[{extra}\]'"):
+        files.to_path(f"{scheme}://bucket/run")
+
+
+# --- in a store ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(bucket, request):  # noqa: F811
+    """A place of its own in a store, where nothing is yet."""
+    return bucket / request.node.name.strip("]").replace("[", "-")
+
+
+def objects(directory):
+    """Everything under a directory of a store."""
+    store = files.file_system(directory)
+    return {
+        name.removeprefix(str(directory).partition("://")[2]).strip("/"): store.cat(name)
+        for name in store.find(str(directory))
+    }
+
+
+def test_a_url_stays_one(folder):
+    path = files.to_path(f"{folder}/a//b/")
+    assert str(path) == f"{folder}/a/b" and files.is_url(path)
+    assert files.to_path(path) == path and files.absolute(path) == path
+    assert not files.is_url(Path("x")) and files.scheme(path) in ("gs", "s3")
+
+
+def test_a_new_path_appears_in_a_store_when_the_block_ends_well(new, folder):
+    path = folder / "made.bin"
+    with new(path) as temporary:
+        write(temporary, "whole")
+        assert isinstance(temporary, Path) and temporary.name == "made.bin"
+        assert not path.exists()
+    assert list(objects(folder).values()) == [b"whole"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_the_block_leaves_nothing_in_a_store(new, error, folder):
+    with pytest.raises(error), new(folder / "made") as temporary:
+        write(temporary, "half of")
+        raise error
+    assert objects(folder) == {}
+
+
+def test_nothing_is_overwritten_in_a_store(new, folder):
+    (folder / "file").write_text("mine")
+    (folder / "folder" / "file").write_text("mine too")
+    before = objects(folder)
+    for name in ("file", "folder"):
+        with pytest.raises(UserError, match=f"{name} already exists"), new(folder / name):
+            raise AssertionError("the block must not run")
+        with pytest.raises(UserError, match=f"{name} already exists"):
+            files.must_be_new(folder / name)
+    assert objects(folder) == before
+
+
+def test_an_upload_that_fails_leaves_nothing(folder, monkeypatch):
+    store, sent = files.file_system(folder), []
+    put = store.put_file
+
+    def fail_at_the_second(local, remote):
+        sent.append(remote)
+        if len(sent) == 2:
+            raise OSError("connection lost")
+        put(local, remote)
+
+    monkeypatch.setattr(store, "put_file", fail_at_the_second)
+    with pytest.raises(OSError, match="connection lost"), files.new_directory(folder) as temporary:
+        for name in "abc":
+            (temporary / name).write_text(name)
+    assert len(sent) == 2 and objects(folder) == {}
+
+
+def test_a_killed_upload_is_no_directory_and_is_made_anew(folder, monkeypatch):
+    """The process dies while files go up: no code of ours runs after that."""
+    monkeypatch.setattr(files, "upload", lambda local, path: (path / "half").write_text("x"))
+    monkeypatch.setattr(type(folder), "unlink", lambda path: None)
+    with files.new_directory(folder):
+        pass
+    monkeypatch.undo()
+    assert set(objects(folder)) == {"half", files.INCOMPLETE}
+    assert not files.is_complete_directory(folder)
+    with pytest.raises(UserError, match="is incomplete: what wrote it was interrupted"):
+        files.local_copy(folder)
+    files.must_be_new(folder)
+    with files.new_directory(folder) as temporary:
+        write(temporary, "whole")
+    assert objects(folder) == {"inside": b"whole"} and files.is_complete_directory(folder)
+
+
+def test_what_makes_a_directory_valid_is_written_last(folder, monkeypatch):
+    sent, store = [], files.file_system(folder)
+    monkeypatch.setattr(store, "put_file", lambda local, remote: sent.append(remote))
+    with files.new_directory(folder) as temporary:
+        for name in ("adapter_config.json", "a.bin", "z.bin"):
+            (temporary / name).write_text(name)
+    assert [name.rpartition("/")[2] for name in sent] == ["a.bin", "z.bin", "adapter_config.json"]
+
+
+def test_a_copy_is_made_once_and_again_when_the_store_has_changed(folder, monkeypatch):
+    for name in ("d/a.json", "d/sub/b.json", "d/sub/c.bin"):
+        (folder / name).write_text(name)
+    copy = files.local_copy(folder / "d")
+    assert copy.name == "d" and snapshot(copy) == {
+        "a.json": b"d/a.json", "sub": None, "sub/b.json": b"d/sub/b.json",
+        "sub/c.bin": b"d/sub/c.bin",
+    }  # fmt: skip
+    assert files.local_copy(folder / "d") == copy
+    some = files.local_copy(folder / "d", ("*.json",))
+    assert set(snapshot(some)) == {"a.json", "sub", "sub/b.json"}
+    (folder / "d" / "a.json").write_text("new")
+    assert (files.local_copy(folder / "d") / "a.json").read_text() == "new"
+    assert files.local_copy(folder / "d" / "a.json").read_text() == "new"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        files.local_copy(folder / "nowhere")
+
+
+def test_files_are_found_at_any_depth(folder, tmp_path):
+    for root in (folder, tmp_path):
+        for name in ("b.txt", "deep/er/b.json", "deep/b.d/x", "a.txt"):
+            files.make_directory((root / name).parent)
+            (root / name).write_text(name)
+        found = files.find(root, "b.*")
+        assert [path.relative_to(root).as_posix() for path in found] == [
+            "b.txt", "deep/b.d", "deep/er/b.json"
+        ]  # fmt: skip
+    assert files.find(folder / "nowhere", "*") == []
+
+
+def test_a_log_in_a_store_is_there_after_a_flush_and_after_a_minute(folder, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    path = folder / "log"
+    log = files.Log(path, "a\n")
+    log.write("b\n")
+    assert path.read_text() == "a\n"
+    log.flush()
+    assert path.read_text() == "a\nb\n"
+    log.write("c\n")
+    now[0] = files.Log.EVERY
+    log.write("d\n")
+    assert path.read_text() == "a\nb\nc\nd\n"
+
+
+def test_a_log_on_a_disk_is_there_at_once(tmp_path):
+    log = files.Log(tmp_path / "log", "a\n")
+    log.write("b\n")
+    assert (tmp_path / "log").read_text() == "a\nb\n"
+
+
+def test_a_store_that_cannot_be_reached_is_told_in_one_line():
+    class Refused(Exception):
+        __module__ = "botocore.exceptions"
+
+    assert files.store_error(Refused("no\ncredentials")) == "no credentials"
+    assert files.store_error(Refused()) == "Refused"
+    assert files.store_error(KeyError("no")) is None

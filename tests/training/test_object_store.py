@@ -22,7 +22,7 @@ cloud: {system}/cloud
 edge: {system}/edge
 prompts: 8
 queries_per_prompt: 2
-data: {{families: [{family}]}}
+data: {{kind: world, families: [{family}]}}
 generator: {{n_experts: 4, rank: 2, alpha: 2, router_width: 8, cloud_rank: 2, cloud_alpha: 2}}
 run: {{steps: 6, log_every: 1, evaluate_every: 3, checkpoint_every: 3, keep: 1, tensorboard: true}}
 optimizer: {{learning_rate: 0.01, warmup_steps: 2}}
@@ -33,11 +33,11 @@ optimizer: {{learning_rate: 0.01, warmup_steps: 2}}
 KILLED = """
 import dataclasses, os, signal, sys, time
 from lorax_gen import cli, files
-from lorax_gen.recipes.registry import METHODS
+from lorax_gen.recipes.registry import RECIPES
 
 name, run_dir = sys.argv[1:]
 checkpoints = files.to_path(run_dir) / "checkpoints"
-method = METHODS["lora_gen"]
+method = RECIPES["lora_gen"]
 
 def experiment(config):
     made = method.experiment(config)
@@ -49,7 +49,7 @@ def experiment(config):
         return made.batch(step)
     return dataclasses.replace(made, batch=batch)
 
-METHODS["lora_gen"] = method._replace(experiment=experiment)
+RECIPES["lora_gen"] = method._replace(experiment=experiment)
 cli.main(["train", name, "--run-dir", run_dir])
 """
 
