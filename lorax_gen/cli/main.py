@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
+import operator
 import os
 import signal
 import sys
 import warnings
-from typing import Annotated, Union
+from typing import Annotated
 
 import tyro
 
@@ -96,4 +98,5 @@ def run(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"no command {name}; {hint}")
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
-    return parse(Union[tuple(kinds)], arguments, "lorax-gen", description=ABOUT).run()
+    any_of_them = functools.reduce(operator.or_, kinds)
+    return parse(any_of_them, arguments, "lorax-gen", description=ABOUT).run()

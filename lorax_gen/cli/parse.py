@@ -73,7 +73,7 @@ def parse_config(
 
 @contextlib.contextmanager
 def unwrapped() -> Iterator[None]:
-    """Lets tyro believe in a terminal so wide that it breaks no line, which it does within words."""
+    """Shows tyro a terminal so wide that it breaks no line, which it would do within words."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"
     try:
@@ -90,15 +90,16 @@ def one_line(said: str, prog: str) -> str:
     Within the frame, rules separate the error from hints; names of options are indented by 4, what
     they mean by 8.
     """
-    lines = [line[2:-2].rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()[1:-1]]
-    text = re.sub(r"^(─+|-+)$", "\0", "\n".join(lines), flags=re.MULTILINE)
-    error, *hints = text.split("\0")
+    lines = re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()
+    lines = lines[1:-1] if "╭" in said else lines[2:]  # without UTF-8 only the title is underlined
+    lines = [re.sub(r"^(─+|-+)$", "\0", line[2:].rstrip(" │")) for line in lines]
+    error, *hints = "\n".join(lines).split("\0")
     names = re.findall(r"^ {4}(\S.*)", error, re.MULTILINE)
     message = " ".join(re.sub(r"^ {4}.*", "", error, flags=re.MULTILINE).split())
     message = f"{message} {', '.join(names)}".strip()
     if message.startswith("Error parsing "):
         return message.removeprefix("Error parsing ").removeprefix("config.")
     near = [re.search(r"^ {4}(--[^\s,]+)", hint, re.MULTILINE) for hint in hints]
-    meant = sorted({found[1] for found in near if found and "--help" not in found.string})
+    meant = sorted({found[1] for found in near if found})
     advice = f"did you mean {' and '.join(meant)}?" if meant else f"see {prog} --help"
     return f"{message[:1].lower()}{message[1:].rstrip('.')}; {advice}"
