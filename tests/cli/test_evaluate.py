@@ -52,15 +52,15 @@ def test_evaluate_prints_benchmarks_by_modes_and_goes_on_where_it_stopped(call, 
     words += [f"--{role}={models / role}" for role in ("cloud", "edge", "generator")]
     code, out, err = call(*words)
     assert (code, err) == (0, "")
-    for word in ("ARC-e", "WinoG", "AVE", "HAR", "edge, 1-shot", "edge + LoRA-Gen", "cpu"):
+    for word in ("ARC-e", "WinoG", "AVE", "HAR", "edge, prompted", "edge + LoRA-Gen", "cpu"):
         assert word in out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     item = tmp_path / "run" / "items" / "arc_easy.lora_gen.jsonl"
     lines = item.read_text().splitlines()
     assert len(lines) == 1 + 3
     for mode in ("plain", "icl", "lora_gen"):
-        found = report["modes"][mode]
-        shares = [found["benchmarks"][name]["acc"] for name in ("arc_easy", "winogrande")]
+        found = report["rows"][mode]
+        shares = [found["cells"][name]["score"] for name in ("arc_easy", "winogrande")]
         assert found["average"] == pytest.approx(sum(shares) / 2)
     means = (tmp_path / "run" / "report.csv").read_text().splitlines()
     assert sum(line.startswith("AVE,") for line in means) == 3
@@ -70,3 +70,15 @@ def test_evaluate_prints_benchmarks_by_modes_and_goes_on_where_it_stopped(call, 
     assert (code, err) == (0, "")
     assert sorted(item.read_text().splitlines()[1:]) == sorted(lines[1:])
     assert str(tmp_path) not in (tmp_path / "run" / "report.json").read_text()
+
+
+def test_modes_of_the_world_may_come_in_several_calls(call, refused, models, tmp_path):
+    words = ["evaluate", "--run-dir", "run", "--questions", 1]
+    words += [f"--{role}={models / role}" for role in ("cloud", "edge", "generator")]
+    for mode, label in (("plain", "edge, no prompt"), ("lora_gen", "edge + LoRA-Gen")):
+        code, out, err = call(*words, "--modes", mode)
+        assert (code, err) == (0, "") and label in out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["kind"] == "world" and list(report["rows"]) == ["plain", "lora_gen"]
+    assert "this evaluation of" in refused(*words, "--modes", "plain", "--split", "seen")
+    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
