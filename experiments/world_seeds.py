@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lorax_gen.cli import run
+from lorax_gen.cli.main import run
 from lorax_gen.data.world import FAMILIES
 
 SEEDS = (0, 1, 2)

@@ -37,7 +37,7 @@ def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> Syst
 
 
 def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
-    """Specialises, evaluates and draws; see `options.Demo`. Returns the report."""
+    """Specialises, evaluates and draws; see `cli.demo.Demo`. Returns the report."""
     report_path = run_dir / "report.json"
     if run_dir.exists() and any(run_dir.iterdir()) and not report_path.exists():
         raise UserError(f"{run_dir} exists and holds no demo; choose another --run-dir")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from lorax_gen import files
 from lorax_gen.cli.parse import UserPath
 from lorax_gen.errors import UserError
 
@@ -93,12 +94,20 @@ class Evaluate:
         if self.questions < 1:
             raise UserError(f"questions={self.questions}: choose 1 or more")
         if run_dir is not None and run_dir.exists():
-            ours = (run_dir / ("report.json" if world else "items")).exists()
+            ours = is_report(run_dir / "report.json") if world else (run_dir / "items").is_dir()
             if not ours and not (run_dir.is_dir() and not any(run_dir.iterdir())):
                 raise UserError(
                     f"{run_dir} exists and is no evaluation to go on with; choose another"
                 )
         return evaluate_world(self) if world else evaluate_real(self)
+
+
+def is_report(path: files.AnyPath) -> bool:
+    """Whether a file is a report of an evaluation; it may be anything else, or missing."""
+    try:
+        return str(files.read_json(path).get("format")).startswith("lorax-gen report ")
+    except (UserError, OSError):
+        return False
 
 
 def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> System:

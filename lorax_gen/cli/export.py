@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lorax_gen.cli.artifacts import generator_of
 from lorax_gen.cli.parse import UserPath
 
 
@@ -37,7 +38,6 @@ class Export:
 
     def run(self) -> int:
         import lorax_gen
-        from lorax_gen.artifacts.export import is_adapter
 
         edge = lorax_gen.load_model(self.edge)
         lorax_gen.export(
@@ -45,7 +45,7 @@ class Export:
             self.output,
             self.format,
             edge,
-            None if is_adapter(self.artifact) else lorax_gen.load_generator(self.generator),
+            generator_of(self.artifact, self.generator),
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
         )

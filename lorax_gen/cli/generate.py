@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lorax_gen.cli.artifacts import generator_of
 from lorax_gen.cli.parse import UserPath
 from lorax_gen.errors import UserError
 
@@ -51,17 +52,14 @@ class Generate:
     """Of the parameters; bfloat16 on GPUs and TPUs."""
 
     def run(self) -> int:
-        import lorax_gen
-        from lorax_gen.artifacts.export import is_adapter, lora_of
-
         if not self.questions:
             raise UserError('no question given; for example: lorax-gen generate "apple :"')
+        import lorax_gen
+        from lorax_gen.artifacts.export import lora_of
+
         model = lorax_gen.load_model(self.edge, self.dtype)
         if self.card is not None:
-            generator = None
-            if not is_adapter(self.card):
-                generator = lorax_gen.load_generator(self.generator)
-            tree, *_ = lora_of(self.card, model, generator)
+            tree, *_ = lora_of(self.card, model, generator_of(self.card, self.generator))
             model = model.merged(tree)
         texts = list(self.questions)
         if not self.chat:

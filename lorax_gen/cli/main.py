@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import logging
+import operator
 import os
 import signal
 import sys
@@ -11,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from lorax_gen import files
+from lorax_gen import __version__, files
 from lorax_gen.cli import (
     demo,
     evaluate,
@@ -26,19 +29,23 @@ from lorax_gen.cli import (
 from lorax_gen.cli.parse import parse
 from lorax_gen.errors import UserError
 
-Command = (
-    Annotated[demo.Demo, tyro.conf.subcommand("demo")]
-    | Annotated[train.Train, tyro.conf.subcommand("train")]
-    | Annotated[plan.Plan, tyro.conf.subcommand("plan")]
-    | Annotated[specialize.Specialize, tyro.conf.subcommand("specialize")]
-    | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
-    | Annotated[export.Export, tyro.conf.subcommand("export")]
-    | Annotated[verify.Verify, tyro.conf.subcommand("verify")]
-    | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[lm_eval.LmEval, tyro.conf.subcommand("lm-eval")]
-)
+COMMANDS = {
+    "demo": demo.Demo,
+    "train": train.Train,
+    "plan": plan.Plan,
+    "specialize": specialize.Specialize,
+    "generate": generate.Generate,
+    "export": export.Export,
+    "verify": verify.Verify,
+    "evaluate": evaluate.Evaluate,
+    "lm-eval": lm_eval.LmEval,
+}
 # Commands that pass on what follows their first argument: a config has options of its own.
 PASSED_ON = {"train": train.run_config, "plan": plan.run_config}
+
+ABOUT = """LoRA-Gen in JAX: specialise a small language model from a task's prompt.
+
+lorax-gen COMMAND --help explains a command, lorax-gen --version says which version this is."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,23 +77,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Parses and calls; returns the exit code."""
-    if arguments == ["--version"]:
-        import lorax_gen
+    """Parses and calls; returns the exit code.
 
-        print(f"lorax-gen {lorax_gen.__version__}")
+    Raises UserError where something is wrong, SystemExit after `--help`.
+    """
+    if arguments == ["--version"]:
+        print(f"lorax-gen {__version__}")
         return 0
     if not arguments or arguments in (["train"], ["plan"]):
         arguments = [*arguments, "--help"]
-    command, *rest = arguments
-    if command in PASSED_ON and rest and not rest[0].startswith("-"):
-        return PASSED_ON[command](rest[0], rest[1:])
-    if command == "lm-eval":
+    name, *rest = arguments
+    if name in PASSED_ON and not rest[0].startswith("-"):
+        return PASSED_ON[name](rest[0], rest[1:])
+    if name == "lm-eval":
         return lm_eval.run(rest)
-    parsed = parse(
-        Command,
-        arguments,
-        "lorax-gen",
-        description="LoRA-Gen in JAX: specialise a small language model from a task's prompt.",
-    )
-    return parsed.run()
+    if name in COMMANDS:  # parsed alone, so that what it suggests is an option of this command
+        return parse(COMMANDS[name], rest, f"lorax-gen {name}").run()
+    if not name.startswith("-"):
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        raise UserError(f"no command {name}; {hint}")
+    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+    any_of_them = functools.reduce(operator.or_, kinds)
+    return parse(any_of_them, arguments, "lorax-gen", description=ABOUT).run()

@@ -1,10 +1,14 @@
-"""Arguments to dataclasses by tyro, whose boxes of several lines become one line."""
+"""Options from words: tyro makes the parser and `--help` of dataclasses; an error is one line."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import os
 import re
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -12,7 +16,6 @@ import tyro
 from lorax_gen import files
 from lorax_gen.errors import UserError
 
-OPTION = re.compile(r"--[\w-]+")
 # A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash.
 UserPath = Annotated[
     files.AnyPath,
@@ -24,44 +27,79 @@ UserPath = Annotated[
         str_from_instance=lambda path: [str(path)],
     ),
 ]
-RULE = re.compile(r"^[│\s]*─{5,}[│\s]*$")
 
 
-def parse(kind: Any, arguments: list[str], prog: str, **options: Any) -> Any:
-    """`tyro.cli`; `--help` prints and exits as it does there.
+def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
+    """An instance of a dataclass of options; `--help` prints and exits.
 
-    Raises UserError where the arguments are wrong: tyro has no other way to say so than its box.
+    Args:
+      prog: the words before the arguments, for `--help` and errors; more: of `tyro.cli`.
+
+    Raises UserError for unknown or missing options and for wrong values.
     """
-    shown = io.StringIO()
+    # tyro frames its errors for the terminal. It has no public way to word them otherwise (the
+    # hooks of tyro._errors are private and say so), so what it prints is read and retold.
+    said = io.StringIO()
+    wide = contextlib.nullcontext() if {"-h", "--help"} & set(arguments) else unwrapped()
     try:
-        with contextlib.redirect_stderr(shown):
-            return tyro.cli(kind, args=arguments, prog=prog, **options)
+        with contextlib.redirect_stderr(said), wide:
+            parsed = tyro.cli(options, args=arguments, prog=prog, **more)
     except SystemExit as stop:
-        if stop.code in (0, None):
+        if not stop.code:
             raise
-        raise UserError(one_line(shown.getvalue(), prog)) from None
+        raise UserError(one_line(said.getvalue(), prog)) from None
+    sys.stderr.write(said.getvalue())  # warnings
+    return parsed
 
 
-def one_line(box: str, prog: str) -> str:
-    """What a box of tyro's says, the names of options without their help.
+def parse_config(
+    config: Any, arguments: Sequence[str], prog: str, about: str, **more: tuple[Any, Any]
+) -> Any:
+    """As `parse`, of a training config's fields, its values the defaults, and others beside them.
 
-    A box has sections: what is wrong, perhaps what was meant, and how to get help.
+    Args:
+      about: the description in `--help`; more: name -> its annotation and default.
+
+    Returns an object of `config` and the names of `more`.
     """
-    sections: list[list[str]] = [[]]
-    for line in box.splitlines():
-        if RULE.match(line):
-            sections.append([])
-        elif line.strip().startswith("│"):
-            sections[-1].append(line.strip().strip("│")[1:].rstrip())
-    wrong, *others = sections
-    names = [line.strip() for line in wrong if re.match(r" {4}\S", line)]
-    text = [line.strip() for line in wrong if not line.startswith("    ")]
-    message = " ".join([*text, ", ".join(names)]).strip()
-    for section in others:
-        first, *rest = [line.strip() for line in section] or [""]
-        if first.startswith("Perhaps you meant") and OPTION.search("".join(rest[:1])):
-            message += f"; did you mean {OPTION.findall(rest[0])[-1]}?"
-        elif first.startswith("Available subcommands"):
-            message += "; " + " ".join([first, *rest])
-    message = message[:1].lower() + message[1:]
-    return f"{message.rstrip('.')}; `{prog} --help` lists what there is"
+    named = [(name, kind, dataclasses.field(default=value)) for name, (kind, value) in more.items()]
+    fields = [("config", Annotated[type(config), tyro.conf.arg(name="")]), *named]
+    options = dataclasses.make_dataclass("Options", fields, frozen=True)
+    options.__doc__ = about
+    # the config's file says which data it has, so there is nothing to choose among
+    markers = (tyro.conf.AvoidSubcommands,)
+    return parse(options, arguments, prog, default=options(config), config=markers)
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Shows tyro a terminal so wide that it breaks no line, which it would do within words."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def one_line(said: str, prog: str) -> str:
+    """tyro's framed error as a line: what is wrong, and the options that may have been meant.
+
+    Within the frame, rules separate the error from hints; names of options are indented by 4, what
+    they mean by 8.
+    """
+    lines = re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()
+    lines = lines[1:-1] if "╭" in said else lines[2:]  # without UTF-8 only the title is underlined
+    lines = [re.sub(r"^(─+|-+)$", "\0", line[2:].rstrip(" │")) for line in lines]
+    error, *hints = "\n".join(lines).split("\0")
+    names = re.findall(r"^ {4}(\S.*)", error, re.MULTILINE)
+    message = " ".join(re.sub(r"^ {4}.*", "", error, flags=re.MULTILINE).split())
+    message = f"{message} {', '.join(names)}".strip()
+    if message.startswith("Error parsing "):
+        return message.removeprefix("Error parsing ").removeprefix("config.")
+    near = [re.search(r"^ {4}(--[^\s,]+)", hint, re.MULTILINE) for hint in hints]
+    meant = sorted({found[1] for found in near if found})
+    advice = f"did you mean {' and '.join(meant)}?" if meant else f"see {prog} --help"
+    return f"{message[:1].lower()}{message[1:].rstrip('.')}; {advice}"

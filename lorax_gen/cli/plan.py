@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from lorax_gen.cli.parse import UserPath, parse
+from lorax_gen.cli.parse import UserPath, parse_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Plan:
     target: Annotated[Target, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Target)
 
     def run(self) -> int:
-        return run_config(self.config, [])
+        return run_config(self.config, [], self.target)
 
 
-def run_config(name: str, overrides: list[str]) -> int:
+def run_config(name: str, overrides: list[str], target: Target = Target()) -> int:
     """Plans the run of a config, with options that override its fields."""
     import jax
 
@@ -52,25 +52,12 @@ def run_config(name: str, overrides: list[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
     _, config = load_config(name)
-    options = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
-            (
-                "target",
-                Annotated[Target, tyro.conf.arg(name="")],
-                dataclasses.field(default=Target()),
-            ),
-        ],
-        frozen=True,
-    )
-    options.__doc__ = Plan.__doc__
-    parsed: Any = parse(
-        options,
+    parsed = parse_config(
+        config,
         overrides,
         f"lorax-gen plan {name}",
-        default=options(config),
-        config=(tyro.conf.AvoidSubcommands,),
+        Plan.__doc__,
+        target=(Annotated[Target, tyro.conf.arg(name="")], target),
     )
     target = parsed.target
     if target.output is not None:

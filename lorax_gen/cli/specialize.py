@@ -45,7 +45,6 @@ class Specialize:
     def run(self) -> int:
         import lorax_gen
         from lorax_gen import files
-        from lorax_gen.files import read_prompt
         from lorax_gen.mesh.sharding import serving_mesh, tree_shardings
 
         files.must_be_new(self.output)
@@ -58,7 +57,9 @@ class Specialize:
         )
         edge = lorax_gen.load_model(self.edge)
         generator = lorax_gen.load_generator(self.generator)
-        card = lorax_gen.specialize(read_prompt(self.prompt), cloud, edge, generator, mesh=mesh)
+        card = lorax_gen.specialize(
+            files.read_prompt(self.prompt), cloud, edge, generator, mesh=mesh
+        )
         lorax_gen.save_card(self.output, card)
         print(f"card: {self.output}")
         if self.merged is not None:

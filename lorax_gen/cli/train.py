@@ -6,11 +6,12 @@ import dataclasses
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from lorax_gen.cli.parse import UserPath, parse
+from lorax_gen import files
+from lorax_gen.cli.parse import UserPath, parse_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +30,27 @@ class Train:
     """Where the run lives; default runs/<name of the config>."""
 
     def run(self) -> int:
-        return run_config(self.config, ["--run-dir", str(self.run_dir)] if self.run_dir else [])
+        return run_config(self.config, [], self.run_dir)
 
 
 RunDir = Annotated[UserPath, tyro.conf.arg(help="Where the run lives.")]
 
 
-def run_config(name: str, overrides: list[str]) -> int:
+def run_config(name: str, overrides: list[str], run_dir: files.AnyPath | None = None) -> int:
     """Trains as the config of a name says, with options that override its fields."""
     from lorax_gen import config as configs
-    from lorax_gen import files
     from lorax_gen.mesh.hosts import Hosts, initialize, is_first
     from lorax_gen.recipes.registry import RECIPES, load_config
     from lorax_gen.training.loop import Interrupted, fit
 
     method, config = load_config(name)
-    options = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("config", Annotated[type(config), tyro.conf.arg(name="")], dataclasses.field()),
-            ("run_dir", RunDir, dataclasses.field(default=Path("runs") / files.to_path(name).stem)),
-            ("hosts", Hosts, dataclasses.field(default=Hosts())),
-        ],
-        frozen=True,
-    )
-    options.__doc__ = type(config).__doc__
-    parsed: Any = parse(
-        options,
+    parsed = parse_config(
+        config,
         overrides,
         f"lorax-gen train {name}",
-        default=options(config),
-        config=(tyro.conf.AvoidSubcommands,),  # the config's file says which data it has
+        type(config).__doc__,
+        run_dir=(RunDir, run_dir or Path("runs") / files.to_path(name).stem),
+        hosts=(Hosts, Hosts()),
     )
     initialize(parsed.hosts)
     resolved = {"method": method, **configs.to_dict(parsed.config)}

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lorax_gen.cli.artifacts import generator_of
 from lorax_gen.cli.parse import UserPath
 
 
@@ -35,12 +36,9 @@ class Verify:
         from rich.table import Table
 
         import lorax_gen
-        from lorax_gen.artifacts.export import is_adapter
 
         edge = lorax_gen.load_model(self.edge, self.dtype)
-        generator = None
-        if not is_adapter(self.artifact):
-            generator = lorax_gen.load_generator(self.generator)
+        generator = generator_of(self.artifact, self.generator)
         comparisons = lorax_gen.verify(self.artifact, edge, generator)
         table = Table(title="beside the unmerged LoRA", title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("form", "logits differ by", "allowed", "same argmax", ""):

@@ -1,0 +1,104 @@
+"""`lorax-gen generate`: what is printed for questions, and which options are refused."""
+
+import pytest
+
+
+def test_a_context_stands_before_every_question(call, models):
+    _, out, _ = call("generate", "apple :", "--edge", models / "edge", "--context", "red box")
+    _, same, _ = call("generate", "red box apple :", "--edge", models / "edge")
+    assert out.split(":")[1] == same.split(":")[1]
+
+
+def test_a_single_text_is_streamed_as_it_would_be_printed(generate):
+    """`talker` never ends a text, so there are several pieces to it."""
+    texts, options = ["apple :", "bell :", "apple :"], ("--max-new-tokens", 30)
+    together = generate(*texts, *options, model="talker").splitlines()
+    assert len(together[0].split()) == 2 + 30
+    assert [generate(text, *options, model="talker")[:-1] for text in texts] == together
+
+
+def test_a_stop_string_ends_an_answer(generate):
+    options = ("--max-new-tokens", 30)
+    [*_, third, fourth, _] = words = generate("apple :", *options, model="talker").split()
+    for questions in (["apple :"], ["apple :", "bell :"]):
+        out = generate(*questions, *options, "--stop", third, fourth, model="talker")
+        line = out.splitlines()[0].split()
+        cut = min(words.index(third, 2), words.index(fourth, 2))
+        assert line == words[:cut]
+
+
+def test_what_is_drawn_follows_the_seed(generate):
+    def draw(seed, *options):
+        words = ["apple :", "--max-new-tokens", 12, "--temperature", 2, "--seed", seed, *options]
+        return generate(*words, model="talker")
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    greedy = generate("apple :", "--max-new-tokens", 12, model="talker")
+    assert draw(0, "--top-k", 1) == draw(1, "--top-p", "1e-6") == greedy
+
+
+def test_chat_puts_questions_into_the_template(generate):
+    bare = generate("thing apple red box bell :", model="chatter")
+    out = generate("red box", "--chat", "--context", "apple", model="chatter")
+    assert out.removeprefix("red box ") == bare.removeprefix("thing apple red box bell : ")
+
+
+def test_an_adapter_answers_as_its_card(call, card, generate, models):
+    options = ["--edge", models / "edge", "--generator", models / "generator"]
+    code, out, err = call("export", card, "--format", "peft", "--output", "adapter", *options)
+    assert (code, out, err) == (0, "peft: adapter\n", "")
+    questions = ["apple :", "bell :"]
+    by_card = generate(*questions, "--card", card, "--generator", models / "generator")
+    assert generate(*questions, "--card", "adapter", "--generator", "nowhere") == by_card
+    assert generate(*questions) != by_card
+
+
+def test_a_card_that_does_not_fit_is_refused(refused, card, models):
+    def generate(edge="edge", generator="generator"):
+        options = ["--edge", models / edge, "--generator", models / generator, "--card", card]
+        return refused("generate", "apple :", *options)
+
+    assert "this card was made with the pool" in generate(generator="generator2")
+    assert "this card was made for the edge model" in generate(edge="edge2")
+    card.write_bytes(card.read_bytes()[:-1])
+    assert "task.card.safetensors is not a whole safetensors file" in generate()
+    card.unlink()
+    assert "no such file: " in generate()
+
+
+def test_generate_without_a_question_is_refused(refused, models):
+    assert "no question given" in refused("generate", "--edge", models / "edge")
+
+
+@pytest.mark.parametrize("questions", [["apple :"], ["apple :", "bell :"]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--chat"], "no chat template; leave out --chat"),
+        (["--temperature", "-1"], "temperature=-1.0: choose 0 (greedy) or more"),
+        (["--top-k", "0"], "top_k=0: choose at least 1"),
+        (["--top-p", "1.5"], "top_p=1.5: choose a share above 0, up to 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0: choose at least 1"),
+        (["--max-new-tokens", "9999"], "more than the 2048 positions of the model"),
+        (["--stop", ""], "a stop string is empty"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_option_of_generate_is_refused(refused, models, questions, options, message):
+    assert message in refused("generate", *questions, "--edge", models / "edge", *options)
+
+
+def test_an_adapter_of_another_model_is_refused(call, refused, card, to, models):
+    assert call(*to("export", card, "--format", "peft", "--output", "adapter"))[0] == 0
+    words = ["generate", "apple :", "--card", "adapter", "--edge", models / "cloud"]
+    assert "is the adapter for another model?" in refused(*words)
+
+
+def test_the_edge_has_an_older_name(call, models):
+    """`--model` is what `--edge` was called."""
+    by_edge, by_model = (
+        call("generate", "apple :", option, models / "talker") for option in ("--edge", "--model")
+    )
+    assert by_edge == by_model
+    assert by_edge != call("generate", "apple :", "--edge", models / "edge")
