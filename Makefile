@@ -11,10 +11,10 @@ PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test parity lint format clean
+.PHONY: help demo test parity lint format docs notebooks clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## specialise the edge model to unseen tasks, end to end, on this machine
 	@$(VENV)/bin/lorax-gen demo
@@ -33,6 +33,17 @@ lint: $(VENV)/.installed-test ## check style, formatting and the floors, change 
 format: $(VENV)/.installed-test ## put formatting and imports right
 	@$(VENV)/bin/ruff check --fix-only --quiet .
 	@$(VENV)/bin/ruff format .
+
+# Notebooks run on the CPU; the warning left out asks for ipywidgets, which nothing here shows.
+NOTEBOOKS = JAX_PLATFORMS=cpu PYTHONWARNINGS="ignore:IProgress"
+
+docs: $(VENV)/.installed-docs ## build the site into .cache/site, strictly; the notebooks are executed
+	@$(NOTEBOOKS) EXECUTE_NOTEBOOKS=true NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@echo "site: .cache/site/index.html"
+
+notebooks: $(VENV)/.installed-docs ## execute the notebooks in their files, so that their outputs are fresh
+	@$(NOTEBOOKS) $(VENV)/bin/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
 
 clean: ## remove caches and build products (.venv and runs/ stay)
 	@rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache
@@ -78,3 +89,8 @@ $(VENV)/.installed-parity: pyproject.toml $(VENV)/.created
 	@echo "Installing lorax-gen, its test tools and torch into $(VENV) (this may take a few minutes) ..."
 	@$(PIP_INSTALL) -e '.[test,parity]'
 	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.created
+	@echo "Installing lorax-gen and what builds its site into $(VENV) (this may take a few minutes) ..."
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $(VENV)/.installed $@

@@ -132,6 +132,18 @@ def init_generator(
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Fresh trainables and BatchNorm statistics, fp32. The generated LoRA is zero at this point.
 
+    The trainables, C being the cloud's layers, H the `router_width` and R the `rank`:
+
+    * `meta_tokens`: `[L, D]`; `[1, D]` where `config.meta_tokens` is shared.
+    * `cloud_lora`: for each of `cloud_targets` `a [C, D_in, cloud_rank]` and
+      `b [C, cloud_rank, D_out]`.
+    * `router`: `w1 [L, D, H]`, `b1 [L, H]`, `w2 [L, H, N]`, `b2 [L, N]`, `bn_scale [L, N]` and
+      `bn_bias [L, N]`; without L where `config.router` is shared.
+    * `pool`: for each of `edge_targets` `a [L, N, D_in, R]` and `b [L, N, R, D_out]`; without L
+      where `config.pool` is shared.
+
+    The statistics: `mean [L, N]` and `var [L, N]`, without L as the router.
+
     Args:
       edge_shapes, cloud_shapes: kernel name -> (D_in, D_out) of one layer; only targets are used.
       cloud_embedding: `[D]`, the existing embedding that the meta tokens start from.
