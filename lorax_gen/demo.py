@@ -24,18 +24,6 @@ from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
 
 
-def load_system(cloud: str, edge: str, generator: str, lora: str | None) -> System:
-    """Loads what is compared; the names are directories or shipped models, `lora` is that of a PEFT
-    adapter."""
-    model = load_model(edge)
-    return System(
-        model,
-        load_model(cloud),
-        load_generator(generator),
-        lora=None if lora is None else load_adapter(lora, model.config),
-    )
-
-
 def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
     """Specialises, evaluates and draws; see `cli.demo.Demo`. Returns the report."""
     report_path = run_dir / "report.json"
@@ -43,7 +31,13 @@ def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
         raise UserError(f"{run_dir} exists and holds no demo; choose another --run-dir")
     files.make_directory(run_dir)
     console = Console(highlight=False)
-    system = load_system("world/cloud", "world/edge", "world/generator", "world/lora")
+    edge = load_model("world/edge")
+    system = System(
+        edge,
+        load_model("world/cloud"),
+        load_generator("world/generator"),
+        lora=load_adapter("world/lora", edge.config),
+    )
     data = WorldConfig()
 
     console.print(
