@@ -17,8 +17,9 @@ from lorax_gen import files
 from lorax_gen.errors import UserError
 
 # A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash.
+# What is made is a `files.AnyPath`; of a union within `UserPath | None` tyro knows no instance.
 UserPath = Annotated[
-    files.AnyPath,
+    os.PathLike,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",

@@ -63,7 +63,7 @@ def test_evaluate_prints_benchmarks_by_modes_and_goes_on_where_it_stopped(call, 
         shares = [found["cells"][name]["score"] for name in ("arc_easy", "winogrande")]
         assert found["average"] == pytest.approx(sum(shares) / 2)
     means = (tmp_path / "run" / "report.csv").read_text().splitlines()
-    assert sum(line.startswith("AVE,") for line in means) == 3
+    assert sum(",AVE," in line for line in means) == 3
 
     item.write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # as if killed while writing
     code, _, err = call(*words)

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.filterwarnings("error::UserWarning")  # users would see those of tyro
 def test_options_may_come_before_the_config(call, tmp_path):
     words = ["--topology", "gpu:8", "--output", "before.json"]
     code, out, err = call("plan", *words, "paper")
