@@ -32,8 +32,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 RUN = ("bash", "python")
 REASONS = (
-    "installs", "needs the hub", "needs a GPU", "needs a TPU", "needs several hosts", "needs torch",
-    "needs libtpu", "takes minutes", "takes hours",
+    "installs", "needs the hub", "needs a bucket", "needs a GPU", "needs a TPU",
+    "needs several hosts", "needs torch", "needs libtpu", "takes minutes", "takes hours",
 )  # fmt: skip
 # Commands run as they are written, but for the sizes that the test adds.
 SMALLER = {

@@ -16,6 +16,19 @@ import tyro
 from lorax_gen import files
 from lorax_gen.errors import UserError
 
+
+class BadPath(Exception):
+    """A path is refused. Not a ValueError, which tyro would put into a box, or take as a hint to
+    try another type."""
+
+
+def _to_path(words: list[str]) -> files.AnyPath:
+    try:
+        return files.to_path(words[0])
+    except UserError as error:
+        raise BadPath(str(error)) from None
+
+
 # A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash.
 # What is made is a `files.AnyPath`; of a union within `UserPath | None` tyro knows no instance.
 UserPath = Annotated[
@@ -23,7 +36,7 @@ UserPath = Annotated[
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda words: files.to_path(words[0]),
+        instance_from_str=_to_path,
         is_instance=lambda value: isinstance(value, files.AnyPath),
         str_from_instance=lambda path: [str(path)],
     ),
@@ -45,6 +58,8 @@ def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any
     try:
         with contextlib.redirect_stderr(said), wide:
             parsed = tyro.cli(options, args=arguments, prog=prog, **more)
+    except BadPath as error:
+        raise UserError(str(error)) from None
     except SystemExit as stop:
         if not stop.code:
             raise

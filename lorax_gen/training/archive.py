@@ -28,7 +28,7 @@ class Archive:
         self.store, self.local = store, files.staging(store)
         for path in self._objects():
             try:
-                with tarfile.open(files.local_copy(path)) as tar:
+                with tarfile.open(files.local_copy(path), "r:") as tar:
                     tar.extractall(self.local, filter="data")
             except tarfile.TarError as error:
                 raise UserError(

@@ -1,5 +1,6 @@
 """A run whose directory is in an object store is the run that it is on a disk, killed or not."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,9 +13,14 @@ import pytest
 
 from lorax_gen import cli, files
 from lorax_gen.data.world import FAMILIES
+from lorax_gen.errors import UserError
+from lorax_gen.mesh import hosts
+from lorax_gen.training.checkpoint import Checkpoints
+from lorax_gen.training.loop import fit
+from lorax_gen.training.run import RunConfig
 from tests.data import rows
 from tests.stores import bucket  # noqa: F401
-from tests.tiny import PROMPTS, make_generator, write_system
+from tests.tiny import PROMPTS, linear_experiment, make_generator, write_system
 
 CONFIG = """
 method: lora_gen
@@ -219,3 +225,90 @@ def test_an_evaluation_in_a_store_goes_on_where_it_stopped(call, bucket, system)
     assert call(*words)[0] == 0
     assert sorted(item.read_text().splitlines()[1:]) == sorted(lines[1:])
     assert (run_dir / "report.csv").exists() and (run_dir / "report.json").exists()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(bucket, request):  # noqa: F811
+    return bucket / "runs" / request.node.name.strip("]").replace("[", "-")
+
+
+def steps_of(run_dir):
+    names = {path.name.removesuffix(".tar") for path in (run_dir / "checkpoints").iterdir()}
+    return {int(name) for name in names}
+
+
+def test_the_latest_and_the_best_checkpoints_are_kept(run_dir, tmp_path):
+    """The error of the linear run falls and rises: what is kept is what a disk keeps."""
+    run = RunConfig(
+        steps=9, log_every=1, evaluate_every=3, checkpoint_every=2, best="error", best_is="lowest"
+    )
+    for directory in (run_dir, tmp_path / "run"):
+        made = linear_experiment(run)
+
+        def stopped(step, made=made):
+            if step == 7:
+                raise KeyboardInterrupt
+            return made.batch(step)
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(dataclasses.replace(made, batch=stopped), directory, {})
+        fit(made, directory, {})
+    assert steps_of(run_dir) == steps_of(tmp_path / "run") >= {8, 9}
+    assert rows_of(run_dir) == rows_of(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_named(run_dir):
+    made = linear_experiment(RunConfig(steps=2, log_every=1, evaluate_every=2, checkpoint_every=2))
+    fit(made, run_dir, {})
+    (run_dir / "released").rmtree()
+    [checkpoint] = (run_dir / "checkpoints").iterdir()
+    if checkpoint.suffix == ".tar":
+        checkpoint.write_text("half")
+    else:
+        for path in files.find(checkpoint / "state", "manifest.ocdbt"):
+            path.write_text("half")
+    with pytest.raises(UserError, match=r"damaged .*to resume from the one before") as error:
+        fit(made, run_dir, {})
+    assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_cannot_be_uploaded_ends_the_run_in_one_line(run_dir, monkeypatch):
+    made = linear_experiment(RunConfig(steps=9, log_every=1, evaluate_every=9, checkpoint_every=2))
+    if files.scheme(run_dir) == "gs":
+        pytest.skip("orbax uploads there by a client of its own")
+    store = files.file_system(run_dir)
+    put = store.put_file
+
+    def fail(local, remote):
+        if remote.endswith("4.tar"):
+            raise OSError("connection lost")
+        put(local, remote)
+
+    monkeypatch.setattr(store, "put_file", fail)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint in .* \(connection lost\)"):
+        fit(made, run_dir, {})
+    assert steps_of(run_dir) == {2}
+    monkeypatch.undo()
+    asked = []
+    again = dataclasses.replace(made, batch=lambda step: asked.append(step) or made.batch(step))
+    fit(again, run_dir, {})
+    assert asked == [2, 3, 4, 5, 6, 7, 8]
+
+
+def test_several_processes_share_checkpoints_where_orbax_can_write(bucket, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    if files.scheme(bucket) == "gs":
+        Checkpoints(bucket / "shared", RunConfig())
+        return
+    with pytest.raises(UserError, match=r"several processes cannot keep checkpoints in s3://"):
+        Checkpoints(bucket / "shared", RunConfig())
+
+
+def test_a_bucket_that_is_not_there_is_told_before_anything_is_trained(call, bucket):  # noqa: F811
+    nowhere = f"{files.scheme(bucket)}://nowhere/run"
+    code, out, err = call("train", "world", "--run-dir", nowhere, "--prompts", 8)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"lorax-gen: error: cannot write to {nowhere} (")
