@@ -3,8 +3,8 @@
     python experiments/world_seeds.py
 
 Trains the generator from the shipped language models with seeds 0, 1 and 2 (`lorax-gen train world
---run.seed N`, interrupted runs resume) and prints a table. The measured result stands in the
-README.
+--run.seed N`, interrupted runs resume) and prints a table. The measured result stands in
+docs/world.md.
 """
 
 from __future__ import annotations
