@@ -36,7 +36,7 @@ class Sample:
 class Mixture:
     """Sources with weights, and the batches drawn from them.
 
-    `counts` holds counts since construction, and `summary()` prints them in one line: shots that a
+    `counts` holds counts since construction, and `summary()` gives them in one line: shots that a
     source does not have, shots left out because a prompt was too long, samples dropped because they
     were still too long, samples replaced because a batch would have held a single task. A dropped
     sample is replaced by another of its source. Asking for a step twice counts twice.
