@@ -28,7 +28,7 @@ def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
     """Specialises, evaluates and draws figures; see `cli.demo.Demo`. Returns the report."""
     report_path = run_dir / "report.json"
     if run_dir.exists() and any(run_dir.iterdir()) and not report_path.exists():
-        raise UserError(f"{run_dir} exists and is not a demo's directory; choose another --run-dir")
+        raise UserError(f"{run_dir} exists and is not from a demo; choose another --run-dir")
     files.make_directory(run_dir)
     console = Console(highlight=False)
     edge = load_model("world/edge")
