@@ -1,13 +1,14 @@
-"""Prefill and decoding beside `transformers` on torch: same shape, same weights, one run.
+"""Prefill and decoding against `transformers` on torch: same shape, same weights, one run.
 
     python benchmarks/decode.py                                # a CPU: TinyLLaMA's shape, 4 layers
-    python benchmarks/decode.py --layers 22 --dtype bfloat16   # a GPU: all of it
+    python benchmarks/decode.py --layers 22 --dtype bfloat16   # a GPU: all layers
 
-Prefill is prompt -> logits behind its last token, chosen token and filled cache; decoding is greedy
+Prefill is prompt -> logits after its last token, chosen token and filled cache; decoding is greedy
 from there, per token. Weights are random, logits are compared before anything is timed, and the
-sides take turns, so that whatever else the machine does falls on both. The peer has all cores, sdpa
+sides alternate, so that other load on the machine affects both. The peer has all cores, sdpa
 attention, no gradients, and both of its caches; the ratio is to the faster one in each row. Without
-torch (pip install -e '.[parity]'), or without its CUDA where jax runs on a GPU, only our own times.
+torch (pip install -e '.[parity]'), or without its CUDA where jax runs on a GPU, only our side is
+timed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ except ImportError:
     torch = None
 
 TARGETS = {"prefill": 1.0, "decode": 0.7}  # ours / theirs, at most
-# Bytes per second of a device's memory, by the beginning of its name; the vendors' numbers.
+# Bytes per second of a device's memory, by the prefix of its name; the vendors' numbers.
 PEAKS = {
     "NVIDIA H200": 4.8e12,
     "NVIDIA H100 PCIe": 2.0e12,
@@ -61,7 +62,7 @@ class Options:
     preset: Literal["tinyllama_1b", "llama3_2_1b", "llama3_8b", "gemma_2b", "qwen2_1_5b"] = (
         "tinyllama_1b"
     )
-    """Shape of the model. No Gemma 2: the peer's sdpa attention leaves its soft-caps out."""
+    """Shape of the model. No Gemma 2: the peer's sdpa attention omits its soft-caps."""
     layers: int = 4
     """How many of its layers; TinyLLaMA has 22."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -71,22 +72,22 @@ class Options:
     batches: tuple[int, ...] = (1, 8)
     """Prompts at a time."""
     new_tokens: int = 32
-    """Tokens decoded behind each prompt."""
+    """Tokens decoded after each prompt."""
     repeats: int = 7
-    """Of every measurement; all are preceded by one that does not count."""
+    """Of every measurement, after one that is not counted."""
     peer: bool = True
-    """Time transformers too, where torch is there for the same device."""
+    """Time transformers too, where torch is installed for the same device."""
     compile: bool = False
     """Also the peer's decoding step under torch.compile, with CUDA graphs on a GPU."""
     output: Path | None = None
-    """JSON of all that the table says, and quartiles and versions."""
+    """Path for JSON with the table's numbers, quartiles and versions."""
 
 
 # --- the two sides -------------------------------------------------------------------------------
 
 
 def random_params(config: DecoderConfig, dtype: Any) -> Params:
-    """Normal of variance 1 / fan-in; `layers` is a list, as decoding wants it."""
+    """Normal of variance 1 / fan-in; `layers` is a list, as decoding takes it."""
     shapes = abstract_params(config)
     layer = {name: x.shape[1:] for name, x in shapes["layers"].items()}
     outer = {name: x.shape for name, x in shapes.items() if name != "layers"}
@@ -137,7 +138,7 @@ def their_model(params: Params, config: DecoderConfig, device: str):
             state[name] = value.T if is_transposed(ours) else value
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)  # copies, each kernel in torch's own layout
+    model.load_state_dict(state)  # copies each kernel into torch's own layout
     return model.eval()
 
 
@@ -160,7 +161,7 @@ def their_side(model, kind: str, options: Options):
         start = time.perf_counter()
         if kind == "dynamic":
             cache = transformers.DynamicCache(config=model.config)
-        elif shape in caches:  # a compiled step wants it where it was
+        elif shape in caches:  # a compiled step needs the same buffers
             cache = caches[shape]
             cache.reset()
         else:
@@ -181,7 +182,7 @@ def their_side(model, kind: str, options: Options):
 
 
 def check_agreement(params: Params, config: DecoderConfig, model, tokens: np.ndarray) -> float:
-    """Root mean square difference of logits over their spread; AssertionError where it counts."""
+    """RMS difference of logits over their deviation. Raises AssertionError above the limit."""
 
     @jax.jit
     def forward(params, tokens):
@@ -210,11 +211,14 @@ def bytes_per_token(params: Params, config: DecoderConfig, batch: int, filled: f
 
 
 def peak_bandwidth(device: jax.Device) -> tuple[float, str]:
-    """Bytes per second of the device's memory, and where that is from."""
+    """Bytes per second of the device's memory, and the source of the number."""
     for name, peak in PEAKS.items():
         if device.device_kind.startswith(name):
             return peak, "nominal"
-    matrix, vector = jnp.ones((32768, 8192)), jnp.ones(8192)  # 1 GiB, far above any CPU's caches
+    matrix, vector = (
+        jnp.ones((32768, 8192)),
+        jnp.ones(8192),
+    )  # 1 GiB, far larger than any CPU's caches
     read, seconds = jax.jit(jnp.matmul), []
     for _ in range(5):
         start = time.perf_counter()
@@ -247,10 +251,10 @@ def main(options: Options) -> None:
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.integers(0, config.vocab_size, shape, np.int32)  # noqa: E731
 
-    place = {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
-    if options.peer and torch and (place == "cpu" or (place and torch.cuda.is_available())):
+    backend = {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
+    if options.peer and torch and (backend == "cpu" or (backend and torch.cuda.is_available())):
         torch.set_num_threads(os.cpu_count())
-        model = their_model(params, config, place)
+        model = their_model(params, config, backend)
         difference = check_agreement(params, config, model, draw(2, 64))
         kinds = ["dynamic", "static"] + ["compiled"] * options.compile
         sides |= {kind: their_side(model, kind, options) for kind in kinds}

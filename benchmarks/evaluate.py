@@ -1,21 +1,21 @@
-"""Scoring of choices beside lm-evaluation-harness on torch: same model, same items, one run.
+"""Scoring of choices against lm-evaluation-harness on torch: same model, same items, one run.
 
     python benchmarks/evaluate.py
 
-Text goes in, log-likelihoods come out, tokenisation included. The model is TinyLLaMA's shape with 4
-of its layers, weights random, fp32 on a CPU; the items are of HellaSwag's make, four endings behind
+Times run from text to log-likelihoods, tokenisation included. The model is TinyLLaMA's shape with
+4 of its layers, weights random, fp32 on a CPU; the items have HellaSwag's form, four endings after
 one context, with as many tokens as those of its validation split have in LLaMA 2's tokenizer; words
-are invented, each one token. `--data FOLDER --model FOLDER` takes the real items and a real
+are random, each one token. `--data FOLDER --model FOLDER` takes the real items and a real
 tokenizer. The peer is lm-eval's own `hf` backend over transformers with sdpa attention and all
 cores, in batches of several sizes; the ratio is to the fastest of them. All log-likelihoods are
-compared before anything is timed, and the sides take turns, so that whatever else the machine does
-falls on both.
+compared before anything is timed, and the sides alternate, so that other load on the machine
+affects both.
 
-A second table says how our time grows with the tokens of a batch and with the number of items;
-`programs` are those that the first call compiled.
+A second table gives our time against the tokens of a batch and the number of items; `programs` are
+those that the first call compiled.
 
 Without lm-eval and torch (pip install -e '.[harness,parity]'), or without torch's CUDA where jax
-runs on a GPU, only our own times.
+runs on a GPU, only our side is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ except ImportError:
 TARGET = 0.6  # ours / theirs, at most
 CLOSE = 1e-3  # of a log-likelihood, relative to its size, in fp32
 
-Item = tuple[str, list[str]]  # a context, and what continues it in each choice
+Item = tuple[str, list[str]]  # a context, and the continuation of each choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +75,23 @@ class Options:
     items: int = 24
     """Items that both sides score."""
     tokens_per_batch: int = TOKENS_PER_BATCH
-    """Of ours, where it is beside theirs."""
+    """Tokens of our batch in the comparison."""
     peer_batches: tuple[int, ...] = (1, 8)
-    """Sizes of their batches, in choices."""
+    """Batch sizes of the peer, in choices."""
     grow_tokens: tuple[int, ...] = (512, 2048, 8192)
-    """Tokens of a batch of ours, for the second table."""
+    """Tokens of our batches, for the second table."""
     grow_items: tuple[int, ...] = (4, 12, 48)
     """Numbers of items, for the second table."""
     repeats: int = 3
-    """Of every measurement; all are preceded by one that does not count."""
+    """Of every measurement, after one that is not counted."""
     peer: bool = True
-    """Time lm-eval too, where it is there with torch for the same device."""
+    """Time lm-eval too, where it is installed with torch for the same device."""
     data: Path | None = None
-    """Folder with hellaswag.test.jsonl; None: invented items."""
+    """Folder with hellaswag.test.jsonl; None: random items."""
     model: Path | None = None
-    """Model directory whose tokenizer is used; None: one of invented words."""
+    """Model directory whose tokenizer is used; None: one of random words."""
     output: Path | None = None
-    """JSON of all that the tables say, and quartiles and versions."""
+    """Path for JSON with the tables' numbers, quartiles and versions."""
 
 
 # --- model and items -----------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def random_params(config: DecoderConfig, dtype: Any) -> Params:
 
 
 def invented_items(count: int, words: list[str]) -> list[Item]:
-    """Items of HellaSwag's make and lengths: a context of 56 tokens on average, endings of 33."""
+    """Items of HellaSwag's form and lengths: a context of 56 tokens on average, endings of 33."""
     rng = np.random.default_rng(0)
 
     def text(mean: float, spread: float, least: int, most: int) -> str:
@@ -179,7 +179,7 @@ def their_side(theirs: Any, tokenizer: Any, batch: int) -> Side:
 
 
 def alternate(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, round by round; the first one, which compiles, does not count."""
+    """Seconds of each side, round by round; the first one, which compiles, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, run in sides.items():
@@ -191,7 +191,7 @@ def alternate(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
 
 
 def check_agreement(found: dict[str, np.ndarray], dtype: str) -> float:
-    """Largest difference of a log-likelihood; AssertionError where it is not the same model."""
+    """Largest difference of a log-likelihood. Raises AssertionError above the limit."""
     ours = found["ours"]
     worst = max(float(np.abs(ours - theirs).max()) for theirs in found.values())
     limit = CLOSE if dtype == "float32" else 0.05
@@ -205,12 +205,14 @@ def measured(seconds: list[float], items: int) -> dict[str, Any]:
     return {"seconds": seconds, "quartiles": quartiles, "items_per_second": items / median}
 
 
-def beside(model: Model, items: list[Item], options: Options, place: str | None) -> dict[str, Any]:
+def beside(
+    model: Model, items: list[Item], options: Options, backend: str | None
+) -> dict[str, Any]:
     """Both sides on the same items."""
     sides = {"ours": our_side(model, options.tokens_per_batch)}
     worst = None
-    if place:
-        theirs = their_model(model, place)
+    if backend:
+        theirs = their_model(model, backend)
         for batch in options.peer_batches:
             sides[f"lm-eval, {batch}"] = their_side(theirs, model.tokenizer, batch)
         worst = check_agreement({name: run(items) for name, run in sides.items()}, options.dtype)
@@ -224,7 +226,7 @@ def beside(model: Model, items: list[Item], options: Options, place: str | None)
 
 
 def growth(model: Model, make_items: Callable[[int], list[Item]], options: Options) -> list[dict]:
-    """Our time for more items, and for batches of more tokens."""
+    """Our time against the number of items and the tokens of a batch."""
     rows = []
     for tokens in options.grow_tokens:
         run = our_side(model, tokens)
@@ -261,15 +263,15 @@ def main(options: Options) -> None:
     def make_items(count: int) -> list[Item]:
         return real_items(count, options.data) if options.data else invented_items(count, words)
 
-    place = {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
-    if options.peer and torch and (place == "cpu" or (place and torch.cuda.is_available())):
+    backend = {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
+    if options.peer and torch and (backend == "cpu" or (backend and torch.cuda.is_available())):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     else:
-        place = None
+        backend = None
         console.print(f"no peer on this {device.platform}: only our own times")
 
     load = os.getloadavg()
-    found = beside(model, make_items(options.items), options, place)
+    found = beside(model, make_items(options.items), options, backend)
     title = f"{options.preset}, {options.layers} layers, {options.dtype}, on {device.device_kind}; "
     title += f"{options.items} items of four choices"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

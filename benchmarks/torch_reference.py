@@ -1,19 +1,18 @@
-"""A training step of LoRA-Gen in plain torch, on models of `transformers`: the peer and the oracle.
+"""A train step of LoRA-Gen in plain torch, on models of `transformers`: the peer and the reference.
 
-Written from the paper's equations as one who lives in torch would write them: frozen models with
-wrapped linear layers, `inputs_embeds` and attention masks, a router that is a `Sequential`, loops
-over layers, logits at every position of the edge and the loss that `labels` gives. Nothing of
-`lorax_gen`'s own computations is used; the constants come in an object with the fields of its
-`GeneratorConfig`. `benchmarks/train_step.py` times it, `tests/training/test_oracle.py` holds the
-library's loss, gradients and parameters against it.
+Written from the paper's equations in idiomatic torch: frozen models with wrapped linear layers,
+`inputs_embeds` and attention masks, a router that is a `Sequential`, loops over layers, logits at
+every position of the edge and the loss of `labels`. It uses none of `lorax_gen`'s computations; the
+constants come in an object with the fields of its `GeneratorConfig`. `benchmarks/train_step.py`
+times it, `tests/training/test_oracle.py` compares the library's loss, gradients and parameters with
+it.
 
-Two switches change the work and not the result: `lm_head` calls the cloud as a causal LM, which
-computes logits that nobody reads, and `repeat_prompts` reads a prompt once for each of its
-questions, as a data set of (prompt, question, answer) rows does. Most code written against
-`transformers` does both; both are off unless asked for.
+Two switches change the work but not the result: `lm_head` calls the cloud as a causal LM, which
+computes unused logits, and `repeat_prompts` reads a prompt once for each of its questions, as with
+a data set of (prompt, question, answer) rows. Most code written for `transformers` does both; both
+are off by default.
 
-Dimensions: P prompts, Q questions per prompt, B = P * Q rows, T time, D in, F out, R rank,
-L edge layers, N experts, K kept experts.
+Dims beyond the legend (`lorax_gen.method`): D input width, F output width of a kernel.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ def set_linear(layer: nn.Module, name: str, module: nn.Module) -> None:
     setattr(getattr(layer, block), attribute, module)
 
 
-# --- frozen linear layers with something beside them ---------------------------------------------
+# --- frozen linear layers with a low-rank term ---------------------------------------------------
 
 
 class Adapter(nn.Module):
-    """y = W x + (alpha / r) B A drop(x): one trained LoRA, as PEFT has it."""
+    """y = W x + (alpha / r) B A drop(x): one trained LoRA, as in PEFT."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -65,7 +64,7 @@ class Adapter(nn.Module):
 
 
 class PerExample(nn.Module):
-    """y = W x + s sum_j A_j B_j x with factors of its own for each row, set before the call."""
+    """y = W x + s sum_j A_j B_j x with separate factors for each row, set before the call."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -134,13 +133,13 @@ def balance_loss(gates: Tensor, coefficient: float) -> Tensor:
 
 
 class LoraGen(nn.Module):
-    """The whole system, trained by `train_step`. Wraps layers of the models it is given.
+    """The full system, trained by `train_step`. Wraps layers of the models it is given.
 
     Args:
       cloud, edge: causal LMs of `transformers`; they are frozen here.
       config: the fields of `lorax_gen.method.GeneratorConfig`; its strategy is keep_top_k.
       lm_head, repeat_prompts: see above.
-      embedding: `[D]`, which the meta tokens start from.
+      embedding: `[D]`, initial value of the meta tokens.
     """
 
     def __init__(
@@ -177,20 +176,20 @@ class LoraGen(nn.Module):
                 set_linear(layer, name, PerExample(get_linear(layer, name)))
 
     def read(self, prompt: Tensor, lengths: Tensor) -> Tensor:
-        """T^i, `[P, L, D]`: states at the meta tokens, which stand right behind each prompt."""
+        """T^i, `[P, L, D]`: states at the meta tokens, which directly follow each prompt."""
         layers, rows = self.edge.config.num_hidden_layers, len(prompt)
         x = self.cloud.get_input_embeddings()(prompt)
         x = torch.cat([x, x.new_zeros(rows, layers, x.shape[-1])], 1)
-        places = lengths[:, None] + torch.arange(layers, device=prompt.device)
+        positions = lengths[:, None] + torch.arange(layers, device=prompt.device)
         row = torch.arange(rows, device=prompt.device)[:, None]
-        x = x.index_put((row, places), self.meta.to(x.dtype).expand(rows, layers, -1))
+        x = x.index_put((row, positions), self.meta.to(x.dtype).expand(rows, layers, -1))
         mask = torch.arange(x.shape[1], device=prompt.device) < lengths[:, None] + layers
         inputs = {"inputs_embeds": x, "attention_mask": mask.long(), "use_cache": False}
         if self.lm_head:
             hidden = self.cloud(**inputs, output_hidden_states=True).hidden_states[-1]
         else:
             hidden = self.cloud.model(**inputs).last_hidden_state
-        return hidden[row, places]
+        return hidden[row, positions]
 
     def route(self, states: Tensor) -> Tensor:
         """Logits `[P, L, N]` of meta states `[P, L, D]`."""
@@ -200,7 +199,7 @@ class LoraGen(nn.Module):
         return torch.stack([f(states[:, i]) for i, f in enumerate(self.routers)], 1)
 
     def compose(self, i: int, kept: Tensor, indices: Tensor, repeats: int) -> None:
-        """Eq. 8: hands layer i its LoRA, made of the K experts kept for each prompt."""
+        """Eq. 8: sets the LoRA of layer i, made of the K experts kept for each prompt."""
         config, layer = self.config, self.edge.model.layers[i]
         pool = self.pools[i if len(self.pools) > 1 else 0]
         for name in config.edge_targets:
@@ -219,7 +218,7 @@ class LoraGen(nn.Module):
         """Eq. 10: the loss, its parts, and the gates `[P, L, N]`.
 
         A batch holds `prompt: [P, T]`, `prompt_lengths: [P]`, `tokens` and `answer: [B, T']`; row b
-        is asked under prompt b // Q, and nothing real stands behind its answer.
+        belongs to prompt b // Q, and only padding follows its answer.
         """
         config, answer = self.config, batch["answer"]
         prompt, lengths = batch["prompt"], batch["prompt_lengths"]
@@ -232,7 +231,7 @@ class LoraGen(nn.Module):
         gates = torch.zeros_like(logits).scatter(-1, indices, kept)
         for i in range(logits.shape[1]):
             self.compose(i, kept[:, i], indices[:, i], repeats)
-        # Everything up to the last token of the answer is real.
+        # Everything after the last token of the answer is padding.
         mask = answer.flip(1).cumsum(1).flip(1) > 0
         labels = batch["tokens"].masked_fill(~answer, -100)
         lm = self.edge(
@@ -268,7 +267,7 @@ def make_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW that decays all that is trained but biases and BatchNorm."""
+    """AdamW that decays all trained parameters but biases and BatchNorm."""
     spared = {
         id(parameter)
         for module in model.modules()
@@ -289,7 +288,7 @@ def train_step(
     batch: Mapping[str, Tensor],
     clip_norm: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One step; what `forward` gave, and the norm of the gradients before they were clipped."""
+    """One step; the outputs of `forward`, and the norm of the gradients before clipping."""
     model.train()
     optimizer.zero_grad(set_to_none=True)
     out = model(batch)
@@ -313,7 +312,7 @@ def adapter_places(adapters: list[dict[str, Adapter]], *path: str) -> Iterator[P
 
 
 def places(model: LoraGen) -> Iterator[Place]:
-    """Where each trained parameter lies in the library's trees, which stack layers in front.
+    """Maps trained parameters to leaves of the library's trees, which stack layers on axis 0.
 
     Yields path, layer (None: not stacked), parameter, and whether it is stored transposed.
     """
@@ -336,7 +335,7 @@ def places(model: LoraGen) -> Iterator[Place]:
 
 
 def statistics(model: LoraGen) -> Iterator[Place]:
-    """As `places`, of BatchNorm's running statistics."""
+    """As `places`, for BatchNorm's running statistics."""
     for i, router in enumerate(model.routers):
         layer = i if model.config.router == "per_layer" else None
         yield ("mean",), layer, router[3].running_mean, False

@@ -1,24 +1,24 @@
-"""The training step beside the same step in torch: same models, same weights, one run.
+"""The train step against the same step in torch: same models, same weights, one run.
 
     python benchmarks/train_step.py
 
-On a CPU these are small models with a vocabulary of real size, in fp32; elsewhere LLaMA3-8B and
+On a CPU the models are small with a vocabulary of real size, in fp32; elsewhere LLaMA3-8B and
 TinyLLaMA in bf16, with the lengths of the paper's Table 13: 200 tokens of prompt, 100 of input.
-Weights are random; loss and gradients are compared before anything is timed; the sides take turns,
-so that whatever else the machine does falls on both. The peer is `torch_reference.py` with sdpa
-attention and all cores, in two ways:
+Weights are random; loss and gradients are compared before anything is timed; the sides alternate,
+so that other load on the machine affects both. The peer is `torch_reference.py` with sdpa attention
+and all cores, in two ways:
 
     lean    the cloud without its head, each prompt read once
     usual   the cloud called as a causal LM, each prompt read once for each of its questions
 
 and the ratio is to the lean one. A row `lora` is a step of one plain LoRA on all kernels of the
 edge. Without torch (pip install -e '.[parity]'), or without its CUDA where jax runs on a GPU, only
-our own times.
+our side is timed.
 
-MFU is of the work that the step needs, counted by `lorax_gen.cost` and not counting what
-is computed twice, against the device's nominal speed, or, on one that is not known here, that of a
-large product of matrices, measured first. Memory is, of ours, what XLA allots to the step:
-arguments, frozen weights among them, and temporaries; of theirs the peak that was allocated.
+MFU counts the FLOPs that the step needs, by `lorax_gen.cost` and without recomputation, over the
+device's nominal peak or, for an unknown device, over the measured speed of a large matrix product.
+Our memory is what XLA allocates for the step: arguments, frozen weights included, and temporaries;
+theirs is the peak that was allocated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
 
 import jax
 import jax.numpy as jnp
@@ -123,27 +123,27 @@ class Options:
     prompts: int = 8
     """Prompts in a batch."""
     queries: tuple[int, ...] | None = None
-    """Questions asked under each of them; None: 1 and 4 on a CPU, 1 elsewhere."""
+    """Questions under each prompt; None: 1 and 4 on a CPU, 1 elsewhere."""
     prompt_length: int = 200
     """Tokens of a prompt."""
     input_length: int = 100
     """Tokens of a question."""
     answer_length: int = 16
-    """Tokens of its answer, behind it."""
+    """Tokens of its answer, after it."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What our step computes again instead of keeping it."""
+    """What our step rematerialises."""
     microbatches: int = 1
-    """Parts of the batch that our step takes one after the other."""
+    """Parts of the batch that our step processes in sequence."""
     attention: Name = "auto"
     """Our attention; auto: the one for the device."""
     repeats: int = 5
-    """Of every measurement; all are preceded by one that does not count."""
+    """Of every measurement, after one that is not counted."""
     peer: bool = True
-    """Time torch too, where it is there for the same device."""
+    """Time torch too, where it is installed for the same device."""
     baseline: bool = True
     """Also a step of the plain LoRA."""
     output: Path | None = None
-    """JSON of all that the table says, and quartiles and versions."""
+    """Path for JSON with the table's numbers, quartiles and versions."""
 
 
 @dataclasses.dataclass
@@ -152,12 +152,12 @@ class Side:
 
     run: Callable[[], float]  # takes one step, returns its seconds
     reset_peak: Callable[[], None] = lambda: None
-    peak: Callable[[], int | None] = lambda: None  # bytes since then
+    peak: Callable[[], int | None] = lambda: None  # bytes since the reset
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the table: a loss, where it starts, its data, and how much work a step needs."""
+    """One row of the table: a loss, its parameters and data, and the work of a step."""
 
     name: str
     queries: int
@@ -173,7 +173,7 @@ class Case:
 
 
 def random_params(config: DecoderConfig, dtype: Any, seed: int) -> Params:
-    """Normal of variance 1 / fan-in, made where it stays; layer by layer, to need no more room."""
+    """Normal of variance 1 / fan-in, drawn on the device layer by layer, to save memory."""
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, stacked = path[-1].key, len(path) == 2
@@ -199,7 +199,7 @@ def hash_name(name: str) -> int:
 
 
 def filled(tree: Any, seed: int) -> Any:
-    """A tree of trainables with no B at zero, so that all that is trained matters to the loss."""
+    """The trainables with random B factors, so that the loss depends on all of them."""
     rng = np.random.default_rng(seed)
 
     def fill(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -226,9 +226,9 @@ def make_batch(options: Options, queries: int, cloud_vocab: int, edge_vocab: int
 
 
 def our_side(case: Case) -> tuple[Side, Callable[[], tuple[float, dict]], dict[str, int]]:
-    """The jitted step with its state donated; loss and norms of gradients; what XLA planned."""
+    """The jitted step with its state donated; loss and gradients; the memory planned by XLA."""
     optimizer = make_optimizer(OptimizerConfig(), 1000)
-    # The step eats its state: a copy, so that others can start from the same.
+    # The step donates its state: copy it, so that other steps can start from the same.
     params, stats = jax.tree.map(jnp.copy, (case.params, case.stats))
     state = init_state(params, stats, optimizer, seed=0)
     train_step = jax.jit(make_train_step(case.loss, optimizer), donate_argnums=0)
@@ -316,7 +316,7 @@ def their_side(model: Any, batch: dict[str, np.ndarray], device: str) -> tuple[S
 
 
 def check_agreement(ours: tuple, theirs: tuple, dtype: str) -> dict[str, float]:
-    """Relative differences of loss and gradients; AssertionError where they are not the same."""
+    """Relative differences of loss and gradients. Raises AssertionError above the limits."""
     (our_loss, our_grads), (their_loss, their_grads) = ours, theirs
     total = np.sqrt(sum(np.sum(np.square(x)) for x in their_grads.values()))
     apart = np.sqrt(sum(np.sum(np.square(x - our_grads[n])) for n, x in their_grads.items()))
@@ -324,7 +324,7 @@ def check_agreement(ours: tuple, theirs: tuple, dtype: str) -> dict[str, float]:
         "loss": abs(our_loss - their_loss) / abs(their_loss),
         "gradients": float(apart / total),
     }
-    # In bf16 single prompts may choose other experts.
+    # In bf16 a prompt may choose other experts.
     limits = {"loss": 1e-5, "gradients": 1e-3} if dtype == "float32" else {"loss": 0.02}
     for name, limit in limits.items():
         assert found[name] < limit, f"not the same step: {name} differ by {found[name]:.1e}"
@@ -335,7 +335,7 @@ def check_agreement(ours: tuple, theirs: tuple, dtype: str) -> dict[str, float]:
 
 
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
-    """FLOP per second of the device, and where that is from."""
+    """FLOP per second of the device, and the source of the number."""
     nominal = chips.peak_flops(device.device_kind)
     if nominal is not None and dtype == "bfloat16":
         return nominal, "nominal"
@@ -350,9 +350,9 @@ def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
 
 
 def alternate(sides: dict[str, Side], repeats: int) -> tuple[dict[str, list[float]], dict]:
-    """Seconds of each side, round by round, and each side's peak of memory.
+    """Seconds of each side, round by round, and each side's peak memory.
 
-    A side that is out of memory in its first round, which does not count, is left out.
+    A side that runs out of memory in its first round, which is not counted, is left out.
     """
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int | None] = {}
@@ -372,7 +372,7 @@ def alternate(sides: dict[str, Side], repeats: int) -> tuple[dict[str, list[floa
 
 
 def resolve(options: Options, platform: str) -> Options:
-    """The options with the platform's defaults in."""
+    """The options with the platform's defaults filled in."""
     cpu = platform == "cpu"
     return dataclasses.replace(
         options,
@@ -444,7 +444,7 @@ def make_cases(options: Options, spec: GeneratorSpec, frozen: dict[str, Params])
 
 
 def their_sides(case: Case, spec: GeneratorSpec, frozen: dict[str, Params], device: str) -> dict:
-    """`{name: (side, gradients)}` of all that torch has to offer for a case."""
+    """`{name: (side, gradients)}` of the torch variants of a case."""
     edge = their_model(frozen["edge"], spec.edge, device)
     if case.name == "lora":
         config = LoraConfig()
@@ -484,8 +484,8 @@ def main(options: Options) -> None:
         "cloud": random_params(spec.cloud, dtype, 0),
         "edge": random_params(spec.edge, dtype, 1),
     }
-    place = {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
-    peer = options.peer and torch and (place == "cpu" or (place and torch.cuda.is_available()))
+    backend = {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
+    peer = options.peer and torch and (backend == "cpu" or (backend and torch.cuda.is_available()))
     if peer:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     else:
@@ -505,7 +505,7 @@ def main(options: Options) -> None:
         ours, our_gradients, memory = our_side(case)
         sides, differences = {"ours": ours}, None
         if peer:
-            theirs = their_sides(case, spec, frozen, place)
+            theirs = their_sides(case, spec, frozen, backend)
             differences = check_agreement(our_gradients(), theirs["lean"][1](), options.dtype)
             sides |= {name: side for name, (side, _) in theirs.items()}
         seconds, peaks = alternate(sides, options.repeats)
@@ -525,9 +525,9 @@ def main(options: Options) -> None:
             quartiles = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
             row["sides"][name] = {"quartiles": quartiles, "seconds": values, "peak": peaks[name]}
         rows.append(row)
-        sides = theirs = ours = our_gradients = None  # both sides' models need their room
+        sides = theirs = ours = our_gradients = None  # free both sides' models
         gc.collect()
-        if place == "cuda" and peer:
+        if backend == "cuda" and peer:
             torch.cuda.empty_cache()
     console.print(table)
     console.print("medians; ratio: ours to lean")
@@ -536,7 +536,9 @@ def main(options: Options) -> None:
         console.print(f"not to be quoted: {load_before[0]:.1f} of {cores} cores were at other work")
     if peer:
         aim = TARGETS[device.platform]
-        console.print(f"aims: ratio {aim} or less" + f", MFU {TARGET_MFU:.0%}" * (place == "cuda"))
+        console.print(
+            f"aims: ratio {aim} or less" + f", MFU {TARGET_MFU:.0%}" * (backend == "cuda")
+        )
         worst = {k: max(row["differences"][k] for row in rows) for k in ("loss", "gradients")}
         console.print(", ".join(f"{k} differ by {v:.0e} at most" for k, v in worst.items()))
     if options.output:

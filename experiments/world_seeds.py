@@ -1,9 +1,9 @@
-"""LoRA-Gen in the embedded world over three seeds: accuracy on unseen tasks, mean and spread.
+"""LoRA-Gen in the embedded world over three seeds: accuracy on unseen tasks, mean and deviation.
 
     python experiments/world_seeds.py
 
 Trains the generator from the shipped language models with seeds 0, 1 and 2 (`lorax-gen train world
---run.seed N`, interrupted runs resume) and prints a table. The measured result stands in
+--run.seed N`, interrupted runs resume) and prints a table. The measured result is in
 docs/world.md.
 """
 
@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 
 
 def last_evaluation(run_dir: Path) -> dict[str, float]:
-    """The last row of a run's metrics that holds accuracies on unseen tasks."""
+    """The last row of a run's metrics with accuracies on unseen tasks."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "accuracy/unseen" in row][-1]
 

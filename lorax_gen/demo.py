@@ -1,4 +1,4 @@
-"""`lorax-gen demo`: the whole method on the shipped models, told on the terminal."""
+"""`lorax-gen demo`: the full method on the shipped models, shown on the terminal."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from lorax_gen.models.huggingface import load_model
 
 
 def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
-    """Specialises, evaluates and draws; see `cli.demo.Demo`. Returns the report."""
+    """Specialises, evaluates and draws figures; see `cli.demo.Demo`. Returns the report."""
     report_path = run_dir / "report.json"
     if run_dir.exists() and any(run_dir.iterdir()) and not report_path.exists():
-        raise UserError(f"{run_dir} exists and holds no demo; choose another --run-dir")
+        raise UserError(f"{run_dir} exists and is not from a demo; choose another --run-dir")
     files.make_directory(run_dir)
     console = Console(highlight=False)
     edge = load_model("world/edge")
@@ -79,7 +79,7 @@ def show_examples(console: Console, system: System, data: WorldConfig, seed: int
 
 
 def draw_gates(system: System, data: WorldConfig, path: AnyPath, seed: int) -> None:
-    """The heat map of gates of some unseen tasks of each family."""
+    """Draws heat maps of the gates of up to 8 unseen tasks of each family."""
     rng, chosen = np.random.default_rng(seed), []
     for family in data.families:
         tasks = data.world().select("unseen", family)

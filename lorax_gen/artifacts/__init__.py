@@ -1,0 +1,9 @@
+"""The files that leave the program, and how they are read again.
+
+generator   a released generator: a directory of safetensors and JSON
+card        task cards: the kept experts of each layer and their gates
+peft        LoRA trees as PEFT adapters, and back
+gguf        LoRA trees as GGUF adapters for llama.cpp
+export      cards and adapters as merged models, PEFT or GGUF
+verify      whether all forms of an artifact agree
+"""

@@ -1,11 +1,11 @@
-"""GPT4Tools: a user's request that tools can fulfil, and a prompt that says which tools there are.
+"""GPT4Tools: a user's request that tools can fulfil, and a prompt that describes the tools.
 
-A record's instruction is cut into what the cloud reads (who the assistant is, the tools, the format
-of its answers, the rules for file names) and what the edge reads (the previous conversation, the
-new input, and what stands behind it). Behind the new input every record has the same reminder to
+A record's instruction is split into what the cloud reads (the assistant's role, the tools, the
+format of its answers, the rules for file names) and what the edge reads (the previous conversation,
+the new input, and the text after it). After the new input every record has the same reminder to
 use tools and to think step by step, and some have calls already made. The reminder stays with the
-edge: it belongs between the input and those calls, so that both parts joined are the record again.
-It is part of what the edge still sees wherever a compression ratio is told.
+edge: it belongs between the input and those calls, so that joining both parts gives the record
+again. Its tokens count as read by the edge in every compression ratio.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorax_gen.files import AnyPath, find, to_path
 
 CUT = "\n\n"
 CONVERSATION = "Previous conversation:"
-# Names of the published files, the first that is there.
+# Names of the published files; the first that exists is read.
 FILES = {
     "train": ("gpt4tools_71k", "gpt4_tools_71k"),
     "validation": ("gpt4tools_val_seen",),
@@ -34,7 +34,7 @@ _TOOLS = re.compile(r"should be one of \[(.*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class AgentItem:
-    """One record: what the cloud reads, what the edge reads, and the right answer.
+    """One record: what the cloud reads, what the edge reads, and the correct answer.
 
     In training records the answer ends at `Observation:`, where generation stops.
     """
@@ -52,7 +52,7 @@ class AgentItem:
 
 
 def split_instruction(text: str) -> tuple[str, str]:
-    """The prompt for the cloud and the request for the edge, which `CUT` joins to the text again.
+    """The prompt for the cloud and the request for the edge; joined with `CUT` they give `text`.
 
     Raises UserError where no conversation follows the prompt.
     """
@@ -66,7 +66,7 @@ def split_instruction(text: str) -> tuple[str, str]:
 
 
 def full_prompt(item: AgentItem) -> str:
-    """The whole instruction, as a model without a specialised LoRA reads it."""
+    """The full instruction, as a model without a specialised LoRA reads it."""
     return f"{item.prompt}{CUT}{item.request}"
 
 
@@ -74,14 +74,14 @@ def load_agent(split: str, directory: AnyPath) -> list[AgentItem]:
     """The records of `train`, `validation` or `test`, in the file's order.
 
     Read from the published file of that name in or below `directory`, `.json` or `.json.gz`;
-    any other `split` is the name of a file without its ending.
+    any other `split` is the name of a file without its extension.
 
-    Raises UserError where there is no such file, and for a malformed record, with its place.
+    Raises UserError where there is no such file, and for a malformed record, with its index.
     """
     path = _find_file(FILES.get(split, (split,)), to_path(directory))
     return [
-        parse_row(place, row, lambda row, number=number: _item(row, number))
-        for number, (place, row) in enumerate(read_rows(path))
+        parse_row(location, row, lambda row, number=number: _item(row, number))
+        for number, (location, row) in enumerate(read_rows(path))
     ]
 
 
@@ -105,7 +105,7 @@ def _find_file(names: Sequence[str], directory: AnyPath) -> AnyPath:
             return found[0]
     raise UserError(
         f"no file {' or '.join(f'{name}.json' for name in names)} in or below {directory}; "
-        "GPT4Tools publishes them"
+        "download it from the GPT4Tools release"
     )
 
 
@@ -113,7 +113,7 @@ class AgentSource:
     """Samples of GPT4Tools: the tools for the cloud, the request and its answer for the edge.
 
     The prompt has no shots. Further questions of a sample are other requests under the same prompt,
-    or the same one again.
+    or the same request repeated.
     """
 
     name = "gpt4tools"

@@ -1,9 +1,9 @@
-"""The benchmarks that a model is scored on: one declarative record each.
+"""The benchmarks that a model is evaluated on: one declarative record each.
 
 Texts are those of lm-evaluation-harness 0.4.13, so that log-likelihoods can be compared with it
 item by item: a question is `context`, one per choice or one for all, and `continuation`, scored
-behind it. Adding a benchmark is adding a record to `BENCHMARKS` and, where its rows have columns
-of their own, a function to `questions.py` that names them.
+after it. To add a benchmark, add a record to `BENCHMARKS` and, where its rows have columns of
+their own, a function to `questions.py` that maps them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorax_gen.data.readers import Row, parse_row, read_rows
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, find, to_path
 
-HARNESS_SEED = 1234  # what lm-evaluation-harness seeds its few-shot draws with
+HARNESS_SEED = 1234  # of lm-evaluation-harness's few-shot draws
 BETWEEN = "\n\n"
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")  # of local files
 QA = "Question: {question}\nAnswer:"
@@ -31,29 +31,29 @@ class Benchmark:
     """How the questions of a benchmark are found, worded and scored."""
 
     name: str
-    """As in lm-evaluation-harness, and in front of the names of local files."""
+    """As in lm-evaluation-harness; local file names begin with it."""
     title: str
-    """Head of its column in the paper's tables."""
+    """Header of its column in the paper's tables."""
     description: str
-    """What a system prompt says of the task."""
+    """Description of the task in a system prompt."""
     template: str
-    """The context, from the fields of a question; a line whose field is empty is left out."""
+    """The context, with the fields of a question; a line whose field is empty is left out."""
     hub: HubData
     columns: Callable[[Row], Row]
-    """Names the hub's columns as `Question` does."""
+    """Maps the hub's columns to the fields of `Question`."""
     prepare: Callable[[Question], Question] = lambda question: question
-    """Cleans what was read, from the hub or from a file."""
+    """Cleans a question that was read from the hub or from a file."""
     blank: str = ""
-    """What a choice is put in place of: then the text behind it is scored, once per choice."""
+    """The marker that choices replace: then the text after it is scored, once per choice."""
     parts: tuple[str, ...] = ()
-    """Splits of local files that stand in for `train` where it is not there as a whole."""
+    """Splits of local files that are read for `train` where the full split is missing."""
     numbered: bool = False
-    """Whether the hub's rows carry a number that tells those apart whose texts are the same."""
+    """Whether the hub's rows have ids, which distinguish rows with the same texts."""
     unseen: bool = False
-    """Never trained on: it measures how well unseen tasks are served."""
+    """Never trained on: it measures generalisation to unseen tasks."""
 
     def contexts(self, question: Question) -> tuple[str, ...]:
-        """What stands before the continuation: one text for all choices, or one per choice."""
+        """The text before the continuation: one for all choices, or one per choice."""
         if self.blank:
             before, _ = self._around_blank(question)
             return tuple(before + choice for choice in question.choices)
@@ -62,38 +62,39 @@ class Benchmark:
         return ("\n".join(text for line, text in lines if text or not line),)
 
     def continuations(self, question: Question) -> tuple[str, ...]:
-        """What is scored, one text per choice, with the space that parts it from the context."""
+        """The text that is scored, one per choice, with its leading space."""
         if self.blank:
-            _, behind = self._around_blank(question)
-            return (f" {behind}",) * len(question.choices)
+            _, after = self._around_blank(question)
+            return (f" {after}",) * len(question.choices)
         return tuple(f" {choice}" for choice in question.choices)
 
     def pair(self, question: Question) -> tuple[str, str]:
-        """The context and the continuation of the right choice."""
+        """The context and the continuation of the correct choice."""
         contexts = self.contexts(question)
-        right = question.answer
-        return contexts[right if len(contexts) > 1 else 0], self.continuations(question)[right]
+        correct = question.answer
+        context = contexts[correct if len(contexts) > 1 else 0]
+        return context, self.continuations(question)[correct]
 
     def solved(self, question: Question) -> str:
-        """The question with its right answer, as a shot shows it."""
+        """The question with its correct answer, as in a shot."""
         return "".join(self.pair(question))
 
     def check(self, question: Question) -> Question:
-        """The question itself; UserError where the template needs what it lacks."""
+        """Returns the question; raises UserError where there is no blank, or no text after it."""
         if self.blank and not self._around_blank(question)[1]:
-            raise UserError(f"nothing stands behind the blank {self.blank!r}, so nothing is scored")
+            raise UserError(f"no text follows the blank {self.blank!r}, so nothing is scored")
         return question
 
     def complete(self, question: Question) -> bool:
-        """Whether no field of the template is empty: some rows of BoolQ come without a passage."""
+        """Whether no field of the template is empty: some BoolQ rows have no passage."""
         fields = dataclasses.asdict(question)
         return all(line.format(**fields) for line in self.template.split("\n"))
 
     def _around_blank(self, question: Question) -> tuple[str, str]:
-        before, blank, behind = question.question.partition(self.blank)
+        before, blank, after = question.question.partition(self.blank)
         if not blank:
             raise UserError(f"the question has no blank {self.blank!r}")
-        return before, behind.strip()
+        return before, after.strip()
 
 
 # Revisions are commits of the hub's repositories, all of them parquet files.
@@ -206,7 +207,7 @@ REASONING = tuple(BENCHMARKS)  # in the order of the paper's tables
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The record of a name. UserError where there is none, with the nearest names."""
+    """The record of a name. Raises UserError where there is none, with the nearest names."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     titles = {record.title.lower(): record.name for record in BENCHMARKS.values()}
@@ -224,14 +225,14 @@ def load_questions(
 ) -> list[Question]:
     """All questions of a split, in the order of the data set.
 
-    `test` is the split that the benchmark is scored on (the validation split of most), `train`
-    where shots and training samples come from. With a `directory` they are read from the file
+    `test` is the split that the benchmark is evaluated on (the validation split of most), `train`
+    the source of shots and training samples. With a `directory` they are read from the file
     `<name>.<split>` in or below it, `.jsonl`, `.jsonl.gz` or `.parquet`, in the form of
-    `questions.py`; other splits are whatever files are there. Without one they come from the
-    hub, at the revision of the record.
+    `questions.py`; any other split is read where such a file exists. Without one they come from
+    the hub, at the revision of the record.
 
     A local file of HellaSwag in the project's own form is cleaned like the hub's rows, but the
-    begun sentence at the end of its question is not capitalised: where it begins is not known.
+    unfinished sentence at the end of its question is not capitalised: its start is not marked.
 
     Raises UserError where there is no such split, a row is malformed (with file and line), or the
     hub cannot be reached.
@@ -246,9 +247,11 @@ def load_questions(
     else:
         rows = read_rows(_find_file(benchmark, split, to_path(directory)))
     found = []
-    for place, row in rows:
+    for location, row in rows:
         name = f"{benchmark.name}-{split}-{len(found)}"
-        found.append(parse_row(place, row, lambda row, name=name: _question(benchmark, row, name)))
+        found.append(
+            parse_row(location, row, lambda row, name=name: _question(benchmark, row, name))
+        )
     if not found:
         raise UserError(f"{benchmark.name} has no questions in its split {split!r}")
     return found
@@ -271,7 +274,7 @@ def has_split(benchmark: Benchmark, split: str, directory: AnyPath) -> bool:
 
 
 def _find_files(benchmark: Benchmark, split: str, directory: AnyPath) -> list[AnyPath]:
-    """The files of a split, or those of the first part that stands in for it."""
+    """The files of a split, or of the first of its `parts` that exists."""
     for name in (split, *(benchmark.parts if split == "train" else ())):
         wanted = {f"{benchmark.name}.{name}{ending}" for ending in ENDINGS}
         found = [p for p in find(directory, f"{benchmark.name}.*") if p.name in wanted]
@@ -311,9 +314,9 @@ def harness_shots(
 ) -> list[list[Question]]:
     """The `count` shots that lm-evaluation-harness draws for each of `items`, in their order.
 
-    One generator serves all items, so those of an item depend on how many stand before it. Where
-    the harness scores the validation split it draws one shot more than it needs and drops the
-    item itself, should it be among them.
+    All items share one random generator, so an item's shots depend on its index. Where the harness
+    scores the validation split it draws one shot more than it needs and drops the item itself if
+    it was drawn.
 
     Raises UserError where `train` is too small.
     """
@@ -340,11 +343,11 @@ def harness_shots(
 def few_shot(
     benchmark: Benchmark, shots: Sequence[Question], question: Question
 ) -> tuple[str, ...]:
-    """The contexts of a question with solved shots in front, blank lines between."""
+    """The contexts of a question after solved shots, separated by blank lines."""
     solved = [benchmark.solved(shot) for shot in shots]
     return tuple(BETWEEN.join([*solved, context]) for context in benchmark.contexts(question))
 
 
 def system_prompt(benchmark: Benchmark, shots: Sequence[Question]) -> str:
-    """What the cloud reads: what the task is, then solved shots, blank lines between."""
+    """What the cloud reads: the description, then solved shots, separated by blank lines."""
     return BETWEEN.join([benchmark.description, *(benchmark.solved(shot) for shot in shots)])

@@ -1,4 +1,4 @@
-"""Where training data comes from, as a config: the embedded world, or a mixture of real tasks."""
+"""Configs of training data: the embedded world, or a mixture of real tasks."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class WorldConfig:
     kind: Literal["world"] = "world"
     """Which kind of data this is."""
     seed: int = 0
-    """Which world; the shipped models know world 0."""
+    """Seed of the world; the shipped models are trained on world 0."""
     families: tuple[str, ...] = FAMILIES
     """Families of tasks to train and evaluate on."""
     max_shots: int = 0
-    """Solved examples in a prompt: from none up to this many."""
+    """Most solved examples in a prompt; each prompt draws from 0 to this many."""
     prompt_length: int = 32
     """Longest system prompt, in tokens of the cloud model."""
     question_length: int = 5
@@ -52,39 +52,39 @@ class WorldConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """Real tasks: which are mixed, where they lie, and the shape of the batches drawn from them."""
+    """Real tasks: what is mixed, where the files are, and the shape of the batches."""
 
     kind: Literal["mixture"] = "mixture"
     """Which kind of data this is."""
     sources: tuple[str, ...] = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
     """What to train on: benchmarks by name, alpaca, natural_instructions, gpt4tools, or paths: a
     .jsonl, .json or .parquet file of instruction triples, an archive or directory of Natural
-    Instructions tasks. Behind a name its weight, how often an epoch takes a sample: alpaca=0.5."""
+    Instructions tasks. A name may have a weight, how often an epoch takes a sample: alpaca=0.5."""
     leave_out: tuple[str, ...] = ()
-    """Tasks of Natural Instructions to leave out, as patterns: *winogrande*. Those made from an
-    unseen benchmark must be, for they are refused."""
+    """Tasks of Natural Instructions to leave out, as glob patterns: *winogrande*. Those made from
+    an unseen benchmark must be left out, since they are refused."""
     per_task: int | None = 1000
-    """Most instances of a task of Natural Instructions, evenly spaced; None: all, and the largest
-    tasks decide what is learned."""
+    """Most instances of a task of Natural Instructions, evenly spaced; None: all, so that the
+    largest tasks dominate."""
     directory: str = ""
-    """Where data files lie, at any depth; empty: they are loaded from the hub."""
+    """Directory of the data files, at any depth; empty: they are loaded from the hub."""
     shots: int = 5
     """Most solved examples in a prompt."""
     min_shots: int | None = None
-    """Fewest; drawn between the two for each sample. None: always `shots`."""
+    """Fewest; each sample draws between the two. None: always `shots`."""
     prompt_length: int = 2048
     """Longest system prompt, in tokens of the cloud model; shots are left out of longer ones."""
     question_length: int = 512
     """Longest question with its answer, in tokens of the edge model; longer ones are dropped."""
     prompt_buckets: tuple[int, ...] = ()
-    """Lengths that prompts are padded to, rising to prompt_length; each compiles a program. Empty:
-    a quarter, a half and all of it."""
+    """Lengths that prompts are padded to, in increasing order up to prompt_length; one program is
+    compiled for each. Empty: a quarter, a half and all of prompt_length."""
     question_buckets: tuple[int, ...] = ()
     """The same for questions."""
     evaluate_on: tuple[str, ...] = ("arc_challenge", "boolq", "hellaswag", "winogrande")
-    """Benchmarks that are scored during training, each question with a prompt of its own."""
+    """Benchmarks to evaluate on during training, each question with a prompt of its own."""
     evaluate_questions: int = 200
-    """Questions of each, the first ones."""
+    """How many questions of each; the first ones are taken."""
     evaluate_shots: int = 1
     """Solved examples in those prompts."""
 
@@ -126,13 +126,13 @@ class MixtureConfig:
 
 
 def split_weight(entry: str) -> tuple[str, float]:
-    """`name=weight`, or a name of weight 1. Raises UserError where the weight is no number."""
+    """`name=weight`, or a name of weight 1. Raises UserError where the weight is not a number."""
     name, given, weight = entry.partition("=")
     try:
         return name, float(weight) if given else 1.0
     except ValueError:
         raise UserError(
-            f"the source {entry!r} has a weight that is no number; expected such as alpaca=0.5"
+            f"the source {entry!r} has a weight that is not a number; write it as in alpaca=0.5"
         ) from None
 
 

@@ -11,22 +11,22 @@ from lorax_gen.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class HubData:
-    """Where a data set is on the hub."""
+    """A data set on the hub."""
 
     path: str
     """`organisation/name` of the repository."""
     config: str | None
     revision: str
-    """A commit: the rows never change."""
+    """A commit, so that the rows never change."""
     splits: Mapping[str, str]
-    """The hub's name of our `train` and `test`."""
+    """Maps `train` and `test` to the hub's names of the splits."""
 
 
 def load_hub_rows(name: str, data: HubData, split: str) -> Iterator[tuple[str, Row]]:
-    """Yields `(place, row)` of a split, downloaded or from the cache of `datasets`.
+    """Yields `(location, row)` of a split, downloaded or from the cache of `datasets`.
 
-    Raises UserError where the hub cannot be reached and the cache has nothing, with the name of
-    the local file that would do.
+    Raises UserError where the hub cannot be reached and the cache has nothing; it names the local
+    file to use instead.
     """
     import datasets
 

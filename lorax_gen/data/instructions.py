@@ -1,7 +1,7 @@
 """Instruction sets as training samples: Alpaca's triples and Natural Instructions' tasks.
 
-The edge reads every input in the same frame, `Input: ...` and `Output:` below it, and so do the
-shots of a prompt: the prompt shows what the edge is asked.
+Every input has the same format, `Input: ...` and `Output:` on the next line, in what the edge reads
+and in the shots of a prompt: the prompt shows the form of the edge's questions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorax_gen.files import AnyPath, local_copy, to_path
 ALPACA = HubData(
     "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"train": "train"}
 )
-# What triples without an input say in its place, letters only.
+# Values of `input` that mean there is none, letters only.
 NO_INPUT = {"noinput", "noinputs", "noinputneeded", "noinputrequired", "none", "na"}
 ASSISTANT = (
     "You are an assistant. Each input asks you for something. Carry it out, and answer with the "
@@ -36,7 +36,7 @@ ASSISTANT = (
 
 
 def framed(text: str, output: str) -> Pair:
-    """An input as the edge reads it, and the output behind it."""
+    """An input as the edge reads it, and the output after it."""
     return f"Input: {text.strip()}\nOutput:", f" {output.strip()}"
 
 
@@ -45,7 +45,7 @@ def framed(text: str, output: str) -> Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Triple:
-    """An instruction, what it is to be applied to, which may be nothing, and the result."""
+    """An instruction, its input, which may be empty, and the output."""
 
     instruction: str
     input: str
@@ -53,18 +53,18 @@ class Triple:
 
     @property
     def bare(self) -> bool:
-        """Whether there is no input: nothing, or words that say so."""
+        """Whether there is no input: an empty one, or one of `NO_INPUT`."""
         letters = "".join(letter for letter in self.input.lower() if letter.isalpha())
         return not self.input.strip() or letters in NO_INPUT
 
 
 def load_triples(path: AnyPath | None = None) -> list[Triple]:
-    """Triples of a file (`.jsonl`, `.json` or `.parquet`), or Alpaca's own from the hub.
+    """Triples of a file (`.jsonl`, `.json` or `.parquet`), or of Alpaca from the hub.
 
-    Raises UserError for a malformed row, with file and line, or where the hub is out of reach.
+    Raises UserError for a malformed row, with file and line, or where the hub cannot be reached.
     """
     rows = read_rows(to_path(path)) if path else load_hub_rows("alpaca", ALPACA, "train")
-    return [parse_row(place, row, _triple) for place, row in rows]
+    return [parse_row(location, row, _triple) for location, row in rows]
 
 
 def _triple(row: Row) -> Triple:
@@ -75,11 +75,11 @@ class TripleSource:
     """Samples of triples.
 
     A triple with an input is a task: its instruction is the system prompt, without shots, and its
-    input the question. A triple without one is a user's request, of a task that all of them share:
-    the prompt says what an assistant does and shows other requests as shots, the edge reads the
-    instruction. (Behind a prompt that holds all there is to say the edge would be asked nothing.)
+    input the question. A triple without one is a user's request, and all requests are one task:
+    the prompt describes an assistant and has other requests as shots, and the edge reads the
+    instruction. (With the instruction in the prompt, no question would be left for the edge.)
 
-    Triples without an instruction or an output are left out; `left_out` says how many.
+    Triples without an instruction or an output are left out; `left_out` counts them.
     """
 
     def __init__(self, triples: Sequence[Triple], name: str = "alpaca"):
@@ -119,16 +119,16 @@ class TripleSource:
 
 @dataclasses.dataclass(frozen=True)
 class NaturalTask:
-    """A task of Natural Instructions: what it is, solved examples, and instances."""
+    """A task of Natural Instructions: definition, solved examples, and instances."""
 
     name: str
     definition: str
     examples: tuple[Pair, ...]
     """`(input, output)`, the positive ones."""
     instances: tuple[tuple[str, tuple[str, ...]], ...]
-    """An input and its right outputs, one or more."""
+    """An input and its correct outputs, one or more."""
     source: str = ""
-    """What the task says of itself besides: titles, data sets it was made from."""
+    """The other fields of the task as JSON: titles, data sets it was made from."""
 
 
 def load_tasks(
@@ -136,25 +136,25 @@ def load_tasks(
 ) -> list[NaturalTask]:
     """Tasks of an archive (`.tar`, `.tar.gz`, `.tar.xz`) or of a directory of `.json` files.
 
-    Version 1 and version 2 of the format, in the order of their names. `only` and `leave_out` are
-    patterns such as `*winogrande*` for the names of files without their ending.
+    Versions 1 and 2 of the format, sorted by name. `only` and `leave_out` are glob patterns such as
+    `*winogrande*` for file names without their extension.
 
     Raises UserError where something cannot be read or is malformed, with the file.
     """
     path, tasks = to_path(path), []
     local = local_copy(path)
     for file, data in _members(local, only, leave_out):
-        place = f"{path}, {file}" if local.is_file() else str(path / file)
+        location = f"{path}, {file}" if local.is_file() else str(path / file)
         try:
             row = json.loads(data)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{place}: not valid JSON ({error})") from None
+            raise UserError(f"{location}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object, not a {type(row).__name__}")
+            raise UserError(f"{location}: expected an object, not a {type(row).__name__}")
         name = Path(file).stem
-        tasks.append(parse_row(place, row, lambda row, name=name: _natural_task(name, row)))
+        tasks.append(parse_row(location, row, lambda row, name=name: _natural_task(name, row)))
     if not tasks:
-        raise UserError(f"{path} holds no task that {', '.join(only)} names")
+        raise UserError(f"{path} holds no task whose name matches {', '.join(only)}")
     return sorted(tasks, key=lambda task: task.name)
 
 
@@ -208,9 +208,9 @@ def _outputs(row: dict[str, Any]) -> tuple[str, ...]:
 class NaturalSource:
     """Samples of tasks: definition and positive examples for the cloud, an instance for the edge.
 
-    Of each task at most `per_task` instances are taken, evenly spaced: None takes all, and the
-    largest task decides what is learned. Where an instance has several right outputs one is drawn.
-    Instances without an input or an output are left out; `left_out` says how many.
+    Of each task at most `per_task` instances are taken, evenly spaced; None takes all, so that the
+    largest tasks dominate. Where an instance has several correct outputs, one is drawn. Instances
+    without an input or an output are left out; `left_out` counts them.
 
     Raises UserError where a task was made from an unseen benchmark.
     """
@@ -228,10 +228,10 @@ class NaturalSource:
         self.left_out = 0
         for task in tasks:
             refuse_name(task.name, task.source, task.definition)
-            whole = [i for i, (text, outputs) in enumerate(task.instances) if _whole(text, outputs)]
-            self.left_out += len(task.instances) - len(whole)
-            count = len(whole) if per_task is None else min(per_task, len(whole))
-            self.samples += [(task, whole[i * len(whole) // count]) for i in range(count)]
+            full = [i for i, instance in enumerate(task.instances) if _complete(*instance)]
+            self.left_out += len(task.instances) - len(full)
+            count = len(full) if per_task is None else min(per_task, len(full))
+            self.samples += [(task, full[i * len(full) // count]) for i in range(count)]
         self.tasks = len({task.name for task, _ in self.samples})
 
     def __len__(self) -> int:
@@ -240,7 +240,7 @@ class NaturalSource:
     def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
         task, first = self.samples[index]
         others = [i for i in draw(rng, len(task.instances), queries) if i != first]
-        others = [i for i in others if _whole(*task.instances[i])]
+        others = [i for i in others if _complete(*task.instances[i])]
         asked = cycled([first, *others], queries)
         inputs = {task.instances[i][0] for i in asked}
         shown = [task.examples[i] for i in draw(rng, len(task.examples), len(task.examples))]
@@ -262,9 +262,9 @@ class NaturalSource:
 
     def _question(self, task: NaturalTask, i: int, rng: np.random.Generator) -> Pair:
         text, outputs = task.instances[i]
-        full = [output for output in outputs if output.strip()]
-        return framed(text, full[int(rng.integers(len(full)))])
+        filled = [output for output in outputs if output.strip()]
+        return framed(text, filled[int(rng.integers(len(filled)))])
 
 
-def _whole(text: str, outputs: Sequence[str]) -> bool:
+def _complete(text: str, outputs: Sequence[str]) -> bool:
     return bool(text.strip()) and any(output.strip() for output in outputs)

@@ -1,10 +1,8 @@
 """Batches drawn from several sources, as a pure function of (seed, step).
 
-An epoch takes every sample of a source `weight` times, a fraction of a time by drawing, in an order
-seeded with [seed, epoch]; step s takes the s-th slice of the epochs laid end to end. So a run is
-resumed by asking for its next step, and every host can compute any batch.
-
-Dimensions: P prompts, Q queries per prompt, B = P * Q rows, T time.
+An epoch takes every sample of a source `weight` times (for the fractional part a random subset), in
+an order seeded with [seed, epoch]; step s takes the s-th slice of the concatenated epochs. So a run
+resumes by asking for its next step, and every host can compute any batch.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from lorax_gen.data.tokens import Batch, Encoder, answer_batch, pad_rows
 from lorax_gen.data.unseen import refuse_name, refuse_unseen
 from lorax_gen.errors import UserError
 
-ATTEMPTS = 100  # samples drawn in place of one that does not fit, before giving up
+ATTEMPTS = 100  # samples drawn to replace one that does not fit, before an error is raised
 Rows = list[tuple[list[int], int]]
 
 
@@ -32,33 +30,33 @@ class Sample:
     task: str
     prompt: list[int]
     rows: Rows
-    """Of each question: ids, and where the answer begins."""
+    """For each question: token ids, and the index where the answer begins."""
 
 
 class Mixture:
-    """Sources with weights, and how batches are made of them.
+    """Sources with weights, and the batches drawn from them.
 
-    `counts` says what was done to samples since the object was made, and `summary()` in a line:
-    shots that a source does not have, shots left out because a prompt was too long, samples dropped
-    because they were too long even so, samples replaced because a batch would have held a single
-    task. A sample that is dropped is replaced by another of its source. Asking for a step twice
-    counts twice.
+    `counts` holds counts since construction, and `summary()` gives them in one line: shots that a
+    source does not have, shots left out because a prompt was too long, samples dropped because they
+    were still too long, samples replaced because a batch would have held a single task. A dropped
+    sample is replaced by another of its source. Asking for a step twice counts twice.
 
     Args:
       sources, weights: how often each source's samples are taken in an epoch.
-      cloud_encoder: of the model that reads prompts; None: there is none, batches are questions
-        alone, and they may all be of a single task.
-      prompts, queries: prompts of a batch, and questions asked under each.
+      cloud_encoder: of the model that reads prompts; None: batches hold questions alone, and may be
+        of a single task.
+      prompts, queries: prompts of a batch, and questions under each.
       shots, min_shots: solved examples of a prompt, drawn between the two; None: always `shots`.
       prompt_length, question_length, answer_length: most tokens of a prompt, of a question with
         its answer, and of an answer with the end of text; None: as long as fits.
-      whole: mark the whole row for the loss, not only the answer.
-      buckets: lengths that prompts are padded to, the longest last: one program is compiled each.
+      full_sequence: the loss is on every token of a row, not only on the answer.
+      buckets: lengths that prompts are padded to, in increasing order; a program is compiled for
+        each.
       question_buckets: the same for questions.
-      unseen: texts of unseen benchmarks; a source that holds one is refused.
+      unseen: texts of unseen benchmarks; a source that contains one is refused.
 
-    Raises UserError where a source is, or holds, an unseen benchmark; where all there is is a
-    single task; and where numbers make no sense.
+    Raises UserError where a source is, or contains, an unseen benchmark; where all sources together
+    have a single task; and where a number is out of range.
     """
 
     def __init__(
@@ -75,14 +73,15 @@ class Mixture:
         prompt_length: int,
         question_length: int,
         answer_length: int | None = None,
-        whole: bool = False,
+        full_sequence: bool = False,
         buckets: Sequence[int] = (),
         question_buckets: Sequence[int] = (),
         min_shots: int | None = None,
         unseen: Sequence[str] = (),
     ):
         self.sources, self.cloud, self.edge = tuple(sources), cloud_encoder, edge_encoder
-        self.seed, self.prompts, self.queries, self.whole = seed, prompts, queries, whole
+        self.seed, self.prompts, self.queries = seed, prompts, queries
+        self.full_sequence = full_sequence
         self.shots, self.min_shots = shots, shots if min_shots is None else min_shots
         self.question_length, self.answer_length = question_length, answer_length
         self.buckets = _checked_buckets("buckets", buckets, prompt_length)
@@ -107,8 +106,8 @@ class Mixture:
     def batch(self, step: int) -> Batch:
         """`prompt: [P, T]`, `prompt_lengths: [P]`, and `tokens` and `answer: [B, T]` of a step.
 
-        Row b of the questions belongs to prompt b // Q. Some two of the prompts are of different
-        tasks. Where no model reads prompts there are `tokens` and `answer` alone.
+        Row b of the questions belongs to prompt b // Q. At least two prompts are of different
+        tasks. Without a model that reads prompts there are `tokens` and `answer` alone.
         """
         first = step * self.prompts
         samples = [self._sample(first + i) for i in range(self.prompts)]
@@ -121,7 +120,7 @@ class Mixture:
             starts,
             _smallest(self.question_buckets, max(map(len, rows))),
             self.edge.pad_id,
-            self.whole,
+            self.full_sequence,
             self.answer_length,
         )
         if self.cloud is None:
@@ -159,12 +158,12 @@ class Mixture:
         return order[rng.permutation(len(order))]
 
     def _rng(self, position: int, purpose: int) -> np.random.Generator:
-        # Never 0: trailing zeros would give the generator of the epoch's order.
+        # Never 0: with trailing zeros the seed would equal that of the epoch's order.
         epoch, offset = divmod(position, self.samples_per_epoch)
         return np.random.default_rng([self.seed, epoch, offset, purpose + 1])
 
     def _sample(self, position: int) -> Sample:
-        """The sample of a position, or the first of its source that fits in its place."""
+        """The sample at a position, or a replacement from its source where it does not fit."""
         epoch, offset = divmod(position, self.samples_per_epoch)
         which, index = self._order(epoch)[offset].tolist()
         return self._fitting(which, index, position, 0)
@@ -190,7 +189,7 @@ class Mixture:
     def _of_another_task(self, task: str, position: int) -> Sample:
         """A sample of any source that is not of `task`."""
         for attempt in range(ATTEMPTS):
-            purpose = ATTEMPTS * (attempt + 1)  # behind those of the sample that it replaces
+            purpose = ATTEMPTS * (attempt + 1)  # after those of the sample that it replaces
             rng = self._rng(position, purpose)
             which = attempt % len(self.sources)
             index = int(rng.integers(len(self.sources[which])))
@@ -203,13 +202,13 @@ class Mixture:
     # --- fitting ---
 
     def _fit(self, episode: Episode) -> Sample | None:
-        """The episode tokenised, with fewer shots where it needs; None, counted, if too long."""
+        """The tokenised episode, with fewer shots if too long; None, counted, if still too long."""
         if not episode.prompt.strip():
             raise UserError(f"a prompt of {episode.task!r} is empty")
         rows = [self.edge.joined(*pair) for pair in episode.questions]
         if any(len(ids) > self.question_length for ids, _ in rows):
             return self._dropped("question")
-        marked = [len(ids) - max(1, 0 if self.whole else start) for ids, start in rows]
+        marked = [len(ids) - (1 if self.full_sequence else max(1, start)) for ids, start in rows]
         if self.answer_length is not None and max(marked) > self.answer_length:
             return self._dropped("answer")
         if self.cloud is None:
@@ -254,12 +253,12 @@ class Mixture:
 
 
 def _checked_buckets(name: str, buckets: Sequence[int], longest: int) -> tuple[int, ...]:
-    """`buckets`, or three that double up to `longest`, which the last one must be."""
+    """`buckets`, or a quarter, a half and all of `longest`; the last one must be `longest`."""
     if longest < 1:
-        raise UserError(f"a length of {longest} tokens is none")
+        raise UserError(f"a length of {longest} tokens is too short; expected at least 1")
     found = tuple(buckets) or tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
     if list(found) != sorted(set(found)) or found[0] < 1 or found[-1] != longest:
-        raise UserError(f"{name} {found} must rise from 1 or more to the longest, {longest}")
+        raise UserError(f"{name} {found} must increase from 1 or more to the longest, {longest}")
     return found
 
 

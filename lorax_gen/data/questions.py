@@ -1,4 +1,4 @@
-"""One multiple-choice question, and how the rows of published data sets become one.
+"""One multiple-choice question, and the conversion of rows of published data sets to it.
 
 A row is in the project's own form (`question`, `choices` as a list, `answer` as an index, and
 `id`, `passage` or `context` where there are any) or has the columns of the data set on the hub.
@@ -22,9 +22,9 @@ class Question:
     question: str
     choices: tuple[str, ...]
     answer: int
-    """Index of the right choice."""
+    """Index of the correct choice."""
     passage: str = ""
-    """What BoolQ asks about; empty where it is not at hand."""
+    """The passage that a question of BoolQ is about; empty where it is missing."""
     context: str = ""
     """The situation that a question of SocialIQA is about."""
 
@@ -43,13 +43,13 @@ class Question:
             )
 
     @property
-    def right(self) -> str:
-        """The text of the right choice."""
+    def correct(self) -> str:
+        """The text of the correct choice."""
         return self.choices[self.answer]
 
 
 def read_question(row: Row, columns: Callable[[Row], Row], default_id: str) -> Question:
-    """The question of a row; `columns` brings the hub's columns to the names of `Question`."""
+    """The question of a row; `columns` maps the hub's columns to the fields of `Question`."""
     own = isinstance(row.get("choices"), list)
     fields = row if own else columns(row)
     answer = fields["answer"]
@@ -78,7 +78,7 @@ def lettered(column: str) -> Callable[[Row], Row]:
     def columns(row: Row) -> Row:
         labels, key = list(row["choices"]["label"]), row["answerKey"].strip()
         if key not in labels:
-            raise UserError(f"answerKey {key!r} is none of the labels {', '.join(labels)}")
+            raise UserError(f"answerKey {key!r} is not one of the labels {', '.join(labels)}")
         return {
             "question": row[column],
             "choices": row["choices"]["text"],
@@ -89,7 +89,7 @@ def lettered(column: str) -> Callable[[Row], Row]:
 
 
 def boolq(row: Row) -> Row:
-    """BoolQ of SuperGLUE: `label` 1 says yes."""
+    """BoolQ of SuperGLUE: `label` 1 means yes."""
     fields = {"question": row["question"], "choices": ("no", "yes"), "answer": row["label"]}
     numbered = {"id": f"boolq-{row['idx']}"} if "idx" in row else {}
     return fields | numbered | {"passage": row.get("passage") or ""}
@@ -106,9 +106,9 @@ def social_iqa(row: Row) -> Row:
 
 
 def hellaswag(row: Row) -> Row:
-    """HellaSwag: the activity, what happened, and the begun sentence that the endings go on with.
+    """HellaSwag: the activity, the context, and the unfinished sentence that the endings complete.
 
-    The begun sentence is capitalised, as the harness does it.
+    The unfinished sentence is capitalised, as in the harness.
     """
     context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
     numbered = {"id": f"hellaswag-{row['ind']}"} if "ind" in row else {}
@@ -143,10 +143,10 @@ _MARKUP = re.compile(r"\[.*?\]")
 
 
 def without_markup(question: Question) -> Question:
-    """HellaSwag's texts without what is left of WikiHow's markup, as the harness cleans them.
+    """HellaSwag's texts without the remains of WikiHow's markup, cleaned as in the harness.
 
-    The marker ` [title]` becomes a full stop, other brackets go with what is in them, and pairs of
-    spaces become one space.
+    The marker ` [title]` becomes a full stop, other brackets are removed with their contents, and
+    pairs of spaces become one space.
     """
 
     def clean(text: str) -> str:

@@ -21,16 +21,16 @@ Pair = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """One system prompt and what is asked under it."""
+    """One system prompt and the questions under it."""
 
     task: str
-    """Name of the task: a batch holds two different ones at least."""
+    """Name of the task: a batch has at least two different ones."""
     instruction: str
-    """What the system prompt says of the task."""
+    """Description of the task in the system prompt."""
     shots: tuple[str, ...]
-    """Solved examples behind it; the last ones go first where a prompt is too long."""
+    """Solved examples after it; the last ones are dropped first where a prompt is too long."""
     questions: tuple[Pair, ...]
-    """`(input, answer)`, the answer with what parts it from the input."""
+    """`(input, answer)`, the answer with its leading separator."""
 
     @property
     def prompt(self) -> str:
@@ -50,25 +50,25 @@ class Source(Protocol):
     """How many different tasks its episodes belong to."""
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples."""
 
     def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
         """Sample `index` with up to `shots` shots and exactly `queries` questions.
 
-        A function of its arguments alone: what is drawn is drawn from `rng`.
+        A pure function of its arguments: every random choice is drawn from `rng`.
         """
 
     def texts(self) -> Iterator[str]:
-        """All texts that episodes are made of, for the guard against unseen questions."""
+        """All texts that episodes are made of, for the check against unseen benchmarks."""
 
 
 class QuestionSource:
     """Multi-shot samples of a benchmark's training split.
 
-    Sample i asks question i, bare, in the words that evaluation scores. Its prompt is the
+    Sample i asks question i alone, with the text that evaluation scores. Its prompt is the
     benchmark's description and shots drawn from the same split, never a question that is asked.
-    Shots are complete: BoolQ's questions without a passage are asked but not shown, unless none
-    has one.
+    Shots are complete: BoolQ's questions without a passage are asked but not used as shots, unless
+    none has one.
 
     Raises UserError for an unseen benchmark.
     """
@@ -89,7 +89,7 @@ class QuestionSource:
         others = draw(rng, len(self.train), queries + 1)
         asked = cycled([index, *(i for i in others if i != index)], queries)
         questions = [self.benchmark.pair(self.train[i]) for i in asked]
-        # By their text, not by their index: SocialIQA asks a question with other choices again.
+        # Compared by text, not by index: SocialIQA repeats questions with other choices.
         contexts = {context for context, _ in questions}
         shown = (self.train[self.pool[i]] for i in draw(rng, len(self.pool), shots + queries))
         solved = [self.benchmark.pair(question) for question in shown]
@@ -105,10 +105,10 @@ class QuestionSource:
 
 
 def draw(rng: np.random.Generator, size: int, count: int) -> list[int]:
-    """`count` different indices below `size`, or all of them where there are fewer."""
+    """`count` distinct indices below `size`, or all of them where there are fewer."""
     return rng.choice(size, min(count, size), replace=False).tolist()
 
 
 def cycled(items: Sequence, count: int) -> list:
-    """The first `count` items, from the start again where there are fewer."""
+    """The first `count` items, repeated from the start where there are fewer."""
     return [items[i % len(items)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""A task: a system prompt in several wordings, and questions with one right answer each."""
+"""A task: a system prompt in several wordings, and questions with one correct answer each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Task:
 
     Attributes:
       templates: wordings of the description, with `{slot}` parts.
-      slots: what fills them; `{pairs}` is filled from `pairs`, whose order carries no meaning.
-      questions: `(input, answer)`, the input as it is put to a model that is given no prompt.
-      drills: easier questions, behind a prompt only, that name outright what a question leaves to
-        be known; language models are pretrained on them.
+      slots: their values; `{pairs}` is filled from `pairs`, whose order carries no meaning.
+      questions: `(input, answer)`, the input as a model without a prompt reads it.
+      drills: easier questions, used only after a prompt, that state the fact which a question
+        requires; language models are pretrained on them.
       split: `seen` tasks may be trained on, `unseen` ones never.
     """
 
@@ -32,7 +32,7 @@ class Task:
     def prompt(self, rng: np.random.Generator | None = None, shots: int = 0) -> str:
         """The system prompt: the description, then `shots` solved examples.
 
-        With `rng` the wording, the order of pairs and the examples are drawn; without, the first
+        With `rng` the wording, the order of pairs and the examples are drawn; without it the first
         of each is taken.
         """
         template, pairs = self.templates[0], list(self.pairs)
@@ -52,5 +52,5 @@ class Task:
 
 
 def behind_prompt(question: str) -> str:
-    """A question as it stands behind a prompt, whose list of inputs and answers needs no colon."""
+    """A question as written after a prompt, whose list of inputs and answers has no colons."""
     return question.removesuffix(" :")

@@ -1,7 +1,4 @@
-"""Text to fixed-shape integer arrays: encoding, bucketing, padding. Rows are right-padded.
-
-Dims: P prompts, B rows, T time.
-"""
+"""Text to fixed-shape integer arrays: encoding, bucketing, padding. Rows are right-padded."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ Batch = dict[str, np.ndarray]
 
 
 class Encoder:
-    """A tokenizer with a memory: question and answer pairs recur, prompts mostly do not.
+    """A tokenizer with a cache: question and answer pairs recur, prompts mostly do not.
 
-    `bos` says whether a text begins with BOS; None: as the tokenizer does it by itself. That of a
-    model is `Encoder.of(model)`, in training as in use.
+    `bos` is whether a text begins with BOS; None: the tokenizer's default. `Encoder.of(model)` has
+    the setting of a model, in training and in inference.
     """
 
     def __init__(self, tokenizer, bos: bool | None = None):
@@ -35,14 +32,14 @@ class Encoder:
         return cls(model.tokenizer, model.bos)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; `ids` is the same, remembered."""
+        """Token ids of a text; `ids` is the cached version."""
         return encode(self.tokenizer, text, bos=self.bos)
 
     def joined(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Ids of context + continuation + end of text, and the index where the latter begins.
+        """Ids of context + continuation + end of text, and the index of the continuation.
 
-        The continuation brings what parts it from the context. Both are encoded together and split
-        at the token count of the context, whose trailing white space belongs to the continuation.
+        The continuation includes its leading separator. Both are encoded together and split at the
+        token count of the context, whose trailing white space belongs to the continuation.
         """
         together = self.encode(context + continuation)
         return [*together, self.tokenizer.eos_token_id], len(self.encode(context.rstrip()))
@@ -53,14 +50,14 @@ class Encoder:
 
 
 def bucket(size: int, smallest: int = 32) -> int:
-    """The next of few sizes: powers of two up to 128, then multiples of 128. Few compilations."""
+    """`size` rounded up to a power of two, above 128 to a multiple of 128: few compilations."""
     return (
         max(smallest, 1 << (int(size) - 1).bit_length()) if size <= 128 else -(-size // 128) * 128
     )
 
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int, pad_id: int, what: str) -> np.ndarray:
-    """`[len(rows), length]` int32. Raises UserError where a row is longer: nothing is cut."""
+    """`[len(rows), length]` int32. Raises UserError where a row is longer: nothing is truncated."""
     out = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
         if len(row) > length:
@@ -77,7 +74,7 @@ def prompt_batch(encoder: Encoder, prompts: Sequence[str], length: int) -> Batch
     rows = []
     for prompt in prompts:
         if not prompt.strip():
-            raise UserError("the prompt is empty; write what the task is, in a sentence or more")
+            raise UserError("the prompt is empty; describe the task in a sentence or more")
         rows.append(encoder.ids(prompt))
     return {
         "prompt": pad_rows(rows, length, encoder.pad_id, "a prompt"),
@@ -89,17 +86,17 @@ def question_batch(
     encoder: Encoder,
     questions: Sequence[tuple[str, str]],
     length: int,
-    whole: bool = False,
+    full_sequence: bool = False,
     answer_length: int | None = None,
 ) -> Batch:
     """`{'tokens': [B, T], 'answer': [B, T]}`: `answer` marks the answer and the end of text.
 
-    With `whole` it marks every token of a row: the loss over the whole edge sequence.
+    With `full_sequence` it marks every token of a row: the loss is on the full edge sequence.
 
     Raises UserError for a row longer than `length`, or one with more than `answer_length` marks.
     """
     rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
-    return answer_batch(rows, starts, length, encoder.pad_id, whole, answer_length)
+    return answer_batch(rows, starts, length, encoder.pad_id, full_sequence, answer_length)
 
 
 def answer_batch(
@@ -107,13 +104,13 @@ def answer_batch(
     starts: Sequence[int],
     length: int,
     pad_id: int,
-    whole: bool = False,
+    full_sequence: bool = False,
     answer_length: int | None = None,
 ) -> Batch:
-    """As `question_batch`, of rows of ids and the index where the answer of each begins."""
+    """As `question_batch`, from rows of ids and the index where each answer begins."""
     answer = np.zeros((len(rows), length), bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        answer[i, 0 if whole else start : len(row)] = True
+        answer[i, 0 if full_sequence else start : len(row)] = True
     longest = int(answer[:, 1:].sum(1).max())
     if answer_length is not None and longest > answer_length:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The guard that keeps the unseen benchmarks out of training, by name and by text."""
+"""Keeps the unseen benchmarks out of training, by name and by text."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ UNSEEN = tuple(record.name for record in BENCHMARKS.values() if record.unseen)
 _MADE_FROM = re.compile(r"(sub)?task0*(29|3[0-5])(?!\d)")
 _ALIASES = {"physicaliqa": "piqa", "physicalinteractionqa": "piqa"}
 _WORD = re.compile(r"[a-z0-9]+")
-FEWEST_WORDS = 8  # shorter texts occur in honest training data too
+FEWEST_WORDS = 8  # shorter texts occur in legitimate training data too
 
 
 def refuse_name(name: str, *descriptions: str) -> None:
-    """UserError where the name or description of training data speaks of an unseen benchmark."""
+    """Raises UserError where a name or description of training data names an unseen benchmark."""
     spelled = {benchmark: benchmark for benchmark in UNSEEN} | _ALIASES
     for text in (name, *descriptions):
         plain = "".join(_WORD.findall(text.lower()))
@@ -40,11 +40,11 @@ def _refusal(name: str, benchmark: str) -> UserError:
 
 
 def unseen_texts(directory: AnyPath | None) -> list[str]:
-    """Texts that give the unseen benchmarks away, of all their splits, from files or the hub.
+    """Texts that identify the unseen benchmarks, of all their splits, from files or the hub.
 
-    Questions, and the choices of those whose choices stand for themselves. HellaSwag's questions
-    without the activity in front too, WinoGrande's with either option in the blank and with none. A
-    split without a file in `directory` is left out.
+    Questions, and all choices but WinoGrande's. HellaSwag's questions with and without the leading
+    activity, WinoGrande's with the blank and with either option in it. A split without a file in
+    `directory` is skipped.
     """
     texts = []
     for record in (BENCHMARKS[name] for name in UNSEEN):
@@ -59,7 +59,7 @@ def unseen_texts(directory: AnyPath | None) -> list[str]:
 
 
 def without_texts(directory: AnyPath | None) -> list[str]:
-    """The unseen benchmarks of which a directory has no file: training data can be held against
+    """The unseen benchmarks without a file in a directory: training data can be checked against
     their names, not against their texts."""
     if directory is None:
         return []
@@ -69,25 +69,24 @@ def without_texts(directory: AnyPath | None) -> list[str]:
 
 def _texts(record: Benchmark, question: Question) -> list[str]:
     if record.blank:
-        behind = record.continuations(question)
-        pairs = zip(record.contexts(question), behind, strict=True)
+        pairs = zip(record.contexts(question), record.continuations(question), strict=True)
         return [question.question, *("".join(pair) for pair in pairs)]
     _, _, body = question.question.partition(": ")
     return [question.question, *([body] if body else []), *question.choices]
 
 
 def refuse_unseen(texts: Iterable[str], unseen: Iterable[str], name: str = "this data") -> None:
-    """UserError where one of the training `texts` holds one of the `unseen` texts.
+    """Raises UserError where one of the training `texts` contains one of the `unseen` texts.
 
-    Compared are words in lower case, without punctuation. Unseen texts of fewer than
-    `FEWEST_WORDS` words are not looked for.
+    Words are compared in lower case, without punctuation. Unseen texts of fewer than `FEWEST_WORDS`
+    words are ignored.
     """
     index: dict[tuple[str, ...], list[tuple[int, str]]] = {}
     for text in unseen:
         words = _WORD.findall(text.lower())
         if len(words) >= FEWEST_WORDS:
             index.setdefault(tuple(words[:FEWEST_WORDS]), []).append((len(words), " ".join(words)))
-    begun = {start[:2] for start in index}  # two words rule out nearly every place, and cheaply
+    begun = {start[:2] for start in index}  # two words rule out nearly every position cheaply
     for text in texts:
         words = _WORD.findall(text.lower())
         for i, pair in enumerate(itertools.pairwise(words)):

@@ -1,18 +1,18 @@
-"""The embedded world: a small place of words, things and tasks in which the whole method runs.
+"""The embedded world: a small synthetic domain of words, things and tasks for the full method.
 
 64 things have eight attributes of four values each, graded from one to four; twelve tongues have
-their own words for numbers. Four families of tasks are told by an English system prompt:
+their own words for numbers. Four families of tasks are described by an English system prompt:
 
     sort    put a thing into one of four boxes by an attribute     8 attributes x 24 assignments
     grade   grade a thing by an attribute, in a tongue             8 attributes x 12 tongues
     clock   add hours to an hour and say the result in a tongue    12 shifts x 12 tongues
     check   say one word if a thing has a value, else another      32 values x 12 ordered pairs
 
-In each family one combination in five is **unseen**: no training, of a language model or of a
-generator, ever meets its prompt. Every factor of an unseen task occurs in seen ones.
+In each family one combination in five is **unseen**: no language model and no generator is trained
+on its prompt. Every factor of an unseen task occurs in seen ones.
 
-An input such as `apple :` or `five :` has a different right answer in every task: without the task,
-nobody can know it. `chance` says how well the best guesser without the task would do.
+The correct answer to an input such as `apple :` or `five :` depends on the task, so a model cannot
+know it without the task. `World.chance` is the accuracy of the best guess without it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class World:
-    """What is true: `facts[thing][attribute]` and `words[tongue][english word]`."""
+    """Facts, `facts[thing][attribute]`, words, `words[tongue][english word]`, and tasks."""
 
     facts: dict[str, dict[str, str]]
     words: dict[str, dict[str, str]]
@@ -88,23 +88,23 @@ class World:
         return [t for t in self.tasks if t.split == split and family in (None, t.family)]
 
     def chance(self, family: str) -> float:
-        """Accuracy on unseen questions of the best guesser who knows all but the task.
+        """Accuracy on unseen questions of the best guess without the task.
 
-        For each input that is the answer which most tasks of the family give; where several tie,
-        each is guessed equally often.
+        For each input the guess is the most frequent answer over all tasks of the family, drawn
+        uniformly where several tie.
         """
         answers: dict[str, Counter] = {}
         for task in self.tasks:
             for question, answer in task.questions:
                 if task.family == family:
                     answers.setdefault(question, Counter())[answer] += 1
-        right = []
+        correct = []
         for task in self.select("unseen", family):
             for question, answer in task.questions:
                 counts = answers[question]
                 top = [a for a, count in counts.items() if count == max(counts.values())]
-                right.append((answer in top) / len(top))
-        return float(np.mean(right))
+                correct.append((answer in top) / len(top))
+        return float(np.mean(correct))
 
 
 def _pseudo_words(rng: np.random.Generator, count: int, syllables: int) -> list[str]:
@@ -122,7 +122,7 @@ def _held_out(rng: np.random.Generator, count: int) -> set[int]:
 
 @functools.cache
 def make_world(seed: int = 0) -> World:
-    """Builds the world of a seed; the shipped models know the world of seed 0."""
+    """Builds the world of a seed; the shipped models are trained on the world of seed 0."""
     rng = np.random.default_rng(seed)
     # Each value belongs to exactly a quarter of the things, so no value is a better guess.
     columns = {
@@ -178,7 +178,7 @@ def _sort_task(facts, attribute, boxes) -> Task:
 
 
 def grade_of(attribute: str, value: str) -> str:
-    """The place of a value among those of its attribute, as the word of an hour."""
+    """The position of a value among those of its attribute, from one, as a word of `HOURS`."""
     return HOURS[ATTRIBUTES[attribute].index(value)]
 
 
@@ -227,15 +227,15 @@ def _check_task(facts, rng, attribute, value, yes, no) -> Task:
 
 # --- text for language models --------------------------------------------------------------------
 
-Piece = tuple[str, bool]  # text, and whether a language model is trained to predict it
+Piece = tuple[str, bool]  # text, and whether its tokens are in the loss
 
 
 def lesson(world: World, rng: np.random.Generator) -> list[Piece]:
-    """A short document that teaches one fact or skill, the cue in a few plain words.
+    """A short document that teaches one fact or skill, after a cue of a few words.
 
     What the edge model needs to know before any task: attributes of things, words of tongues,
-    arithmetic of the clock, each alone and chained. Without a cue (one in five) the answer is
-    that of a random task: the bare question is nobody's task in particular.
+    arithmetic of the clock, each alone and chained. One in five has no cue, and the answer of a
+    random seen task: a bare question belongs to no task in particular.
     """
     if rng.random() < 0.2:
         tasks = world.select("seen", FAMILIES[rng.integers(len(FAMILIES))])
@@ -262,7 +262,7 @@ def exercise(world: World, rng: np.random.Generator, questions: int) -> list[Pie
     """A document with a seen task's system prompt and several of its questions, answered.
 
     Three in four are of the families whose prompts must be read closely, and half of those ask
-    drills: reading the prompt is learned before it is chained with what is known of things.
+    drills: reading the prompt is learned before combining it with facts about things.
     """
     family = str(rng.choice(FAMILIES, p=(3 / 8, 1 / 8, 1 / 8, 3 / 8)))
     task = _pick(rng, world.select("seen", family))

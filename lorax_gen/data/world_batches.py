@@ -1,9 +1,7 @@
 """Batches of the embedded world, as a pure function of (seed, step).
 
-A batch is drawn by a generator seeded with `[seed, step]`: a resumed run asks for the next step
-and gets the batch that it would have had. Rows are right-padded.
-
-Dims: P prompts, Q queries per prompt, B = P * Q rows, T time.
+The random generator of a batch is seeded with `[seed, step]`: a resumed run asks for the next step
+and gets the batch of an uninterrupted run. Rows are right-padded.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from lorax_gen.data.tasks import Task
 from lorax_gen.data.tokens import Batch, Encoder, pad_rows, prompt_batch, question_batch
 from lorax_gen.data.world import Piece, World, exercise, lesson
 
-LESSON_LENGTH = 7  # tongue, attribute, thing, colon, answer, and the ends of the text
+LESSON_LENGTH = 7  # tongue, attribute, thing, colon, answer, BOS and EOS
 
 
 def mixed_tasks(rng: np.random.Generator, tasks: Sequence[Task], count: int) -> list[Task]:
@@ -39,7 +37,7 @@ def generator_batch(
     prompt_length: int,
     question_length: int,
     max_shots: int = 0,
-    whole: bool = False,
+    full_sequence: bool = False,
     answer_length: int | None = None,
 ) -> Batch:
     """Training batch of the generator: P prompts for the cloud, P * Q bare questions for the edge.
@@ -55,7 +53,7 @@ def generator_batch(
     ]
     return {
         **prompt_batch(cloud, texts, prompt_length),
-        **question_batch(edge, questions, question_length, whole, answer_length),
+        **question_batch(edge, questions, question_length, full_sequence, answer_length),
     }
 
 
@@ -67,18 +65,18 @@ def tuning_batch(
     step: int,
     rows: int,
     question_length: int,
-    whole: bool = False,
+    full_sequence: bool = False,
     answer_length: int | None = None,
 ) -> Batch:
     """Training batch of a model that reads no prompts: B bare questions of mixed tasks."""
     rng = np.random.default_rng([seed, step])
     drawn = mixed_tasks(rng, tasks, rows)
     questions = [task.questions[rng.integers(len(task.questions))] for task in drawn]
-    return question_batch(edge, questions, question_length, whole, answer_length)
+    return question_batch(edge, questions, question_length, full_sequence, answer_length)
 
 
 def document_batch(encoder: Encoder, documents: Sequence[Sequence[Piece]], length: int) -> Batch:
-    """`{'tokens', 'answer': [B, T]}` of documents made of pieces; `answer` marks the trained."""
+    """`{'tokens', 'answer': [B, T]}` of documents made of pieces; `answer` marks the loss."""
     rows, marks = [], []
     for pieces in documents:
         ids, mark = encoder.ids(""), []

@@ -1,14 +1,18 @@
-"""How good a system is, and what it costs.
+"""How accurate a system is, and how much compute, memory and time it needs.
 
-system          what is evaluated: an edge model, a cloud, a generator
-suite, tables   several benchmarks in several modes, as one report, and how it is shown
-benchmark       one benchmark in one mode, with a file of single items (item_log)
-choices         log-likelihoods of choices, from rows that share contexts (packing)
+answerers       what is evaluated: a model, what it reads, and how it is specialised
+benchmark       one answerer on one benchmark
+agent           one answerer on GPT4Tools
+agent_metrics   the five success rates of GPT4Tools
+world           answerers on the embedded world, and a quiz for training runs
+exact           questions with one correct answer
+suite           several answerers on several benchmarks
+report          the report: answerers by tasks, and the cost of a question
+tables          reports on the terminal
+pictures        figures of reports, gates and training runs
 metrics         accuracies, standard errors, means
-gates           what the cloud makes of many prompts
-agent           GPT4Tools: answers written (continuations) and scored (agent_metrics)
-questions       questions with one right answer; report: the world's, methods side by side
-harness         lm-evaluation-harness on our models (harness_model)
-cost, latency   multiply-accumulates counted, seconds and bytes measured
-pictures        of reports and runs
+latency         seconds and bytes of one question at a time
+item_log        results of single items in a file, for resuming
+harness         lm-evaluation-harness on models of this package
+harness_model   the model class that lm-evaluation-harness calls
 """

@@ -1,14 +1,14 @@
-"""GPT4Tools: requests for tools, put to an answerer that has the tools in its context or not.
+"""GPT4Tools: requests for tools, to an answerer with or without the tools in its context.
 
-Alone, a request is read with the conversation and the reminder to use tools after it; prompted, the
-entire instruction. The cloud reads the rest of the instruction: who the assistant is, its tools and
-the format of answers.
+Without a prompt, an answerer reads the request, the conversation before it and the reminder to use
+tools after it; with a prompt, the entire instruction. The cloud reads the rest of the instruction:
+the assistant's role, its tools and the format of answers.
 
-What is compared, by `agent_metrics.score_answer`: the full gold answer, which goes on after the
-tool's observation up to the reply, and what greedy decoding wrote up to "Observation:", which the
-tool would write. In the test set a gold answer uses at most one tool, so nothing that is asked for
-comes after it. The original's own evaluation does not stop: its models imagine the observation and
-go on, and pay for a second call (`stop=()` does the same).
+`agent_metrics.score_answer` compares the full gold answer, which continues after the tool's
+observation up to the reply, with the greedy completion up to "Observation:", where the tool would
+write. In the test set a gold answer uses at most one tool, so nothing that is scored comes after
+it. The original evaluation does not stop there: its models invent the observation and continue, and
+a second call counts against them (`stop=()` does the same).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REQUEST = "previous conversation, new input, and the reminder to use tools after
 
 @dataclasses.dataclass(frozen=True)
 class AgentCases:
-    """Requests, see `answerers.Cases`; `seed` says who gets whose prompt in the control."""
+    """Requests, see `answerers.Cases`; `seed` is that of the control's permutation of prompts."""
 
     items: Sequence[AgentItem]
     seed: int = 0
@@ -56,7 +56,7 @@ class AgentCases:
         return [item.prompt for item in self.items]
 
     def other_prompts(self) -> list[str]:
-        """Each prompt becomes that of the next one in a random order of all different ones."""
+        """Replaces each prompt by the next one in a random order of the distinct prompts."""
         different = list(dict.fromkeys(self.prompts()))
         if len(different) < 2:
             raise UserError("all items have the same prompt: there is nothing to shuffle")
@@ -77,24 +77,24 @@ def evaluate_agent(
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda items: None,
 ) -> dict[str, Any]:
-    """Has an answerer respond to all items and scores what it writes.
+    """Generates an answerer's responses to all items and scores them.
 
     Args:
-      path: of a JSONL file of the items' results; where it has some, they are not computed again.
-      tokens_per_batch: rows times tokens, read and written, that the device works on at a time.
-      seed: of who gets whose prompt in the control.
-      mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
+      path: of a JSONL file of the items' results; items that it has are not computed again.
+      tokens_per_batch: rows times tokens, read and written, of one batch on the device.
+      seed: of the control's permutation of prompts.
+      mesh: rows are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of items finished since the last call.
 
     Returns:
-      what `summary` makes of the items' results.
+      `summary` of the items' results.
 
-    Raises UserError where ids are not unique, or the file at `path` was made otherwise.
+    Raises UserError where ids are not unique, or the file at `path` has other settings.
     """
     if not items:
         raise UserError("no items to evaluate; give at least one")
     if len({item.id for item in items}) < len(items):
-        raise UserError("two items have the same id, by which results are kept; make them differ")
+        raise UserError("two items have the same id, which names their results; make ids unique")
     done: dict[str, Row] = {}
     log, cases = None, AgentCases(items, seed)
     if path is not None:
@@ -153,13 +153,13 @@ def evaluate_agent(
 
 
 def summary(answerer: Answerer, rows: Sequence[Row]) -> dict[str, Any]:
-    """The parts of a report's row (see `report`), of items' results.
+    """The fields of a report's row (see `report`), from the items' results.
 
     cells           of the five scores of `agent_metrics.ToolScores`
     compression     tokens of the entire instructions / tokens read by the edge
     edge_sees       which part of the instruction that is
-    cut_items       those that are cut off on the left, for the edge is too short; cut_prompts: the
-                    same of their prompts and the cloud
+    cut_items       items whose context was truncated on the left to fit the edge
+    cut_prompts     items whose prompt was truncated on the left to fit the cloud
     seconds         of all items together, compilation included
     """
     seen = [row["edge_tokens"] for row in rows]
@@ -184,7 +184,7 @@ def summary(answerer: Answerer, rows: Sequence[Row]) -> dict[str, Any]:
 def describe(
     answerer: Answerer, cases: AgentCases, max_new_tokens: int, stop: Sequence[str]
 ) -> Row:
-    """All that the results of single items depend on, as plain values."""
+    """Everything that the results of single items depend on, as plain values."""
     found = answerer.identity() | {
         "n": len(cases.items),
         "items": digest(list(map(dataclasses.asdict, cases.items))),

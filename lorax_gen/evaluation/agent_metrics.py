@@ -1,6 +1,6 @@
-"""The five success rates of GPT4Tools, of what should have been written and of what was.
+"""The five success rates of GPT4Tools, from the gold answer and the one that was written.
 
-A text holds steps, each of a thought and, where a tool is used, an action and its input:
+A text consists of steps, each of a thought and, where a tool is used, an action and its input:
 
     Thought: Do I need to use a tool? Yes
     Action: the tool
@@ -8,8 +8,8 @@ A text holds steps, each of a thought and, where a tool is used, an action and i
     Observation: what the tool answers
 
 and ends with the thought `No` and a line `AI: ...`. Thoughts, actions and inputs are compared one
-by one with those of the right text, as `eval/evaluate_result.py` of AILab-CVC/GPT4Tools does it: a
-place that only one of the two texts has counts as wrong.
+by one with those of the gold text, as in `eval/evaluate_result.py` of AILab-CVC/GPT4Tools: an index
+that only one of the two texts has counts as wrong.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ACTION = re.compile(r"Action: (.*)")
 INPUT = re.compile(r"Action Input: (.*)")
 REPLY = re.compile(r"AI: (.*)")
 FILE = ".png"
-SIMILAR = 0.5  # arguments at least so alike make a successful call
+SIMILAR = 0.5  # least similarity of the arguments in a successful call
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What a text says, in its order; `reply` is whether it has a line for the user."""
+    """The steps of a text, in order; `reply` is whether it has a line for the user."""
 
     thoughts: tuple[str, ...]
     actions: tuple[str, ...]
@@ -47,9 +47,9 @@ class ToolScores:
     Attributes:
       thought: SR_t, decisions for or against a tool.
       action: SR_act, names of tools.
-      arguments: SR_args, likeness of their arguments.
-      success: SR, items in which all of it is right, the arguments at least half.
-      iou: what is right among all that one of the two texts has.
+      arguments: SR_args, similarity of their arguments.
+      success: SR, items with correct thoughts and actions, and arguments of at least `SIMILAR`.
+      iou: what is correct over all that either text has.
     """
 
     thought: float
@@ -74,68 +74,67 @@ def parse(text: str) -> Steps:
 
 
 def score_answer(gold: str, written: str) -> ToolScores:
-    """The scores of one text that was written, beside the right one."""
-    right, found = parse(gold), parse(written.strip())
+    """The scores of a written text against the gold one."""
+    expected, found = parse(gold), parse(written.strip())
     if "Action:" in gold and "Action Input:" in gold:
-        return _with_tools(right, found)
-    return _without_tools(right, found)
+        return _with_tools(expected, found)
+    return _without_tools(expected, found)
 
 
 def mean_scores(scores: Iterable[ToolScores]) -> ToolScores:
-    """Each score's mean over items, of which there must be one."""
+    """Each score's mean over items, at least one."""
     return ToolScores(*np.mean([dataclasses.astuple(item) for item in scores], axis=0).tolist())
 
 
-def _with_tools(right: Steps, found: Steps) -> ToolScores:
-    # The last thought is about what to say when the tools are done. It is not asked for, and is no
-    # mistake either.
-    thoughts = right.thoughts[: len(right.actions)]
+def _with_tools(expected: Steps, found: Steps) -> ToolScores:
+    # The last thought, a `No` after the tools are done, is optional and not scored.
+    thoughts = expected.thoughts[: len(expected.actions)]
     thought_last = len(found.thoughts) == len(found.actions) + 1 and found.thoughts[-1] == "No"
     marks = (
         _marks(thoughts, found.thoughts[:-1] if thought_last else found.thoughts),
-        _marks(right.actions, found.actions),
-        _marks(right.inputs, found.inputs, arguments_alike),
+        _marks(expected.actions, found.actions),
+        _marks(expected.inputs, found.inputs, arguments_alike),
     )
     thought, action, arguments = (sum(each) / len(each) for each in marks)
     success = float(thought == 1 and action == 1 and arguments >= SIMILAR)
-    counts = (len(thoughts), len(right.actions), len(right.inputs))
+    counts = (len(thoughts), len(expected.actions), len(expected.inputs))
     return ToolScores(thought, action, arguments, success, _iou(marks, counts))
 
 
-def _without_tools(right: Steps, found: Steps) -> ToolScores:
-    marks = _marks(right.thoughts, found.thoughts)
+def _without_tools(expected: Steps, found: Steps) -> ToolScores:
+    marks = _marks(expected.thoughts, found.thoughts)
     share = sum(marks) / max(len(marks), 1)
     thought = share if found.reply and found.thoughts[:1] == ("No",) else 0.0
     success = float(thought == 1)
-    return ToolScores(thought, success, success, success, _iou([marks], [len(right.thoughts)]))
+    return ToolScores(thought, success, success, success, _iou([marks], [len(expected.thoughts)]))
 
 
 def _marks(
-    right: Sequence[str],
+    expected: Sequence[str],
     found: Sequence[str],
     alike: Callable[[str, str], float] = lambda a, b: float(a == b),
 ) -> list[float]:
-    """How alike the two are at each place; 0 where only one of them has it."""
-    pairs = [alike(a, b) for a, b in zip(right, found, strict=False)]
-    return pairs + [0.0] * abs(len(right) - len(found))
+    """Similarity of the two at each index; 0 where only one of them has it."""
+    pairs = [alike(a, b) for a, b in zip(expected, found, strict=False)]
+    return pairs + [0.0] * abs(len(expected) - len(found))
 
 
 def _iou(marks: Sequence[Sequence[float]], counts: Sequence[int]) -> float:
-    """Marks within the first `count` places of each, over those places and all other marks."""
+    """Marks at the first `count` indices of each, over all counts plus all other marks."""
     inside = sum(sum(each[:count]) for each, count in zip(marks, counts, strict=True))
     outside = sum(sum(each[count:]) for each, count in zip(marks, counts, strict=True))
     return inside / max(sum(counts) + outside, 1)
 
 
 def arguments_alike(gold: str, written: str) -> float:
-    """The mean likeness of two lists of arguments, with commas between them.
+    """The mean similarity of two comma-separated lists of arguments.
 
-    As many arguments are expected as there should be, and a file name where there should be one,
-    whichever it is; otherwise nothing is alike. Other arguments are compared by `bleu_1`.
+    It is 0 unless the lists have the same length, and a file name, whichever it is, wherever the
+    gold list has one. Other arguments are compared by `bleu_1`.
     """
-    right, found = gold.split(","), written.split(",")
-    pairs = list(zip(right, found, strict=False))
-    if len(right) != len(found) or any(FILE in a and FILE not in b for a, b in pairs):
+    expected, found = gold.split(","), written.split(",")
+    pairs = list(zip(expected, found, strict=False))
+    if len(expected) != len(found) or any(FILE in a and FILE not in b for a, b in pairs):
         return 0.0
     return sum(1.0 if FILE in a else bleu_1(a, b) for a, b in pairs) / len(pairs)
 
@@ -143,10 +142,10 @@ def arguments_alike(gold: str, written: str) -> float:
 def bleu_1(reference: str, text: str) -> float:
     """BLEU of single words (Papineni et al. 2002): clipped precision times the brevity penalty.
 
-    Words stand between white space. A text without words has 0, beside any reference.
+    Words are separated by white space. A text without words scores 0.
     """
-    right, found = reference.split(), text.split()
-    common = (Counter(right) & Counter(found)).total()
+    expected, found = reference.split(), text.split()
+    common = (Counter(expected) & Counter(found)).total()
     if not common:
         return 0.0
-    return common / len(found) * math.exp(min(0.0, 1 - len(right) / len(found)))
+    return common / len(found) * math.exp(min(0.0, 1 - len(expected) / len(found)))

@@ -1,6 +1,6 @@
-"""Who answers: the one thing that benchmarks, GPT4Tools and the world ask.
+"""Answerers: what is evaluated on benchmarks, GPT4Tools and the embedded world.
 
-An answerer is a model, what it reads of a question, and what specialises it:
+An answerer is a model, what it reads of a question, and how it is specialised:
 
     plain        the edge, the question alone
     icl          the edge, the question after the prompt
@@ -9,13 +9,13 @@ An answerer is a model, what it reads of a question, and what specialises it:
     lora_gen     the edge, the question alone; the prompt goes to the cloud, which generates the
                  LoRA that the edge answers with
 
-and its controls, which are `lora_gen` but for what the cloud reads (`control`):
+and controls, which differ from `lora_gen` in what the cloud reads (`control`):
 
     shuffled     the prompt of another task
     empty        nothing
     random       as many random tokens as the question's own prompt has
 
-A baseline is one more `Answerer`, or a subclass where it specialises otherwise.
+A new baseline is an `Answerer`, or a subclass with its own `specialise`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ Control = Literal["shuffled", "empty", "random"]
 
 
 class Cases(Protocol):
-    """Questions as answerers meet them: N of them, and what can be read of each."""
+    """N questions, and the texts that an answerer can read for each."""
 
     def bare(self) -> list[tuple[str, ...]]:
         """The question alone: one text, or one for each choice."""
 
     def prompted(self) -> list[tuple[str, ...]]:
-        """The question after its prompt, as it stands in a model's own context."""
+        """The question after its prompt, for a model that reads both in its context."""
 
     def prompts(self) -> list[str]:
         """The prompt alone."""
@@ -61,7 +61,7 @@ class Cases(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a cloud model reads: token ids, of which `truncated` are cut off on the left."""
+    """What a cloud model reads: token ids, after `truncated` ids were dropped on the left."""
 
     ids: Ids
     truncated: int = 0
@@ -69,12 +69,12 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answerer:
-    """A model that answers questions; this one is specialised by nothing but its context.
+    """A model that answers questions, specialised by its context or by a fixed adapter.
 
     Attributes:
       name: in options, reports and files; label: in tables.
-      in_context: the prompt stands in its own context.
-      adapter: what it answers all questions with, where that is not merged.
+      in_context: whether the prompt is in its own context.
+      adapter: for all questions, where it is not merged.
       max_length: most tokens that it reads; None: as many as it has positions.
     """
 
@@ -87,7 +87,7 @@ class Answerer:
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether what it answers depends on the prompt, by its context or otherwise."""
+        """Whether its answers depend on the prompt, in its context or otherwise."""
         return self.in_context
 
     def contexts(self, cases: Cases) -> list[tuple[str, ...]]:
@@ -95,19 +95,19 @@ class Answerer:
         return cases.prompted() if self.in_context else cases.bare()
 
     def prompts(self, cases: Cases) -> list[Prompt] | None:
-        """What is read of each question to specialise the model; None: nothing."""
+        """What the cloud reads for each question, to specialise the model; None: nothing."""
         return None
 
     def specialise(self, prompts: Sequence[Prompt], **options: Any) -> Adapter | None:
-        """The adapter of one row for each prompt; see `LoraGen.specialise`."""
+        """The adapter with one row per prompt; see `LoraGen.specialise`."""
         return self.adapter
 
     def fit(self, task: str, shots: Sequence[tuple[str, str]]) -> Answerer:
-        """The answerer after it has seen solved examples of a task; most learn nothing from it."""
+        """The answerer fitted to solved examples of a task; by default it stays the same."""
         return self
 
     def macs(self, context_tokens: int) -> Macs:
-        """Of the model reading a context up to the first token of an answer."""
+        """Of the model that reads a context, up to the first token of an answer."""
         return prefill_macs(self.model.config, context_tokens, logits=1)
 
     def prompt_macs(self, prompt_tokens: int) -> Macs:
@@ -115,7 +115,7 @@ class Answerer:
         return Macs()
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as plain values: an evaluation resumes where it is equal."""
+        """What its answers depend on, as plain values; an evaluation resumes if they are equal."""
         found = {
             "answerer": self.name,
             "model": identity(self.model),
@@ -131,7 +131,7 @@ class Answerer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraGen(Answerer):
-    """The edge with the LoRA that a generator makes of each question's prompt.
+    """The edge with the LoRA that a generator makes from each question's prompt.
 
     Attributes:
       which: what the cloud reads; None: the question's own prompt. See `control`.
@@ -149,7 +149,7 @@ class LoraGen(Answerer):
 
     @property
     def room(self) -> int:
-        """Tokens of a prompt that the cloud has room for, before the meta tokens."""
+        """Most tokens of a prompt that fit into the cloud before the meta tokens."""
         positions = self.cloud.config.max_position_embeddings
         limit = min(self.max_length or positions, positions)
         return limit - self.model.config.num_hidden_layers
@@ -173,7 +173,7 @@ class LoraGen(Answerer):
         mesh: Mesh | None = None,
         progress: Callable[[int], object] = lambda prompts: None,
     ) -> Adapter:
-        """The adapter of one row for each prompt; the cloud reads each different one once."""
+        """The adapter with one row per prompt; the cloud reads each distinct prompt once."""
         gates = gates_of_prompts(
             [prompt.ids for prompt in prompts],
             self.cloud,
@@ -199,13 +199,13 @@ class LoraGen(Answerer):
 
 
 def control(answerer: LoraGen, which: Control, seed: int = 0) -> LoraGen:
-    """The answerer, given something else to read than the question's own prompt."""
+    """The answerer with a cloud that reads something else than the question's own prompt."""
     label = ANSWERERS[which][0]
     return dataclasses.replace(answerer, name=which, label=label, which=which, seed=seed)
 
 
 def random_ids(model: Model, ids: Ids, rng: np.random.Generator) -> list[int]:
-    """As many ids, drawn from all that are not special; those that are special stay."""
+    """As many ids, drawn from all that are not special; special ids stay."""
     special = set(model.tokenizer.all_special_ids)
     known = min(len(model.tokenizer), model.config.vocab_size)
     choices = np.setdiff1d(np.arange(known), list(special))
@@ -214,7 +214,7 @@ def random_ids(model: Model, ids: Ids, rng: np.random.Generator) -> list[int]:
 
 
 def identity(model: Model) -> str:
-    """What tells a model from others: a hash of its weights, or, spread over hosts, its name."""
+    """Identifies a model: the hash of its weights, or its name if they span several hosts."""
     return model.name if hosts.several() else model.fingerprint
 
 
@@ -223,7 +223,7 @@ def identity(model: Model) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class System:
-    """What answerers are made of: an edge model, and what specialises it.
+    """The parts that answerers are made of: an edge model, and what specialises it.
 
     Attributes:
       lora: a LoRA tree of all tasks; card: one of a single task. Both are merged into the edge.
@@ -240,7 +240,7 @@ class System:
     def answerer(self, name: str, seed: int = 0) -> Answerer:
         """The answerer of a name of `ANSWERERS`.
 
-        Raises UserError where there is none, or the system lacks what it is made of.
+        Raises UserError where the name is unknown, or the system lacks a part that it needs.
         """
         if name not in ANSWERERS:
             raise UserError(f"unknown mode {name!r}; choose one of {', '.join(ANSWERERS)}")
@@ -267,7 +267,7 @@ PARTS = {
     "lora": "a LoRA of all tasks",
     "card": "a card or an adapter",
 }
-# Name -> its label, and what of a system it needs.
+# Name -> its label, and the parts of a system that it needs.
 ANSWERERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("edge, no prompt", ()),
     "icl": ("edge, prompted", ()),

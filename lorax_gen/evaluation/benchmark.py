@@ -1,8 +1,8 @@
-"""One benchmark, put to one answerer: accuracies, what they cost, and a file of single items.
+"""One answerer on one benchmark: accuracies, costs, and a file of single items.
 
-An interrupted run goes on where its file ends.
+An interrupted run resumes from its file.
 
-Dims: N items, C choices of an item.
+Dims: N items.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ NUMBERS = ("acc", "acc_norm", "context_tokens", "truncated", "prompt_tokens", "p
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a benchmark says of an answerer; means are over its items.
+    """An answerer's result on a benchmark; means are over its items.
 
     Attributes:
-      n: items; `scored` of them by this call, the others were in the file.
+      n: items; `scored` of them in this call, the others were in the file.
       acc: share of items whose correct choice has the highest log-likelihood; acc_norm: per
         character of its text. Their standard errors are sample deviation / sqrt(n).
-      truncated: items whose context was longer than the edge; prompts_truncated: the same of their
-        prompts and the cloud.
-      context_tokens: mean, before the choices, that the edge reads; prompt_tokens: the cloud.
-      flops: mean, of the edge reading a context up to the first token of an answer; cloud_flops: of
-        the cloud and the generator, for one prompt.
-      seconds: that this call took, compiling included.
+      truncated: items whose context was truncated to fit the edge; prompts_truncated: items whose
+        prompt was truncated to fit the cloud.
+      context_tokens: mean read by the edge before the choices; prompt_tokens: by the cloud.
+      flops: mean of the edge for a context, up to the first token of an answer; cloud_flops: of the
+        cloud and the generator, for one prompt.
+      seconds: of this call, compilation included.
     """
 
     benchmark: str
@@ -74,8 +74,8 @@ class BenchmarkCases:
     """The questions of a benchmark, see `answerers.Cases`.
 
     Attributes:
-      train: where shots are drawn from, `shots` of them for each question.
-      seed: of the shots, which at lm-evaluation-harness's seed are those that it draws.
+      train: questions that shots are drawn from, `shots` for each question.
+      seed: of the shots; with lm-evaluation-harness's seed they are the same as there.
       other: the benchmark whose prompts the control reads, and its training questions.
     """
 
@@ -90,7 +90,7 @@ class BenchmarkCases:
         return [self.benchmark.contexts(question) for question in self.questions]
 
     def prompted(self) -> list[tuple[str, ...]]:
-        """After solved shots, as lm-evaluation-harness puts it."""
+        """After solved shots, as in lm-evaluation-harness."""
         drawn = self._draw(self.benchmark, self.train)
         return [
             few_shot(self.benchmark, shots, question)
@@ -98,7 +98,7 @@ class BenchmarkCases:
         ]
 
     def prompts(self) -> list[str]:
-        """What the task is, and solved shots of each question's own."""
+        """The description of the task, then solved shots drawn for each question."""
         return [system_prompt(self.benchmark, s) for s in self._draw(self.benchmark, self.train)]
 
     def other_prompts(self) -> list[str]:
@@ -124,15 +124,15 @@ def evaluate_benchmark(
     mesh: Mesh | None = None,
     bar: Any = None,
 ) -> Result:
-    """Scores all questions that the file does not have yet, and sums all of them up.
+    """Scores all questions that the file lacks, and summarises all items.
 
     Args:
       shots, seed, train, other: see `BenchmarkCases`; for answerers that read prompts.
       path: of the file of single items, see `ItemLog`; None: no file, nothing to resume.
-      mesh: rows are split over its batch axes, weights as training splits them.
-      bar: a tqdm bar, which is set to the number of prompts, then of questions.
+      mesh: rows are sharded over its batch axes, weights as in training.
+      bar: a tqdm bar, whose total is set to the number of prompts, then of questions.
 
-    Over several processes all call this, and the first one writes.
+    With several processes all of them call this, and the first one writes.
 
     Raises UserError where the answerer lacks what it needs, the file is of another run, or a
     log-likelihood is not finite.
@@ -196,7 +196,7 @@ def item_row(
     score: ChoiceScores,
     prompt: Prompt | None,
 ) -> Row:
-    """What the file says of an item."""
+    """The row of an item in the file."""
     if not np.isfinite(score.loglikelihoods).all():
         raise UserError(
             f"{question.id}: a log-likelihood is {score.loglikelihoods.sum()}; the model overflows "
@@ -224,7 +224,7 @@ def item_row(
 def summary(
     cases: BenchmarkCases, answerer: Answerer, numbers: np.ndarray, scored: int, seconds: float
 ) -> Result:
-    """The result of numbers `[N, len(NUMBERS)]` of all items."""
+    """The result from the numbers `[N, len(NUMBERS)]` of all items."""
     columns = dict(zip(NUMBERS, numbers.T, strict=True))
     return Result(
         benchmark=cases.benchmark.name,
@@ -250,7 +250,7 @@ def summary(
 
 
 def describe(cases: BenchmarkCases, answerer: Answerer) -> Row:
-    """All that the scores of single items depend on, as plain values."""
+    """Everything that the scores of single items depend on, as plain values."""
     benchmark, questions = cases.benchmark, cases.questions
     found: Row = {
         "benchmark": benchmark.name,
@@ -291,7 +291,7 @@ def open_log(path: AnyPath, settings: Row, questions: Sequence[Question]) -> Ite
 
 
 def known_numbers(log: ItemLog | None, count: int) -> np.ndarray:
-    """`[N, len(NUMBERS)]` of the items in the file, NaN for the others; alike in all processes."""
+    """`[N, len(NUMBERS)]` of the items in the file, NaN for others; the same in all processes."""
     numbers = np.full((count, len(NUMBERS)), np.nan)
     for row in log.rows if log is not None else ():
         numbers[row["index"]] = [row[name] for name in NUMBERS]

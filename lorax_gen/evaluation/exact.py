@@ -1,7 +1,7 @@
 """Questions with one correct answer each, such as those of the embedded world.
 
-An answer counts as correct when every token of it, and the end of the text after it, is the most
-likely one given what stands before it: exactly when greedy decoding would write that answer.
+An answer counts as correct when each of its tokens, and the end of the text after it, is the most
+likely one given the tokens before it: exactly when greedy decoding would write that answer.
 
 Dims: N questions.
 """
@@ -21,10 +21,10 @@ from lorax_gen.inference.choices import ChoiceItem, ChoiceScores, score_items
 def score_answers(
     answerer: Answerer, cases: Cases, answers: Sequence[str], *, mesh: Mesh | None = None
 ) -> list[ChoiceScores]:
-    """Scores of the answer to each question; `greedy[0]` says whether it is what would be written.
+    """Scores of the answer to each question; `greedy[0]`: whether greedy decoding would write it.
 
     Args:
-      mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
+      mesh: rows are sharded over its batch axes, weights as in training; None: no mesh.
     """
     encoder, items = Encoder.of(answerer.model), []
     for (context,), answer in zip(answerer.contexts(cases), answers, strict=True):

@@ -1,10 +1,10 @@
-"""lm-evaluation-harness on our models: any of its tasks, on a model as it is or specialised.
+"""lm-evaluation-harness on our models: any of its tasks, on a model as loaded or specialised.
 
     lorax-gen lm-eval --model lorax_gen --model_args edge=org/name,dtype=bfloat16 --tasks piqa
     lorax-gen lm-eval --model lorax_gen --model_args edge=org/name,card=task.card.safetensors,...
 
-All arguments are lm-eval's own (`--help` lists them); `harness_model.HarnessModel` says what
-`--model_args` knows.
+All arguments are lm-eval's own (`--help` lists them); `harness_model.HarnessModel` documents those
+of `--model_args`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ NAME = "lorax_gen"
 
 
 def register() -> None:
-    """Makes `lorax_gen` a model of lm-eval's in this process, beside its own.
+    """Registers `lorax_gen` as a model of lm-eval in this process.
 
     Raises UserError where lm-eval is not installed.
     """
     try:
-        import lm_eval.models  # noqa: F401  (it names its own only while the registry is empty)
+        import lm_eval.models  # noqa: F401  (it adds its own only while the registry is empty)
         from lm_eval.api.registry import model_registry
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
@@ -43,13 +43,13 @@ def main(arguments: list[str]) -> int:
     from lm_eval.__main__ import cli_evaluate
 
     before = sys.argv
-    sys.argv = ["lm-eval", *arguments]  # it reads no other arguments
+    sys.argv = ["lm-eval", *arguments]  # it reads its arguments from there alone
     try:
         cli_evaluate()
     except ValueError as error:
         if not str(error).startswith("Tasks not found"):
             raise
-        raise UserError(f"{error}; `lorax-gen lm-eval ls tasks` lists those there are") from None
+        raise UserError(f"{error}; `lorax-gen lm-eval ls tasks` lists all tasks") from None
     finally:
         sys.argv = before
     return 0

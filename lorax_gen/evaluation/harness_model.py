@@ -1,8 +1,8 @@
-"""A model of ours as lm-evaluation-harness asks models: the class behind `--model lorax_gen`.
+"""The model class of lm-evaluation-harness's `--model lorax_gen`.
 
-Texts become tokens as in lm-eval's own `hf` backend, so that the numbers are the same. Choices of a
-question are scored together (`inference.choices`), texts are continued in batches of like lengths
-(`inference.continuations`).
+Texts are tokenised as in lm-eval's own `hf` backend, so that the numbers are the same. Choices of a
+question are scored together (`inference.choices`), texts are continued in batches of similar
+lengths (`inference.continuations`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 Ids = list[int]
 Pair = tuple[Ids, Ids]
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "auto": None}
-# What tasks ask for that changes nothing, under the names of transformers' generation.
+# Values of transformers' generation options that have no effect; tasks may set them.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": 1}
 
 
@@ -52,17 +52,17 @@ class HarnessModel(TemplateLM):
       edge: the model that answers: a directory, a shipped one or a hub name.
       card: a task card or a PEFT adapter directory, merged into the edge first.
       prompt: specialise the edge to this text first, or to that of a file (`@FILE`).
-      cloud, generator: what reads the prompt; a card needs the generator that it was made with.
-      dtype: of the parameters: float32, bfloat16, float16, or auto: as in the file.
-      max_length: most tokens read at a time; by default the positions of the model. What is longer
-        loses its beginning, and is counted in a warning.
-      tokens_per_batch: tokens that the device works on at a time; more on larger devices.
-      batch_size: most texts to continue at a time; lm-eval's default of 1, and auto, leave it to
+      cloud, generator: used for the prompt; a card needs the generator that it was made with.
+      dtype: of the parameters: float32, bfloat16, float16, or auto: that of the file.
+      max_length: most tokens of a sequence; by default the positions of the model. Longer sequences
+        are truncated on the left, and counted in a warning.
+      tokens_per_batch: tokens of one batch on the device; larger devices take more.
+      batch_size: most texts in a batch of continuations; 1, lm-eval's default, and auto leave it to
         `tokens_per_batch`.
-      add_bos_token: whether texts begin with BOS; None leaves it to the tokenizer, as lm-eval's own
-        `hf` does. Its releases before 0.4.4, and the paper, have none for LLaMA.
-      fsdp, tensor: devices that weights are split over; all others split the texts.
-      max_batch_size, device: lm-eval passes them; jax has its own devices, and they are ignored.
+      add_bos_token: whether texts begin with BOS; None: the tokenizer's default, as in lm-eval's
+        own `hf`. Its releases before 0.4.4, and the paper, use none for LLaMA.
+      fsdp, tensor: devices that weights are sharded over; the batch is sharded over all others.
+      max_batch_size, device: passed by lm-eval and ignored, since jax chooses its devices itself.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class HarnessModel(TemplateLM):
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
         self.mesh = serving_mesh(fsdp, tensor)
-        place = partial(tree_shardings, mesh=self.mesh) if self.mesh else None
-        model = load_model(edge, DTYPES[dtype], shardings=place, bos=add_bos_token)
+        shardings = partial(tree_shardings, mesh=self.mesh) if self.mesh else None
+        model = load_model(edge, DTYPES[dtype], shardings=shardings, bos=add_bos_token)
         positions = model.config.max_position_embeddings
         if max_length is not None and not 0 < max_length <= positions:
             raise UserError(f"max_length is {max_length}: choose from 1 to the model's {positions}")
@@ -102,7 +102,7 @@ class HarnessModel(TemplateLM):
         if self.most_rows == 1:
             self.most_rows = None
 
-    # --- what lm-eval asks about the model -------------------------------------------------------
+    # --- properties of the model that lm-eval reads ----------------------------------------------
 
     @property
     def max_length(self) -> int:
@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, or the end of text."""
+        """The token before a text without context: BOS, or the end of text."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into lm-eval's results about the model."""
+        """The model's fields in lm-eval's results."""
         leaves = jax.tree.leaves(self.model.params)
         return {
             "model_num_parameters": sum(leaf.size for leaf in leaves),
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat, up to where the answer begins, or goes on if one has begun."""
+        """The text of a chat, up to the model's answer or, if it has begun, to its end so far."""
         if not self.tokenizer.chat_template:
             raise UserError("this tokenizer has no chat template; leave out --apply_chat_template")
         return self.tokenizer.apply_chat_template(
@@ -145,15 +145,15 @@ class HarnessModel(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Ids:
-        """Token ids, where `add_special_tokens` leaves it open with BOS as `add_bos_token` says."""
+        """Token ids; where `add_special_tokens` is None, BOS follows `add_bos_token`."""
         bos = self.model.bos if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(
             self.tokenizer.decode([self.prefix_token_id])
         ):
-            bos = False  # a chat template has put it there
+            bos = False  # a chat template has added it
         return encode(self.tokenizer, string, bos=bos)
 
-    # --- what lm-eval asks the model -------------------------------------------------------------
+    # --- requests --------------------------------------------------------------------------------
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -221,7 +221,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-likelihood of each text, every token seen behind as many as the model reads."""
+        """The log-likelihood of each text, in windows as long as the model can read."""
         windows, counts = [], []
         for (text,) in (request.args for request in requests):
             found = get_rolling_token_windows(
@@ -239,7 +239,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each text, up to one of its strings `until`."""
-        texts, cut = [""] * len(requests), 0
+        texts, truncated = [""] * len(requests), 0
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -248,11 +248,11 @@ class HarnessModel(TemplateLM):
                 options = generation_options(requests[indices[0]].args[1])
                 room = room_for(self.model, options["max_new_tokens"])
                 rows = [self.tok_encode(requests[i].args[0]) for i in indices]
-                cut += sum(len(row) > room for row in rows)
+                truncated += sum(len(row) > room for row in rows)
 
-                def on_batch(places, written, indices=indices):
-                    for place, text in zip(places, written, strict=True):
-                        i = indices[place]
+                def on_batch(positions, written, indices=indices):
+                    for position, text in zip(positions, written, strict=True):
+                        i = indices[position]
                         texts[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                         bar.update()
@@ -266,14 +266,14 @@ class HarnessModel(TemplateLM):
                     on_batch=on_batch,
                     **options,
                 )
-        warn_of_cuts(cut, "texts", self.max_length)
+        warn_of_cuts(truncated, "texts", self.max_length)
         return texts
 
 
 def specialised(
     model: Model, card: str | None, prompt: str | None, cloud: str, generator: str
 ) -> Model:
-    """The model with a card or adapter merged, or specialised to a prompt, or as it is."""
+    """The model with a card or adapter merged, or specialised to a prompt, or unchanged."""
 
     if card is not None and prompt is not None:
         raise UserError("card and prompt both say what to specialise to; give one of them")
@@ -288,9 +288,9 @@ def specialised(
 
 
 def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
-    """Options of `stream_text` for those of a task.
+    """A task's generation options as those of `continue_texts`.
 
-    Raises UserError for one that would change the result and that we do not have.
+    Raises UserError for one that would change the result and is not supported.
     """
     asked = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
     sampled = asked.pop("do_sample") and asked.get("temperature", 1.0) > 0
@@ -309,14 +309,14 @@ def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
     for key, value in asked.items():
         if key != "seed" and NEUTRAL.get(key) != value:
             raise UserError(
-                f"generation asks for {key}={value!r}, which lorax_gen does not know; it knows "
+                f"the task sets {key}={value!r}, which lorax_gen does not support; it supports "
                 "until, max_gen_toks, do_sample, temperature, top_k, top_p and seed"
             )
     return options
 
 
 def refuse_unknown(unknown: dict[str, Any]) -> None:
-    """UserError for an argument of the model that there is none of, with the nearest name."""
+    """Raises UserError for an unknown argument of the model, with the nearest name."""
     names = list(inspect.signature(HarnessModel.__init__).parameters)[1:-1]
     for key in unknown:
         near = difflib.get_close_matches(key, names, n=1)
@@ -326,4 +326,4 @@ def refuse_unknown(unknown: dict[str, Any]) -> None:
 
 def warn_of_cuts(count: int, what: str, limit: int) -> None:
     if count:
-        log.warning("%d %s are longer than %d tokens and lost their beginning", count, what, limit)
+        log.warning("%d %s longer than %d tokens were truncated on the left", count, what, limit)

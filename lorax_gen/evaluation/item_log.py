@@ -1,8 +1,8 @@
-"""Results of single items in a file that grows while they come, so that a run can be resumed.
+"""Results of single items in a file that grows as they finish, so that a run can be resumed.
 
-One JSON object a line: first the settings of the run, then an item each, in the order in which
-they are finished. A line counts when it is whole. In a store the file is up to a minute behind
-(`files.Log`), and what it lacks is computed again.
+One JSON object per line: first the settings of the run, then one item per line, in the order in
+which they finish. A line counts if it is complete. In a store the file lags by up to a minute
+(`files.Log`), and missing items are computed again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def digest(value: Any) -> str:
 
 
 class ItemLog:
-    """Opens the file of a run, or begins it.
+    """Opens the file of a run, or creates it.
 
     Attributes:
-      rows: items that were there, and those written since.
+      rows: items that were in the file, and those written since.
 
-    Raises UserError where the file is of a run with other settings, or is no such file.
+    Raises UserError where the file has other settings, or is not a file of results.
     """
 
     def __init__(self, path: AnyPath, settings: Row):
@@ -37,26 +37,26 @@ class ItemLog:
         self.rows: list[Row] = []
         make_directory(path.parent)
         data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # without a last line that was cut off
-        lines = self._parsed(whole)
+        complete = data[: data.rfind(b"\n") + 1]  # without a truncated last line
+        lines = self._parsed(complete)
         if lines:
             found, *self.rows = lines
             self._check(found.get("settings"), json.loads(json.dumps(settings)))
-        self.log = Log(path, whole.decode() or _text([{"settings": settings}]))
+        self.log = Log(path, complete.decode() or _text([{"settings": settings}]))
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Writes items; on a disk they are there when this returns."""
+        """Writes items; on a disk they are written when this returns."""
         rows = list(rows)
         self.log.write(_text(rows))
         self.rows += rows
 
     def flush(self) -> None:
-        """Returns when all items are where they are kept."""
+        """Returns when all items are stored."""
         self.log.flush()
 
-    def _parsed(self, whole: bytes) -> list[Row]:
+    def _parsed(self, complete: bytes) -> list[Row]:
         rows = []
-        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        for number, line in enumerate(complete.split(b"\n")[:-1], 1):
             try:
                 rows.append(json.loads(line))
             except ValueError:
@@ -66,7 +66,7 @@ class ItemLog:
             if not isinstance(row, dict) or isinstance(settings, dict) != (number == 1):
                 raise UserError(
                     f"{self.path}, line {number}: not a line of results; remove the file or "
-                    "choose another place"
+                    "choose another path"
                 )
         return rows
 
@@ -75,7 +75,7 @@ class ItemLog:
             if found.get(key) != settings.get(key):
                 raise UserError(
                     f"{self.path} is of a run with {key} {found.get(key)!r}, this one has "
-                    f"{settings.get(key)!r}; choose another place, or remove the file"
+                    f"{settings.get(key)!r}; choose another path, or remove the file"
                 )
 
 

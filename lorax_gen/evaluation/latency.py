@@ -1,7 +1,7 @@
-"""Time and memory of one question at a time, as a user at a device waits for it.
+"""Latency and memory of one question at a time, as in interactive use on a device.
 
-A question goes to the device, a greedy answer comes back to the host: the clock stops when its
-tokens are there. Lengths are padded to a few sizes, whose programs have run before one is timed.
+A time runs from the question on the host to the tokens of its greedy answer on the host. Questions
+are padded to a few lengths, and each length's program runs once before it is timed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoding import generate
 from lorax_gen.models.model import Model
 
-SMALLEST = 8  # tokens that a question is padded to at least
+SMALLEST = 8  # least number of tokens that a question is padded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Memory:
     """The most bytes at a time on one device.
 
     Attributes:
-      measured: of all that the process has held there so far; otherwise what the compiled program
-        needs, weights included, as on platforms that do not tell.
+      measured: whether it is the peak of the process so far; otherwise what the compiled program
+        needs, weights included, on platforms without memory statistics.
     """
 
     peak_bytes: int
@@ -57,9 +57,9 @@ def measure_latency(
     Args:
       questions: token ids, each question of at least one.
       new_tokens: length of an answer; a stop token ends it earlier.
-      adapter: see `models.adapter`; its rows, if any, are those of every question.
+      adapter: see `models.adapter`; its `rows`, if any, hold one row, used for every question.
 
-    Raises UserError where there is no question, or one with its answer is beyond the model.
+    Raises UserError where there is no question, or one with its answer exceeds the positions.
     """
     if not questions:
         raise UserError("no question to time; give at least one")
@@ -78,9 +78,9 @@ def measure_latency(
 def peak_memory(
     model: Model, tokens: int, *, new_tokens: int = 1, adapter: Adapter | None = None
 ) -> Memory:
-    """Of the device that answers questions of up to `tokens` tokens, after it has answered one.
+    """Peak memory of the device for questions of up to `tokens` tokens, after it has answered one.
 
-    Raises UserError where that is beyond the model.
+    Raises UserError where that exceeds the positions of the model.
     """
     question = padded(model, [0] * tokens, new_tokens)
     device = jax.local_devices()[0]

@@ -1,10 +1,8 @@
-"""Pictures of a report, of the gates and of a training run, as PNG files.
+"""Figures of a report, of the gates and of a training run, as PNG files.
 
-Pure drawing from plain values, and none of pyplot's global state. Backgrounds are light
-and opaque, so that a picture reads the same on a light and on a dark page. Colours are those of
-Okabe and Ito (jfly.uni-koeln.de/color), which the colour-blind can tell apart.
-
-Dimensions: L edge layers, N experts.
+They are drawn from plain values, without pyplot's global state. Backgrounds are light and opaque,
+so that a figure looks the same on a light and on a dark page. Colours are those of Okabe and Ito
+(jfly.uni-koeln.de/color), which colour-blind readers can distinguish.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
 VERMILION = "#d55e00"
 
 CONTROL = {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"}
-# The look of each answerer's bars; of others that of a control.
+# The style of each answerer's bars; all others are drawn as controls.
 LOOKS: dict[str, dict[str, str]] = {
     "plain": {"color": "#c4c9ce"},
     "icl": {"color": "#56b4e9"},
@@ -34,7 +32,7 @@ LOOKS: dict[str, dict[str, str]] = {
     "lora_gen": {"color": VERMILION},
 }
 FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LONGEST_NAMED = 40  # more tasks than this, and their names would be too small to read
+LONGEST_NAMED = 40  # names of more tasks than this would be too small to read
 PANELS_PER_ROW = 6
 
 
@@ -72,7 +70,7 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
     chances = [column["chance"] for column in families.values()]
     chances.append(float(np.mean(chances)))
     groups = len(families) + 1
-    # The mean stands a little apart: it is no family.
+    # The mean is drawn slightly apart: it is not a family.
     centres = np.arange(groups) + 0.2 * (np.arange(groups) == len(families))
     width = 0.84 / len(report["rows"])
 
@@ -163,7 +161,7 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
     _axes(left, "Training loss")
     steps, rates = _series(rows, "learning_rate")
     if steps:
-        shade = left.twinx()  # drawn below the losses; its scale is told by the label
+        shade = left.twinx()  # drawn below the losses; its scale is in the label
         shade.fill_between(
             steps, rates, color=RULE, alpha=0.45, linewidth=0,
             label=f"learning rate, up to {max(rates):.2g}",
@@ -178,7 +176,7 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
         ("loss_cv", "$L_{cv}$, balance of the experts", FAMILY_COLORS[4]),
     ):
         steps, values = _series(rows, key)
-        if any(value > 0 for value in values):  # a log axis has no place for a loss that is off
+        if any(value > 0 for value in values):  # a log axis cannot show a loss of 0
             left.plot(steps, values, color=color, linewidth=1.4, label=label)
             left.set_yscale("log")
     left.set_ylabel("loss", fontsize=11, color=INK)
@@ -219,7 +217,7 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-# --- shared looks --------------------------------------------------------------------------------
+# --- shared style -------------------------------------------------------------------------------
 
 _TITLE = {"fontsize": 14, "fontweight": "bold", "color": INK}
 _LEGEND = {"fontsize": 10, "frameon": False, "labelcolor": INK}
@@ -227,7 +225,7 @@ _LEGEND = {"fontsize": 10, "frameon": False, "labelcolor": INK}
 
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches, at the rim too
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches, at the edges too
     return figure
 
 
@@ -242,7 +240,7 @@ def _axes(axes: Axes, title: str) -> Axes:
 
 
 def _percent(axes: Axes) -> None:
-    """An axis of shares, with room above 100 % for what stands on a full bar."""
+    """An axis of shares, with room above 100 % for the label of a full bar."""
     axes.set_ylim(0, 1.06)
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -255,6 +253,6 @@ def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[f
 
 
 def _write(figure: Figure, path: AnyPath) -> None:
-    """Writes a whole PNG or none."""
+    """Writes a complete PNG or none."""
     with replaced_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -1,19 +1,19 @@
-"""One report for all that is evaluated: answerers by tasks, and what a question costs each.
+"""The report of an evaluation: answerers by tasks, and the cost of a question for each.
 
     {
       "format": "lorax-gen report 1",
       "kind": "benchmarks", "gpt4tools" or "world",
       "edge", "cloud": names of the models, "device", "versions",
-      "settings": what the numbers depend on beside the models: shots, limit, split, seed ...
-      "columns": {task: {"title", "n", and where they are known "chance", "tasks"}},
+      "settings": what the numbers depend on besides the models: shots, limit, split, seed ...
+      "columns": {task: {"title", "n", and where known "chance", "tasks"}},
       "rows": {answerer: {
           "label",
-          "cells": {task: {"score", "stderr", "n", and what else a kind counts}},
+          "cells": {task: {"score", "stderr", "n", and further counts of the kind}},
           "average", "harmonic": of the scores,
-          "context_tokens", "prompt_tokens": that the answering model and the cloud read, means,
-          "flops", "cloud_flops": of reading them, means,
+          "context_tokens", "prompt_tokens": means read by the answering model and by the cloud,
+          "flops", "cloud_flops": means for these tokens,
           "latency_ms": {"median", "p90", "questions"}, "memory_bytes", "memory_measured",
-          and what else a kind counts}},
+          and further counts of the kind}},
     }
 
 Scores are shares. A column's standard error is that of its items: sample deviation / sqrt(n).
@@ -47,13 +47,13 @@ MEANS = ("context_tokens", "prompt_tokens", "flops", "cloud_flops")
 def new_report(
     kind: str, system: System, columns: Mapping[str, Cell], path: AnyPath | None = None, **settings
 ) -> Report:
-    """A report without rows, or with those that an earlier call left at `path`.
+    """A report without rows, or with the rows of the report at `path`.
 
-    Raises UserError where the report at `path` is of something else, or over several processes:
-    there a single benchmark can be scored (`evaluate_benchmark`), not timed.
+    Raises UserError where the report at `path` is of another evaluation, or with several processes:
+    they can score a benchmark (`evaluate_benchmark`), not time it.
     """
     if hosts.several():
-        raise UserError("reports are made by one process; over several use evaluate_benchmark")
+        raise UserError("a report is made by one process; with several use evaluate_benchmark")
     report = {
         "format": FORMAT,
         "kind": kind,
@@ -80,7 +80,7 @@ def new_report(
 
 
 def cell(values: np.ndarray, **more: Any) -> Cell:
-    """A cell of items' scores `[n]`."""
+    """A cell from the items' scores `[n]`."""
     return {
         "score": float(values.mean()),
         "stderr": standard_error(values),
@@ -90,7 +90,7 @@ def cell(values: np.ndarray, **more: Any) -> Cell:
 
 
 def add_row(report: Report, answerer: Answerer, cells: Mapping[str, Cell], **more: Any) -> None:
-    """Writes an answerer's row into the report; `more` are its costs and what else is counted."""
+    """Writes an answerer's row into the report; `more` holds its costs and further counts."""
     scores = [found["score"] for found in cells.values()]
     report["rows"][answerer.name] = {
         "label": answerer.label,
@@ -102,9 +102,9 @@ def add_row(report: Report, answerer: Answerer, cells: Mapping[str, Cell], **mor
 
 
 def serving_cost(answerer: Answerer, texts: Sequence[str]) -> Cell:
-    """Latency of the first token after texts, one at a time, and memory; see `latency`.
+    """Latency of the first token after each text, one at a time, and memory; see `latency`.
 
-    What an answerer generates is merged when it serves, and so costs nothing here.
+    A generated LoRA is merged for serving, so that it adds nothing here.
     """
     model, adapter = answerer.model, answerer.adapter
     room = model.config.max_position_embeddings - 1
@@ -126,7 +126,7 @@ def save_report(report: Report, run_dir: AnyPath) -> None:
 
 
 def to_csv(report: Report) -> str:
-    """A line for each answerer and task, and one for each answerer's mean with its costs."""
+    """A line per answerer and task, and for each answerer its means with its costs."""
     lines: list[dict[str, Any]] = []
     for name, row in report["rows"].items():
         lines += [{"answerer": name, "task": task, **cell} for task, cell in row["cells"].items()]

@@ -1,7 +1,7 @@
-"""Several benchmarks put to several answerers, as one report: the form of the paper's Tables 2, 3.
+"""Several answerers on several benchmarks, as one report: the form of the paper's Tables 2 and 3.
 
-What a question costs is of the edge alone, which is what serves; the cloud reads a prompt once for
-all questions under it and stands in columns of its own.
+The cost of a question is that of the edge alone, the model that serves; the cloud reads a prompt
+once for all questions under it and has columns of its own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def evaluate_suite(
     mesh: Mesh | None = None,
     bar: Any = None,
 ) -> Report:
-    """Scores benchmarks; see `evaluation.benchmark`.
+    """Evaluates answerers on benchmarks; see `evaluation.benchmark`.
 
     Args:
       tasks: names of benchmarks; names: of answerers.
@@ -62,7 +62,7 @@ def evaluate_suite(
       limit: questions of each benchmark, the first ones; None: all.
       directory: of data files; None: the hub.
       run_dir: keeps results of single items, `items/<benchmark>.<answerer>.jsonl`, so that the same
-        call goes on where one was interrupted, and `report.json` and `report.csv`; None: nothing.
+        call resumes an interrupted one, and `report.json` and `report.csv`; None: no files.
       timed: questions whose latency is measured for each answerer, after warm-up.
 
     Raises UserError where a name is unknown, data are missing, or an answerer lacks a model.
@@ -135,7 +135,7 @@ def evaluate_agent_suite(
     mesh: Mesh | None = None,
     bar: Any = None,
 ) -> Report:
-    """Has tools called; see `evaluation.agent`. Arguments as of `evaluate_suite`."""
+    """Evaluates answerers on GPT4Tools; see `evaluation.agent`, `evaluate_suite` for arguments."""
     answerers = [system.answerer(name, seed or 0) for name in names]
     columns = {name: {"title": name, "n": len(items)} for name in SCORES}
     path = run_dir and run_dir / "report.json"
@@ -163,7 +163,7 @@ def evaluate_agent_suite(
 
 
 def other_of(record: Benchmark, directory: AnyPath | None) -> tuple[Benchmark, list[Question]]:
-    """Whose prompts a benchmark is given in the control: the next one that may be trained on."""
+    """The benchmark whose prompts the control reads: the next one that may be trained on."""
     order = list(BENCHMARKS.values())
     start = order.index(record) + 1
     other = next(r for r in order[start:] + order[:start] if not r.unseen and r != record)
@@ -173,7 +173,7 @@ def other_of(record: Benchmark, directory: AnyPath | None) -> tuple[Benchmark, l
 def sample_contexts(
     answerer: Answerer, cases: Mapping[str, BenchmarkCases], count: int
 ) -> list[str]:
-    """What an answerer reads of `count` questions, from all benchmarks in turn."""
+    """What an answerer reads of `count` questions, as many of each benchmark."""
     texts = []
     for own in cases.values():
         first = own.questions[: -(-count // len(cases))]

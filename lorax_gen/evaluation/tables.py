@@ -1,4 +1,4 @@
-"""Reports on the terminal: accuracies as the paper prints them, then what a question costs."""
+"""Reports on the terminal: accuracies in the paper's form, then the cost of a question."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lorax_gen.evaluation.report import Report
 
 
 class Look(NamedTuple):
-    """How reports of a kind are shown."""
+    """How reports of one kind are shown."""
 
     title: str
     score: Callable[[float], str]
-    means: dict[str, str]  # which means of a row, and what heads them
+    means: dict[str, str]  # means of a row to show -> their headers
 
 
 def percent(share: float) -> str:
@@ -36,7 +36,7 @@ LOOKS = {
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Answerers by tasks, then what a question costs each, and what was cut off."""
+    """Answerers by tasks, then the cost of a question for each, and what was truncated."""
     console = console or Console(highlight=False)
     columns, rows = report["columns"], report["rows"]
     look = LOOKS[report["kind"]]
@@ -71,11 +71,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
             (row.get("cut_prompts", sum(c.get("prompts_truncated", 0) for c in cells)), "prompts"),
         ):
             if count:
-                console.print(f"{name}: {count} {what} too long for the model lost their beginning")
+                console.print(
+                    f"{name}: {count} {what} too long for the model were truncated on the left"
+                )
 
 
 def cost_table(report: Report) -> Table:
-    """What one question costs the model that answers, and its prompt the cloud."""
+    """The cost of one question for the answering model, and of its prompt for the cloud."""
     table = make_table(f"cost of a question on {report['device']}")
     for head in ("tokens", "ms", "p90 ms", "GiB", "GFLOPs", "cloud GFLOPs"):
         table.add_column(head, justify="right")
@@ -93,7 +95,7 @@ def cost_table(report: Report) -> Table:
 
 
 def make_table(title: str) -> Table:
-    """A table so narrow that eight benchmarks and their means fit into 80 columns."""
+    """A table narrow enough for eight benchmarks and their means in 80 columns."""
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False
     )
@@ -102,5 +104,5 @@ def make_table(title: str) -> Table:
 
 
 def progress(items: Sequence) -> Sequence:
-    """A progress bar that is silent off a terminal."""
+    """A progress bar, shown on a terminal only."""
     return tqdm(items, unit="family", leave=False, disable=not sys.stderr.isatty())

@@ -26,7 +26,7 @@ class WorldCases:
     """Questions `(i, (question, answer))`, asked under prompt i; see `answerers.Cases`.
 
     Attributes:
-      others: for each prompt the prompt of another task.
+      others: for each prompt, the prompt of another task.
     """
 
     texts: Sequence[str]
@@ -53,7 +53,7 @@ class WorldCases:
 def ask_tasks(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> WorldCases:
     """`count` questions of each task, or all of a task's where it has fewer.
 
-    The other prompt of a task is that of the next one in a random order, so never its own.
+    The other prompt of a task is that of the next task in a random order, so never its own.
     """
     prompts = [task.prompt(rng) for task in tasks]
     order = rng.permutation(len(tasks))
@@ -75,13 +75,13 @@ def evaluate_world(
     path: AnyPath | None = None,
     progress: Callable[[Sequence], Sequence] = lambda items: items,
 ) -> Report:
-    """Accuracy of answerers by family of tasks, and what a question costs; see `report`.
+    """Accuracy of answerers by family of tasks, and the cost of a question; see `report`.
 
     Args:
-      names: of answerers; None: all that the system has the parts of.
+      names: of answerers; None: those of `NAMES`, without `lora` where the system has none.
       questions: asked of each task, or all of a task's questions where it has fewer.
       timed: questions whose latency is measured, after warm-up; one at a time.
-      path: of a report with rows of an earlier call; None: none.
+      path: of a report whose rows are kept; None: no earlier report.
       progress: wraps the list of families, for a progress bar.
     """
     world, rng = data.world(), np.random.default_rng(seed)
@@ -124,10 +124,10 @@ def evaluate_world(
 
 
 class WorldQuiz:
-    """Some questions about every task of the world, for a training run to look at itself.
+    """A few questions of every task of the world, for evaluation during training.
 
     Attributes:
-      cases: all of them, seen and unseen; groups: split and family of each question.
+      cases: the questions of seen and unseen tasks; groups: split and family of each.
     """
 
     def __init__(self, world: World, families: Sequence[str], per_task: int = 12):
@@ -150,7 +150,7 @@ class WorldQuiz:
         return self.shares(correct_answers(answerer, self.cases, self.cases.answers, mesh=mesh))
 
     def shares(self, correct: np.ndarray) -> dict[str, float]:
-        """The same of `correct: [N]` bool."""
+        """As `accuracy`, from `correct: [N]` bool."""
         result: dict[str, float] = {}
         for split in ("seen", "unseen"):
             shares = {

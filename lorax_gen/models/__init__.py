@@ -1,0 +1,12 @@
+"""Decoder language models: LLaMA, Gemma, Gemma 2 and Qwen2.
+
+model         a model with its config, parameters and tokenizer
+decoder       the decoder as pure functions over parameters
+attention     causal attention with grouped heads
+decoding      prefill and decoding with a key/value cache
+adapter       how a LoRA or another adapter enters the decoder
+int8          kernels in int8
+huggingface   model directories of Hugging Face, read and written
+families      names and configs of the Hugging Face families
+presets       shapes of published checkpoints
+"""

@@ -1,0 +1,8 @@
+"""Memory, collectives and time of a train step on devices that are not attached.
+
+plan       the plan of a recipe for a topology, and whether it fits
+topology   TPU slices and GPUs by name
+memory     bytes of the generator's train step, by arithmetic
+hlo        collectives of a compiled program, from its HLO
+table      a plan as tables on the terminal
+"""

@@ -58,8 +58,8 @@ def open_data(
         return Data(shapes, closed, closed)
     over, to_edge = config.over(mesh), Encoder.of(edge)
     to_reader = Encoder.of(reader) if prompted else None
-    options = {"prompts": samples, "queries": queries, "seed": config.run.seed, "whole": whole}
-    options |= {"answer_length": config.answer_length}
+    options = {"prompts": samples, "queries": queries, "seed": config.run.seed}
+    options |= {"answer_length": config.answer_length, "full_sequence": whole}
     if isinstance(data, WorldConfig):
         quiz = WorldQuiz(data.world(), data.families)
         batch = world_batches(data, to_reader, to_edge, **options)

@@ -1,0 +1,12 @@
+"""Training, the same for every recipe.
+
+experiment   what a recipe gives to the loop
+run          config of a run: steps, evaluations, checkpoints
+loop         the training loop and its run directory
+step         losses and the train step
+state        the training state: step, key, trainables, statistics, optimizer
+optimizer    AdamW, its schedule and clipping
+checkpoint   checkpoints with orbax
+archive      checkpoints in stores that orbax cannot write to
+metrics      rows of metrics, speed, memory, router health, profiles
+"""

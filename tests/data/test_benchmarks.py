@@ -242,16 +242,16 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("arc_easy", {"answerKey": "Z"}, "answerKey 'Z' is none of the labels A, B, C"),
-        ("arc_easy", {"answerKey": None}, "a value has the wrong form"),
+        ("arc_easy", {"answerKey": "Z"}, "answerKey 'Z' is not one of the labels A, B, C"),
+        ("arc_easy", {"answerKey": None}, "a value is malformed"),
         ("arc_easy", {"choices": {"text": "ab", "label": ["A", "B"]}}, "choices should be strings"),
-        ("social_iqa", {"label": ""}, "a value has the wrong form"),
+        ("social_iqa", {"label": ""}, "a value is malformed"),
         ("social_iqa", {"label": "4"}, "answer 3 is out of range"),
         ("hellaswag", {"endings": ["a", "b", "[c]", "d"]}, "choice 2 is empty"),
         ("boolq", {"label": -1}, "answer -1 is out of range"),
         ("piqa", {"sol2": ""}, "choice 1 is empty"),
         ("winogrande", {"sentence": "No blank."}, "the question has no blank '_'"),
-        ("winogrande", {"sentence": "It was _ "}, "nothing stands behind the blank '_'"),
+        ("winogrande", {"sentence": "It was _ "}, "no text follows the blank '_'"),
     ],
 )
 def test_a_wrong_hub_row_is_named_too(tmp_path, name, change, message):
@@ -276,7 +276,7 @@ def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
         (b"[1, 2]\n", r"line 1: expected an object, not a list"),
         (b"[" * 100_000, r"line 1: cannot be read"),
         (b'{"answer": ' + b"1" * 5000 + b"}", r"line 1: cannot be read"),
-        (b"\xff\xfe", r"is not text in UTF-8"),
+        (b"\xff\xfe", r"is not UTF-8 text"),
         (b"", r"arc_easy has no questions in its split 'test'"),
     ],
 )
@@ -295,7 +295,7 @@ def test_files_of_other_systems_are_read_too(tmp_path):
 def test_a_cut_off_archive_and_a_broken_parquet_file(tmp_path):
     packed = gzip.compress(json.dumps(OWN).encode())
     (tmp_path / "arc_easy.test.jsonl.gz").write_bytes(packed[:-12])
-    with pytest.raises(UserError, match=r"arc_easy.test.jsonl.gz is cut off or broken"):
+    with pytest.raises(UserError, match=r"arc_easy.test.jsonl.gz is truncated or broken"):
         load(tmp_path)
     (tmp_path / "piqa.test.parquet").write_bytes(b"nothing")
     pytest.importorskip("pyarrow")

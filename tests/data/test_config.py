@@ -99,7 +99,7 @@ def test_what_cannot_be_opened_is_said(directory, tmp_path):
     write_lines(directory / "alpaca_more.jsonl", [TRIPLE])
     with pytest.raises(UserError, match=r"found alpaca_more.jsonl, alpaca_some.jsonl; name the"):
         open_source("alpaca", directory)
-    with pytest.raises(UserError, match="weight that is no number"):
+    with pytest.raises(UserError, match="weight that is not a number"):
         MixtureConfig(sources=("alpaca=half",))
     with pytest.raises(UserError, match=r"data\.sources is empty"):
         MixtureConfig(sources=())

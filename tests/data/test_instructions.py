@@ -166,7 +166,7 @@ def test_both_versions_are_read_from_archives_and_directories(tmp_path, kind):
     assert [len(clock.instances), len(seasons.instances)] == [6, 3]
     assert load_tasks(path, only=["*clock"]) == [clock]
     assert load_tasks(path, leave_out=["sub*"]) == [seasons]
-    with pytest.raises(UserError, match="holds no task"):
+    with pytest.raises(UserError, match="holds no task whose name matches"):
         load_tasks(path, only=["*moon*"])
 
 
@@ -214,7 +214,7 @@ def test_large_tasks_are_thinned_evenly(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"Definition": None}, "a value has the wrong form"),
+        ({"Definition": None}, "a value is malformed"),
         ({"Instances": [{"input": "x", "output": []}]}, "output should be a text or a list"),
         ({"Instances": [{"input": 1, "output": "y"}]}, "input should be a string, not 1"),
         ({"Instances": [{"output": "y"}]}, "no column 'input'"),

@@ -133,7 +133,7 @@ def test_rows_are_asked_under_their_prompt(encoder):
 
 
 def test_the_whole_row_can_be_marked(encoder):
-    batch = mix(encoder, two(), whole=True).batch(0)
+    batch = mix(encoder, two(), full_sequence=True).batch(0)
     np.testing.assert_array_equal(batch["answer"], batch["tokens"] != encoder.pad_id)
 
 
@@ -301,9 +301,9 @@ def test_a_source_that_holds_a_question_of_an_unseen_benchmark_is_refused(encode
         (2, {"prompts": 1}, "a batch needs two prompts or more"),
         (2, {"queries": 0}, "and a question each"),
         (2, {"min_shots": 2}, "min_shots=2 must lie between 0 and 1"),
-        (2, {"buckets": (4, 8)}, r"buckets \(4, 8\) must rise from 1 or more to the longest, 16"),
-        (2, {"buckets": (8, 4, 16)}, "must rise"),
-        (2, {"question_length": 0}, "a length of 0 tokens is none"),
+        (2, {"buckets": (4, 8)}, r"\(4, 8\) must increase from 1 or more to the longest, 16"),
+        (2, {"buckets": (8, 4, 16)}, "must increase"),
+        (2, {"question_length": 0}, "a length of 0 tokens is too short"),
     ],
 )
 def test_numbers_that_make_no_sense(encoder, sources, changes, message):

@@ -226,7 +226,7 @@ def test_a_task_fills_in_its_slots_and_shuffles_its_pairs():
 
 def test_the_whole_sequence_can_be_marked(encoder):
     """The loss over the whole edge sequence: every real token, and no padding."""
-    batch = question_batch(encoder, [("apple :", "alpha"), ("bell", "beta")], 8, whole=True)
+    batch = question_batch(encoder, [("apple :", "alpha"), ("bell", "beta")], 8, full_sequence=True)
     real = batch["tokens"] != encoder.pad_id
     np.testing.assert_array_equal(batch["answer"], real)
     assert real.sum(1).tolist() == [5, 4]

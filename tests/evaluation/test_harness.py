@@ -269,8 +269,8 @@ def test_what_is_cut_off_is_counted(ours, caplog):
         options = {"until": [], "max_gen_toks": 6}
         ours.generate_until(requests("x", [(text, options) for text in TEXTS]), disable_tqdm=True)
     first, second = (record.getMessage() for record in caplog.records)
-    assert first == "1 questions are longer than 64 tokens and lost their beginning"
-    assert second == "1 texts are longer than 64 tokens and lost their beginning"
+    assert first == "1 questions longer than 64 tokens were truncated on the left"
+    assert second == "1 texts longer than 64 tokens were truncated on the left"
 
 
 def test_bos_is_as_asked_for(directory, ours):

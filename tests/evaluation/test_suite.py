@@ -125,14 +125,14 @@ def test_all_benchmarks_and_modes_fit_into_80_columns(report, capsys, monkeypatc
 
 def test_what_was_cut_is_said_under_the_table(report, capsys):
     print_report(report)
-    assert "lost their beginning" not in capsys.readouterr().out
+    assert "truncated on the left" not in capsys.readouterr().out
     found = report["rows"]["lora_gen"]
     result = found["cells"]["boolq"] | {"truncated": 3, "prompts_truncated": 2}
     found = found | {"cells": found["cells"] | {"boolq": result}}
     print_report(report | {"rows": {"lora_gen": found}})
     out = capsys.readouterr().out
-    assert "lora_gen: 3 questions too long for the model lost their beginning" in out
-    assert "lora_gen: 2 prompts too long for the model lost their beginning" in out
+    assert "lora_gen: 3 questions too long for the model were truncated on the left" in out
+    assert "lora_gen: 2 prompts too long for the model were truncated on the left" in out
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,9 @@ def test_the_reasoning_run_from_data_to_evaluation(models, shared_data, tmp_path
     )  # fmt: skip
     assert "HellaS" in capsys.readouterr().out
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
-    assert [found["benchmarks"]["boolq"]["n"] for found in report["modes"].values()] == [4] * 3
-    prompt = report["modes"]["lora_gen"]["benchmarks"]["boolq"]["prompt_tokens"]
-    assert prompt > 20 and report["modes"]["plain"]["benchmarks"]["boolq"]["prompt_tokens"] == 0
+    assert [found["cells"]["boolq"]["n"] for found in report["rows"].values()] == [4] * 3
+    prompt = report["rows"]["lora_gen"]["cells"]["boolq"]["prompt_tokens"]
+    assert prompt > 20 and report["rows"]["plain"]["cells"]["boolq"]["prompt_tokens"] == 0
 
 
 def test_the_agent_run_from_data_to_evaluation(models, shared_data, tmp_path, capsys):
@@ -93,6 +93,6 @@ def test_the_agent_run_from_data_to_evaluation(models, shared_data, tmp_path, ca
     )  # fmt: skip
     out = capsys.readouterr().out
     assert "the edge sees previous conversation" in out and "x fewer tokens" in out
-    report = json.loads((tmp_path / "evaluation" / "agent.json").read_text())
-    assert report["modes"]["full"]["compression"] == 1.0
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert report["rows"]["icl"]["compression"] == 1.0
     assert report["modes"]["lora_gen"]["compression"] > 3

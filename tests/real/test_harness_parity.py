@@ -24,8 +24,8 @@ from lm_eval.tasks import TaskManager
 
 from lorax_gen import load_model, save_model
 from lorax_gen.data.benchmarks import find_benchmark, load_questions
-from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
-from lorax_gen.evaluation.system import System
+from lorax_gen.evaluation.answerers import System
+from lorax_gen.evaluation.benchmark import evaluate_benchmark
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
@@ -148,8 +148,9 @@ def test_items_score_as_in_the_harness(name, shots, files, directory, theirs, tm
     record, path = find_benchmark(name), tmp_path / "items.jsonl"
     questions = load_questions(record, "test", files)
     train = load_questions(record, "train", files)
-    system, setting = System(load_model(directory)), Setting("icl", shots)
-    result = evaluate_benchmark(record, questions, setting, system, train=train, path=path)
+    answerer = System(load_model(directory, bos=False)).answerer("icl")
+    options = {"shots": shots, "train": train, "path": path}
+    result = evaluate_benchmark(record, questions, answerer, **options)
 
     rows = sorted(map(json.loads, path.read_text().splitlines()[1:]), key=lambda r: r["index"])
     assert len(rows) == len(samples) == len(questions) == COUNT

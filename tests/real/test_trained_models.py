@@ -10,8 +10,8 @@ from lorax_gen import cli, load_generator, load_model
 from lorax_gen.data.benchmarks import BENCHMARKS, Benchmark
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.data.questions import Question
-from lorax_gen.evaluation.benchmark import Setting, evaluate_benchmark
-from lorax_gen.evaluation.system import System
+from lorax_gen.evaluation.answerers import System
+from lorax_gen.evaluation.benchmark import evaluate_benchmark
 from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.inference.choices import encode_items, score_items
 from lorax_gen.system import gated_pool
@@ -45,7 +45,7 @@ def endings(path, count=60):
 def test_a_model_of_stories_knows_how_a_story_goes_on(stories260k, shared_data):
     questions = endings(shared_data / "corpora" / "tinystories_cased_0.9MB.txt.xz")
     edge = load_model(stories260k)
-    found = evaluate_benchmark(STORIES, questions, Setting("plain"), System(edge))
+    found = evaluate_benchmark(STORIES, questions, System(edge).answerer("plain"))
     assert found.n == 60
     assert max(found.acc, found.acc_norm) > 0.25 + 4 * found.acc_stderr
 
@@ -58,7 +58,7 @@ def test_the_command_evaluates_the_shipped_models(shared_data, tmp_path, capsys)
         ])  # fmt: skip
     assert stop.value.code == 0 and "edge + LoRA-Gen" in capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert set(report["modes"]) == {"plain", "icl", "lora_gen", "empty"}
+    assert set(report["rows"]) == {"plain", "icl", "lora_gen", "empty"}
 
 
 def test_tasks_of_the_world_are_choices_too():

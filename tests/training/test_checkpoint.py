@@ -66,8 +66,12 @@ def kernels_experiment(mesh, run=RUN, batch=lambda step: None):
     )
 
 
+def mesh_of(experiment):
+    return dict(experiment.mesh.shape) | {"mode": experiment.mode}
+
+
 def config_of(experiment):
-    return {"run": configs.to_dict(experiment.run), "mesh": dict(experiment.mesh.shape)}
+    return {"run": configs.to_dict(experiment.run), "mesh": mesh_of(experiment)}
 
 
 def train(experiment, run_dir):
@@ -122,14 +126,15 @@ def test_a_state_is_restored_bit_for_bit_into_other_shards(stopped):
 def test_a_run_goes_on_where_it_stopped_on_any_mesh(stopped, unbroken, mesh):
     """Up to rounding, and bit for bit on the mesh it came from."""
     asked = []
-    state = train(kernels_experiment(mesh, batch=asked.append), stopped)
+    experiment = kernels_experiment(mesh, batch=asked.append)
+    state = train(experiment, stopped)
     assert asked == [3, 4, 5]
     if mesh == DATA:
         chex.assert_trees_all_equal(state, unbroken)
     elif mesh.mode == "jit":  # under pmap each device draws noise of its own
         chex.assert_trees_all_close(state, unbroken, rtol=1e-4, atol=1e-5)
     assert state["step"] == 6
-    assert configs.read_yaml(stopped / "config.yaml")["mesh"] == configs.to_dict(mesh)
+    assert configs.read_yaml(stopped / "config.yaml")["mesh"] == mesh_of(experiment)
 
 
 def test_a_run_goes_on_with_other_things_watched_but_not_learned(stopped):
@@ -271,7 +276,7 @@ import resource, sys, time
 from pathlib import Path
 import tests.conftest
 from lorax_gen import cli
-from lorax_gen.training import methods
+from lorax_gen.recipes import registry as methods
 from tests.training.test_checkpoint import DATA, kernels_experiment, steps_of
 
 def experiment(config):

@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 import torch
 
 from lorax_gen.method import GeneratorConfig, init_generator
-from lorax_gen.models.decoder import kernel_shapes
+from lorax_gen.models.decoder import Execution, kernel_shapes
 from lorax_gen.models.huggingface import read_config, read_params
 from lorax_gen.system import GeneratorSpec
 from lorax_gen.tensors import flatten
@@ -80,7 +80,7 @@ VARIANTS = {
     "llama, products, all shared": Variant(
         "llama",
         {"composition": "products", "pool": "shared", "router": "shared", "meta_tokens": "shared"},
-        {"microbatches": 2, "remat": "dots"},
+        {"microbatches": 2, "execution": Execution(remat="dots")},
         chunk=4,
     ),
     "gemma2, products": Variant(
@@ -92,7 +92,7 @@ VARIANTS = {
     "qwen2, shared pool": Variant(
         "qwen2",
         {"pool": "shared", "top_k": 3},
-        {"answer_length": ANSWER, "remat": "full"},
+        {"answer_length": ANSWER, "execution": Execution(remat="full")},
         cloud="qwen2",
     ),
     "qwen2, no BatchNorm": Variant(
