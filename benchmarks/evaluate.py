@@ -258,7 +258,7 @@ def main(options: Options) -> None:
         words = [f"w{i}" for i in range(config.vocab_size - len(SPECIAL))]
         tokenizer = word_level(words)
     config = dataclasses.replace(config, num_hidden_layers=options.layers)
-    model = Model(config, random_params(config, jnp.dtype(options.dtype)), tokenizer)
+    model = Model(config, random_params(config, jnp.dtype(options.dtype)), tokenizer, bos=False)
 
     def make_items(count: int) -> list[Item]:
         return real_items(count, options.data) if options.data else invented_items(count, words)

@@ -73,6 +73,9 @@ class Evaluate:
     """Tokens that the device works on at a time; more on GPUs and TPUs."""
     max_new_tokens: int = 512
     """gpt4tools only: longest answer."""
+    bos: Literal["tokenizer", "yes", "no"] = "tokenizer"
+    """Whether what the edge reads begins with BOS: as its tokenizer does it, or not. The paper's
+    scores, by lm-evaluation-harness 0.4.3, have none for LLaMA."""
     fsdp: int = 1
     """Devices that weights are split over; questions are split over these and what is left."""
     tensor: int = 1
@@ -123,7 +126,8 @@ def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> S
     shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
     load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=shardings)
     generator = functools.cache(lambda: lorax_gen.load_generator(command.generator))
-    edge, lora, card = load(command.edge), None, None
+    bos = {"tokenizer": None, "yes": True, "no": False}[command.bos]
+    edge, lora, card = load(command.edge, bos=bos), None, None
     if command.lora is not None and "lora" in needed:
         lora = lorax_gen.load_adapter(command.lora, edge.config)
     if "card" in needed:

@@ -221,7 +221,6 @@ def test_a_family_is_told_by_its_switches(name, architecture):
     family = family_of(CONFIGS[name])
     assert family.architecture == f"{architecture}ForCausalLM"
     assert family.model_type == architecture.lower()
-    assert family.scoring_bos == architecture.startswith("Gemma")
 
 
 @pytest.mark.parametrize(

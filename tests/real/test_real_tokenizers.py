@@ -272,18 +272,18 @@ def test_eos_never_comes_by_itself(family, tokenizer):
 @pytest.mark.parametrize(
     "preset, family, expected",
     [
-        (presets.tinyllama_1b, "llama2", False),
-        (presets.llama3_8b, "llama3", False),
-        (presets.llama3_2_1b, "llama3", False),
+        (presets.tinyllama_1b, "llama2", True),
+        (presets.llama3_8b, "llama3", True),
+        (presets.llama3_2_1b, "llama3", True),
         (presets.qwen2_1_5b, "qwen", False),
         (presets.gemma_2b, "gemma", True),
         (presets.gemma2_2b, "gemma", True),
     ],
 )
-def test_of_scored_prompts_only_those_of_gemma_begin_with_bos(preset, family, expected, tokenizer):
+def test_texts_begin_with_bos_where_the_tokenizer_puts_one(preset, family, expected, tokenizer):
     model = Model(preset(), {}, tokenizer)
-    assert model.scoring_bos is expected
-    ids = encode(tokenizer, "hello", bos=model.scoring_bos)
+    assert model.bos is expected
+    ids = model.encode("hello")
     assert (ids[0] == tokenizer.bos_token_id) is expected
 
 
