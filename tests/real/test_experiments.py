@@ -95,4 +95,4 @@ def test_the_agent_run_from_data_to_evaluation(models, shared_data, tmp_path, ca
     assert "the edge sees previous conversation" in out and "x fewer tokens" in out
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert report["rows"]["icl"]["compression"] == 1.0
-    assert report["modes"]["lora_gen"]["compression"] > 3
+    assert report["rows"]["lora_gen"]["compression"] > 3
