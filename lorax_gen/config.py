@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def at_least_one(config: Any, names: tuple[str, ...], prefix: str = "") -> None:
-    """UserError where one of a config's fields is below 1; `prefix` is that of the keys."""
+    """Raises UserError if one of a config's fields is below 1; `prefix` is that of the keys."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -27,11 +27,11 @@ def at_least_one(config: Any, names: tuple[str, ...], prefix: str = "") -> None:
 def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = "") -> T:
     """A config dataclass from plain values, nested ones included.
 
-    Where a field may be one of several dataclasses, its key `kind` says which: each has a field of
-    that name, whose default is its own.
+    Where a field may be one of several dataclasses, its key `kind` selects one: each class has a
+    field `kind` whose default names the class.
 
     Args:
-      where: what the values come from, for messages; `prefix` is that of the keys, such as `data.`.
+      where: source of the values, for messages; `prefix` is that of the keys, such as `data.`.
 
     Raises UserError for an unknown key (naming the nearest known one), an unknown or missing kind,
     or a value of a wrong type.
@@ -52,7 +52,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = ""
 
 
 def _choices(cls: type) -> dict[str, list[type]]:
-    """The fields of a dataclass that may be one of several dataclasses, and these."""
+    """The fields of a dataclass that may be one of several dataclasses, with those classes."""
     unions = {
         name: [c for c in typing.get_args(hint) if dataclasses.is_dataclass(c)]
         for name, hint in typing.get_type_hints(cls).items()
@@ -61,18 +61,18 @@ def _choices(cls: type) -> dict[str, list[type]]:
 
 
 def _choose(classes: list[type], values: dict[str, Any], where: str, prefix: str) -> type:
-    """The class whose kind the values name."""
+    """The class selected by the `kind` of the values."""
     kinds = {cls.kind: cls for cls in classes}
     if "kind" not in values:
         raise UserError(f"{where}: {prefix}kind is missing; choose one of {', '.join(kinds)}")
     kind = values["kind"]
-    if kind not in list(kinds):  # a list, for YAML may give what has no hash
+    if kind not in list(kinds):  # a list, as YAML may give an unhashable value
         raise UserError(f"{where}: {prefix}kind is {kind!r}; choose one of {', '.join(kinds)}")
     return kinds[kind]
 
 
 def _to_float(value: Any) -> Any:
-    """A number that YAML reads as an integer, or, written as 2e-5, as text; others as they are."""
+    """A float from a YAML integer or from text, as YAML reads 2e-5; other values unchanged."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -80,7 +80,7 @@ def _to_float(value: Any) -> Any:
 
 
 def _to_names(value: Any) -> Any:
-    """The tuple that YAML writes as a list, or, where it is of one name, as that name."""
+    """A tuple from a YAML list or from a single name."""
     if isinstance(value, str):
         return (value,)
     return _to_tuple(value)
@@ -111,7 +111,7 @@ def _must_map(values: Any, where: str, prefix: str) -> None:
 
 
 def read_yaml(path: AnyPath) -> dict[str, Any]:
-    """A YAML mapping; UserError where the file is missing or not one."""
+    """Reads a YAML mapping. Raises UserError if the file is missing or not one."""
     try:
         values = read_yaml_text(path.read_text())
     except FileNotFoundError:

@@ -1,23 +1,22 @@
-"""What a model costs, counted from its shapes: parameters, multiply-accumulates, FLOPs.
+"""The cost of a model, counted from its shapes: parameters, multiply-accumulates, FLOPs.
 
-A multiply-accumulate (MAC) is one product and its addition, two FLOPs. Counted are the products of
-matrices; norms, rotations, activations, softmax, biases, lookups, losses and the optimizer are not:
-in models of a useful width they are below one per cent. Everything is an exact integer and knows no
-device.
+A multiply-accumulate (MAC) is one product and its addition, two FLOPs. Only matrix products are
+counted. Norms, rotary embeddings, activations, softmax, biases, lookups, losses and the optimizer
+are not: in models of a useful width they are below one per cent. All counts are exact integers and
+do not depend on the device.
 
 The "FLOPs" of the paper's Table 13 are MACs of this count, forward passes only, every token through
 the head, attention as T x T:
 
     prefill_macs(qwen2_1_5b(), 100)     1.5522e11   LoRA-Gen: the question alone   printed 1.552E+11
-    prefill_macs(qwen2_1_5b(), 300)     4.7081e11   LoRA: behind its instruction   printed 4.708E+11
+    prefill_macs(qwen2_1_5b(), 300)     4.7081e11   LoRA: after its instruction    printed 4.708E+11
     prefill_macs(llama3_8b(), 200)      1.5114e12   the cloud on the instruction
     the first and the third together    1.6666e12   LoRA-Gen's training step       printed 1.667E+12
 
-so its training step has no meta tokens, no generator and no backward pass; `train_step_macs` has.
+so its training step has no meta tokens, generator or backward pass; `train_step_macs` counts them.
 
-Dimensions: B rows, T tokens, S positions that a query attends to, D model, F feed-forward, H heads,
-K key/value heads, E head size, L layers, V vocabulary, R rank, P prompts, Q queries per prompt,
-N experts, M width of the router.
+Dims beyond the legend (`lorax_gen.method`): S positions that a query attends to, K key/value heads,
+E head size, M router width.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shap
 from lorax_gen.system import GeneratorSpec
 
 Ranks = Mapping[str, int]
-"""Kernel name -> rank of the LoRA that is applied beside it; a merged one costs nothing."""
+"""Kernel name -> rank of its unmerged LoRA; a merged one adds no cost."""
 
 RECOMPUTED = {"none": (), "dots": ("attention",), "full": ("kernels", "attention", "lora")}
-"""What each entry of `decoder.REMAT_POLICIES` computes again in the backward pass."""
+"""What each entry of `decoder.REMAT_POLICIES` recomputes in the backward pass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates by what they multiply; they add up, and multiply by whole numbers."""
+    """Multiply-accumulates by what they multiply; supports `+`, and `*` with an integer."""
 
     kernels: int = 0
     """Activations with the kernels of the layers."""
@@ -69,12 +68,12 @@ class Macs:
         return Macs(*(times * part for part in dataclasses.astuple(self)))
 
     def training(self, *, frozen: bool, remat: str = "none") -> Macs:
-        """Forward and backward, of what these are the forward pass of.
+        """MACs of forward and backward pass, where `self` counts the forward pass.
 
-        A product's backward pass is two of its size, one for the gradient of each factor: three in
-        all. A frozen kernel or head needs no gradient: two. `remat` adds the forward pass of what
-        is computed again; for `full` up to a tenth too much, as the product with `down`, where no
-        norm follows it, is needed by no gradient and not really computed again.
+        A product's backward pass is two products of its size, one for the gradient of each factor:
+        three in total. A frozen kernel or head needs no gradient: two. `remat` adds the forward
+        pass of what is recomputed; for `full` this is up to a tenth too much, since no gradient
+        needs the product with `down` where no norm follows it, and it is not recomputed.
         """
         weights = ("kernels", "head") if frozen else ()
         counts = dataclasses.asdict(self).items()
@@ -86,7 +85,7 @@ class Macs:
 
 
 def parameters(config: DecoderConfig) -> int:
-    """All numbers of the parameter tree."""
+    """The number of scalars in the parameter tree."""
     return count_params(abstract_params(config))
 
 
@@ -108,10 +107,10 @@ def prefill_macs(
         lora        B T L R (D_in + D_out), summed over the kernels that have one
 
     Args:
-      cached: tokens before these, whose keys and values are kept: S = cached + T.
-      logits: positions of a row that go through the head; None is all, 0 none.
-      causal: pairs are only those that the causal mask and windows let through, at most
-        T (T + 1) / 2 a layer, as for a kernel that skips the rest; else T S, as the decoder does.
+      cached: earlier tokens whose keys and values are cached: S = cached + T.
+      logits: positions of a row that go through the head; None: all.
+      causal: counts only pairs that the causal mask and windows allow, at most T (T + 1) / 2 per
+        layer, as for a kernel that skips the others; else T S, as the decoder computes.
     """
     layers, shapes = config.num_hidden_layers, kernel_shapes(config)
     pairs = layers * tokens * (cached + tokens)
@@ -128,19 +127,19 @@ def prefill_macs(
 
 
 def _seen(tokens: int, window: int | None) -> int:
-    """What the first `tokens` queries see together: 1 + 2 + 3 + ..., each at most a window."""
+    """Keys that the first `tokens` queries attend to: 1 + 2 + 3 + ..., each at most `window`."""
     beyond = max(tokens - window, 0) if window else 0
     return tokens * (tokens + 1) // 2 - beyond * (beyond + 1) // 2
 
 
 def mean_flops(tokens: Iterable[float], macs: Callable[[int], Macs]) -> float:
-    """FLOPs of `macs(T)`, mean over texts of so many tokens each."""
+    """Mean FLOPs of `macs(T)` over texts with these numbers of tokens."""
     counts = Counter(map(int, tokens))
     return sum(n * macs(length).flops for length, n in counts.items()) / counts.total()
 
 
 def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options) -> Macs:
-    """One more token of each of B rows, which sees `context` tokens, itself among them.
+    """One decoding step of B rows, whose token attends to `context` tokens including itself.
 
     `options` are `causal` and `lora` of `prefill_macs`.
     """
@@ -150,13 +149,13 @@ def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options) 
 def question_macs(
     config: DecoderConfig, tokens: int, new_tokens: int = 1, *, cached: int = 0, **options
 ) -> Macs:
-    """One question: `tokens` read and an answer of `new_tokens` written, from a cache.
+    """One question: prefill of `tokens`, then an answer of `new_tokens` decoded with a cache.
 
-    For LoRA-Gen the tokens are the bare question; for in-context learning the prompt is among them,
-    or `cached` where its keys and values are kept from the question before.
+    For LoRA-Gen the tokens are the bare question; for in-context learning they include the prompt,
+    or it is `cached` where its keys and values are kept from the previous question.
     """
     total = prefill_macs(config, tokens, cached=cached, logits=1, **options)
-    for written in range(1, new_tokens):  # the last one is never read
+    for written in range(1, new_tokens):  # the last one is never fed back
         total += decode_macs(config, cached + tokens + written, **options)
     return total
 
@@ -165,7 +164,7 @@ def question_macs(
 
 
 def generated_ranks(generator: GeneratorConfig) -> dict[str, int]:
-    """Ranks of a generated LoRA: R over `factors`, R for each expert kept over `products`."""
+    """Ranks of a generated LoRA: R for `factors`, R per expert kept for `products`."""
     kept = generator.top_k if generator.strategy == "keep_top_k" else generator.n_experts
     experts = 1 if generator.composition == "factors" else kept
     return dict.fromkeys(generator.edge_targets, experts * generator.rank)
@@ -174,12 +173,12 @@ def generated_ranks(generator: GeneratorConfig) -> dict[str, int]:
 def generator_macs(
     spec: GeneratorSpec, prompt_length: int, prompts: int = 1, *, causal: bool = False
 ) -> Macs:
-    """A LoRA for each of P prompts of T tokens: the cloud with its own LoRA, router, and eq. 8.
+    """A LoRA for each of P prompts of T tokens: the cloud with its own LoRA, the router, and eq. 8.
 
     cloud       `prefill_macs` of T + L tokens (L edge layers: the meta tokens), no head
     router      P L M (D + N), D that of the cloud
-    factors     P L N R (D_in + D_out), summed over targets: all N gates, zeros too
-    products    P L R D_out for each expert kept: gates into B; picking experts multiplies nothing
+    factors     P L N R (D_in + D_out), summed over targets: all N gates, including zeros
+    products    P L R D_out per expert kept: gates into B; indexing experts needs no products
     """
     generator, layers = spec.generator, spec.edge.num_hidden_layers
     cloud = prefill_macs(
@@ -200,7 +199,7 @@ def generator_macs(
 
 
 def merge_macs(config: DecoderConfig, lora: Ranks) -> Macs:
-    """Eq. 1, once for each task: L R D_in D_out, summed over the kernels of a LoRA."""
+    """Eq. 1, once per task: L R D_in D_out, summed over the kernels of a LoRA."""
     shapes = kernel_shapes(config)
     layer = sum(rank * shapes[name][0] * shapes[name][1] for name, rank in lora.items())
     return Macs(lora=config.num_hidden_layers * layer)
@@ -219,12 +218,12 @@ def tuning_step_macs(
     remat: str = "none",
     causal: bool = False,
 ) -> Macs:
-    """A step of `lora` on frozen weights, or of the weights themselves where there is none.
+    """A training step of `lora` on frozen weights, or of the weights themselves without a LoRA.
 
     Args:
-      length: of a row in the batch; the model reads all but the last of its tokens.
-      answered: positions of a row that go through the head; None is all that the model reads.
-      remat: leave it out for the useful work alone, which is what utilisation (MFU) is a share of.
+      length: tokens per row of the batch; the model reads all but the last.
+      answered: positions of a row that go through the head; None: all that the model reads.
+      remat: "none" counts useful work only, the numerator of the model FLOPs utilisation (MFU).
     """
     forward = prefill_macs(config, length - 1, rows, logits=answered, causal=causal, lora=lora)
     return forward.training(frozen=bool(lora), remat=remat)
@@ -241,7 +240,7 @@ def train_step_macs(
     remat: str = "none",
     causal: bool = False,
 ) -> Macs:
-    """A step of LoRA-Gen: P prompts, and P Q rows of the edge with the LoRA of their prompt.
+    """A training step of LoRA-Gen: P prompts, and P Q rows of the edge with their prompt's LoRA.
 
     Both models are frozen, so their kernels count twice; the cloud's LoRA, the router, the pool and
     the generated LoRA count three times. See `tuning_step_macs` for the other arguments.

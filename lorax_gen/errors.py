@@ -1,4 +1,4 @@
-"""The one error type that is meant for the person at the keyboard."""
+"""The error type for mistakes that the user can correct."""
 
 
 class UserError(ValueError):

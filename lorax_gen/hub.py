@@ -1,4 +1,4 @@
-"""Names to directories: local ones, URLs, shipped ones such as `world/cloud`, or hub names."""
+"""Resolves names to directories: local, URLs, shipped such as `world/cloud`, or hub names."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt
 def find_directory(
     name: str | files.AnyPath, what: str = "model", revision: str | None = None
 ) -> Path:
-    """The local directory of `what` that a name stands for.
+    """The local directory of a name; `what` it holds is for messages.
 
-    A directory comes first, copied from its store if it is in one, then a shipped one, then the
-    hub, downloaded and cached (`$HF_HOME`, `$HF_TOKEN` and `$HF_HUB_OFFLINE` are those of
-    huggingface_hub).
+    Tried in this order: a directory, copied from its store if it is in one; a shipped one; the hub,
+    downloaded and cached (`$HF_HOME`, `$HF_TOKEN` and `$HF_HUB_OFFLINE` as in huggingface_hub).
 
-    Raises UserError where there is none, or the hub refuses or cannot be reached.
+    Raises UserError if there is none, or the hub refuses or cannot be reached.
     """
     if not str(name):
         raise UserError(f"the name of the {what} is empty; give a directory or a hub name")
@@ -57,9 +56,9 @@ def find_directory(
         ) from None
     except LocalEntryNotFoundError:
         raise UserError(
-            f"no {what} directory at {name}, and the hub cannot be reached nor is it in the cache; "
-            "connect, or give a local directory"
+            f"no {what} directory at {name}, and the hub cannot be reached and has no copy in the "
+            "cache; connect, or give a local directory"
         ) from None
-    except Exception as error:  # the connection's own errors, of whichever library makes it
+    except Exception as error:  # connection errors of the library underneath
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot get {name} from the hub: {reason}") from None

@@ -1,7 +1,4 @@
-"""Where the method meets the models: prompts through the cloud LM to gates and to LoRA.
-
-Dims: P prompts, T time, L edge layers, D width of the cloud model, N experts.
-"""
+"""The method applied to the models: prompts through the cloud LM to gates and to LoRA."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params, ke
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorSpec:
-    """The static part of a LoRA-Gen system: the generator's and both models' shapes."""
+    """The static part of a LoRA-Gen system: the configs of the generator and of both models."""
 
     generator: GeneratorConfig
     cloud: DecoderConfig
@@ -38,10 +35,10 @@ def meta_states(
     lengths: Array,
     **options: Any,
 ) -> Array:
-    """The cloud LM reads prompts `[P, T]` in one forward pass; its states `[P, L, D]`.
+    """Meta states `[P, L, D]` of prompts `[P, T]`, by one forward pass of the cloud LM.
 
-    L meta tokens stand directly behind each prompt; T^i is the final-norm hidden state at the
-    i-th. The cloud's own LoRA is applied, its head never computed.
+    L meta tokens directly follow each prompt; T^i is the final-norm hidden state at the i-th. The
+    cloud's own LoRA is applied; its head is not computed.
 
     Args:
       options: `dropout_key` and `execution` of `decoder.hidden_states`.
@@ -58,7 +55,7 @@ def meta_states(
 
 
 def model_shape(config: DecoderConfig) -> dict[str, Any]:
-    """What of a decoder's shape a generator depends on, as plain values."""
+    """The part of a decoder's shape that a generator depends on, as plain values."""
     return {
         "layers": config.num_hidden_layers,
         "kernels": {name: list(shape) for name, shape in kernel_shapes(config).items()},
@@ -69,7 +66,7 @@ def model_shape(config: DecoderConfig) -> dict[str, Any]:
 class GatedPool(Apply):
     """Eq. 8 in a decoder: `shared` is the pool of experts, `rows` the gates of each row.
 
-    Zero gates leave a row as the frozen model has it. `gated_pool` makes the adapter.
+    A row with zero gates gets the frozen model's output. `gated_pool` builds the adapter.
     """
 
     config: GeneratorConfig
@@ -78,18 +75,18 @@ class GatedPool(Apply):
         if name not in shared:
             return None
         gates, config = rows["gates"], self.config
-        if x.shape[1] == 1:  # one token, as in decoding: a LoRA of its own would not pay
+        if x.shape[1] == 1:  # one token, as in decoding: composing a LoRA would cost more
             scale = config.alpha / config.rank
             return scale * apply_experts(x, shared[name], gates, config.composition)
-        # One layer's pool and many rows are to `lora_from_gates` one pool that layers share.
+        # `lora_from_gates` treats the rows as layers that share this layer's pool.
         return apply_lora(x, lora_from_gates({name: shared[name]}, gates, config)[name])
 
 
 def gated_pool(pool: Tree, gates: Any, config: GeneratorConfig) -> Adapter:
-    """The adapter of the edge model that gates `[P, L, N]` make of a pool, one row for each.
+    """The edge model's adapter for a pool and gates `[P, L, N]`, one row per prompt.
 
-    The LoRA of a row is composed layer by layer while the decoder runs, so what is held is the
-    pool and the gates, which may stay on the host.
+    The decoder composes a row's LoRA layer by layer, so only the pool and the gates are stored;
+    the gates may stay on the host.
     """
     if config.pool == "shared":
         pool = jax.tree.map(lambda x: jnp.broadcast_to(x, (gates.shape[1], *x.shape)), pool)
@@ -107,6 +104,6 @@ def prompt_gates(
     *,
     execution: Execution = Execution(),
 ) -> Array:
-    """Gates `[P, L, N]` of prompts `[P, T]`, at inference: no prompt changes another's gates."""
+    """Gates `[P, L, N]` of prompts `[P, T]`, at inference; they do not depend on each other."""
     states = meta_states(params, cloud, spec, prompt, lengths, execution=execution)
     return gates_from_states(params, stats, states, spec.generator)[0]

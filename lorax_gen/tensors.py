@@ -1,4 +1,4 @@
-"""Trees of arrays as safetensors files, names joined by dots, and their hashes. No pickle."""
+"""Trees of arrays as safetensors files, with names joined by dots, and their hashes. No pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorax_gen.files import AnyPath
 
 
 def named_leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of `{'a': {'b': x}}` as `('a.b', x)`, where they are."""
+    """The leaves of `{'a': {'b': x}}` as `('a.b', x)`, left on their devices."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from named_leaves(value, f"{prefix}{name}.")
@@ -31,7 +31,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The tree again."""
+    """The inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = path.split(".")
@@ -45,10 +45,10 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 def tree_hash(tree: dict[str, Any], dtype: Any = None) -> str:
     """First 16 hex digits of the SHA-256 over names, shapes, dtypes and bytes of a tree.
 
-    With `dtype`, of its values rounded to that: a tree hashes as its fp32 or its bf16 copy does.
+    With `dtype`, values are cast to it first, so a tree has the hash of its copy in that dtype.
     """
     digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(tree), key=itemgetter(0)):  # one leaf on the host
+    for name, leaf in sorted(named_leaves(tree), key=itemgetter(0)):  # copied one by one
         value = np.asarray(leaf)
         value = value.astype(dtype or value.dtype, copy=False)
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
@@ -59,30 +59,32 @@ def tree_hash(tree: dict[str, Any], dtype: Any = None) -> str:
 def write_tensors(
     path: AnyPath, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a new safetensors file, whole or not at all."""
+    """Writes a new safetensors file, atomically."""
     with files.new_file(path) as temporary:
         contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(contiguous, temporary, metadata=metadata)
-        temporary.chmod(0o644)  # safetensors let nobody else read
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
 def open_safetensors(path: AnyPath):
-    """Opens a safetensors file; a missing, truncated or foreign one is a UserError."""
+    """Opens a safetensors file. Raises UserError if it is missing, truncated or another format."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected a safetensors file there")
     try:
         return safe_open(files.local_copy(path), framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); get it again") from None
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}); get it again"
+        ) from None
 
 
 def read_tensors(path: AnyPath) -> dict[str, np.ndarray]:
-    """All tensors of a file; UserError where it is missing or truncated."""
+    """All tensors of a file. Raises UserError if it is missing or truncated."""
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_metadata(path: AnyPath) -> dict[str, str]:
-    """The metadata of a file; UserError where it is missing or truncated."""
+    """The metadata of a file. Raises UserError if it is missing or truncated."""
     with open_safetensors(path) as file:
         return file.metadata() or {}

@@ -1,4 +1,4 @@
-"""Tokenizers: the only file that imports `transformers`, of which nothing else is used."""
+"""Tokenizers. No other file imports `transformers`, and nothing else of it is used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-# Without torch, transformers advises at import that only its tokenizers work: all we want.
+# Without torch, transformers warns at import that only its tokenizers work; only they are used.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -17,33 +17,33 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lorax_gen.errors import UserError
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them is enough
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises UserError where there is none, or a broken one."""
+    """The tokenizer of a model directory. Raises UserError if it is missing or invalid."""
     if not any((directory / name).is_file() for name in FILES):
         raise UserError(f"no tokenizer.json in {directory}; a model directory needs its tokenizer")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # whatever a foreign file makes transformers stumble over
+    except Exception as error:  # an invalid file may raise anything in transformers
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer by itself puts a BOS before a text, as LLaMA's and Gemma's do."""
+    """Whether the tokenizer prepends BOS by default, as LLaMA's and Gemma's do."""
     first = tokenizer.bos_token_id
     return first is not None and tokenizer("a")["input_ids"][:1] == [first]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, bos: bool | None = None) -> list[int]:
-    """Token ids of a text: one BOS before it or none, and nothing else around it.
+    """Token ids of a text, with one BOS or none, and no other special tokens.
 
     Args:
-      bos: None: as the tokenizer does it by itself.
+      bos: whether to prepend BOS; None: the tokenizer's default.
 
-    Raises UserError where a BOS is asked of a tokenizer that has none.
+    Raises UserError if `bos` is set and the tokenizer has none.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not (adds_bos(tokenizer) if bos is None else bos):
@@ -54,7 +54,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, bos: bool | None = 
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """First 16 hex digits of the SHA-256 over what turns a text into ids."""
+    """First 16 hex digits of the SHA-256 over all that determines the ids of a text."""
     if tokenizer.is_fast:
         text = tokenizer.backend_tokenizer.to_str()
     else:
@@ -64,9 +64,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "") -> list[int]:
-    """Token ids of a user's turn in the tokenizer's chat template, where the answer would begin.
+    """Token ids of a user's turn in the tokenizer's chat template, up to where the answer begins.
 
-    Raises UserError where the tokenizer has no chat template, or its template refuses the turns
+    Raises UserError if the tokenizer has no chat template, or its template refuses the turns
     (Gemma's has no system turn).
     """
     if not tokenizer.chat_template:
@@ -75,13 +75,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "") ->
     turns.append({"role": "user", "content": user})
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template raises whatever it likes
+    except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template refuses these turns: {error}") from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds them
 
 
 def word_level(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole lower-case words between white space, `<bos>` in front of each text."""
+    """A tokenizer of lower-case words split at white space; it prepends `<bos>` to each text."""
     ids = {word: i for i, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

@@ -120,7 +120,7 @@ def test_tensors_configs_and_tokenizers_are_fetched_and_no_pickles(answer, tmp_p
         (refused(errors.RevisionNotFoundError), f"{NAME} on the hub has no revision 'v2'"),
         (
             errors.LocalEntryNotFoundError("a\nb"),
-            "the hub cannot be reached nor is it in the cache",
+            "the hub cannot be reached and has no copy in the cache",
         ),
         (refused(errors.HfHubHTTPError), f"cannot get {NAME} from the hub: 403 Client Error."),
         (errors.HFValidationError("bad\nname"), f"cannot get {NAME} from the hub: bad"),

@@ -59,7 +59,7 @@ def test_an_empty_text_is_its_bos_or_nothing():
 def test_a_bos_that_a_tokenizer_lacks_is_an_error_where_it_is_asked_for():
     tokenizer = make(bos_token=None)
     assert encode(tokenizer, "red") == encode(tokenizer, "red", bos=False) == [RED]
-    with pytest.raises(UserError, match="no BOS token to put in front"):
+    with pytest.raises(UserError, match="no BOS token to put before"):
         encode(tokenizer, "red", bos=True)
 
 

@@ -1,4 +1,4 @@
-"""The files that leave the program, and how they are read again.
+"""Released artifacts: how they are written, read again, exported and verified.
 
 generator   a released generator: a directory of safetensors and JSON
 card        task cards: the kept experts of each layer and their gates

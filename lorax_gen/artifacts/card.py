@@ -1,12 +1,10 @@
 """Task cards: a specialised task as the K experts it uses in each layer and their gates.
 
-    indices  [L, K] uint8   experts, the heaviest first
+    indices  [L, K] uint8   experts, largest gate first
     gates    [L, K] fp32    summing to 1 in each layer
 
-A few hundred bytes of safetensors. With the pool that it was made with, a card is a LoRA; its
-metadata name that pool and the edge model, and it is refused with any other.
-
-Dimensions: L edge layers, K kept experts, N experts.
+A card is a safetensors file of a few hundred bytes. With its pool of experts it defines a LoRA; its
+metadata name the pool and the edge model, and it is refused with any other.
 """
 
 from __future__ import annotations
@@ -28,18 +26,18 @@ from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
 
 FORMAT = "lorax-gen card 2"
 METADATA = ("pool", "edge", "prompt", "composition", "generator", "cloud", "tokenizer")
-# Cards of version 1 did not say who made them: what they lack is left empty.
+# Cards of version 1 do not name the models that made them: those fields are left empty.
 FIRST_FORMAT, FIRST_METADATA = "lorax-gen card 1", METADATA[:4]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskCard:
-    """What specialisation leaves of a prompt.
+    """The result of specialising an edge model to a prompt.
 
     Attributes:
       pool: hash of the pool of experts; edge: hash of the edge model's parameters.
       prompt: SHA-256 of the prompt's text.
-      generator, cloud, tokenizer: fingerprints of what made it, the tokenizer being the cloud's.
+      generator, cloud, tokenizer: fingerprints of what made it; the tokenizer is the cloud's.
     """
 
     indices: np.ndarray
@@ -58,7 +56,7 @@ class TaskCard:
         return self.indices.shape[1]
 
     def dense_gates(self, n_experts: int) -> np.ndarray:
-        """Gates over all experts, `[L, N]` fp32, zero but for the K kept."""
+        """Gates over all experts, `[L, N]` fp32, zero except for the K kept."""
         dense = np.zeros((len(self.indices), n_experts), np.float32)
         np.put_along_axis(dense, self.indices.astype(np.int64), self.gates, axis=1)
         return dense
@@ -66,7 +64,7 @@ class TaskCard:
     def lora(self, generator: Generator) -> Tree:
         """The card's LoRA tree `[L, ...]`, scale folded in.
 
-        Raises UserError where the card was made with another pool, or composes it otherwise.
+        Raises UserError if the card was made with another pool or for another composition.
         """
         if self.pool != generator.pool_hash:
             raise UserError(
@@ -82,7 +80,7 @@ class TaskCard:
         return lora_from_gates(generator.params["pool"], gates, generator.config)
 
     def check_edge(self, edge: Model) -> None:
-        """UserError where the card was made for another edge model."""
+        """Raises UserError if the card was made for another edge model."""
         if self.edge != edge.fingerprint:
             raise UserError(
                 f"this card was made for the edge model {self.edge}, the given one is "
@@ -92,7 +90,7 @@ class TaskCard:
     def merge(self, edge: Model, generator: Generator) -> Model:
         """The edge model with the card's LoRA merged into its kernels (eq. 1).
 
-        Raises UserError where the card was made for another edge model or pool.
+        Raises UserError if the card was made for another edge model or pool.
         """
         self.check_edge(edge)
         return edge.merged(self.lora(generator))
@@ -101,7 +99,7 @@ class TaskCard:
 def make_card(
     gates: np.ndarray, prompt: str, cloud: Model, edge: Model, generator: Generator
 ) -> TaskCard:
-    """A card of gates `[L, N]`: the experts with non-zero gates, the heaviest first."""
+    """A card of gates `[L, N]`: the experts with non-zero gates, largest gate first."""
     config = generator.config
     kept = config.top_k if config.strategy == "keep_top_k" else config.n_experts
     order = np.argsort(-gates, axis=1, kind="stable")[:, :kept]
@@ -119,15 +117,15 @@ def make_card(
 
 
 def save_card(path: str | AnyPath, card: TaskCard) -> None:
-    """Writes a card to a new file, whole or not at all."""
+    """Writes a card to a new file, atomically."""
     metadata = {"format": FORMAT, **{name: getattr(card, name) for name in METADATA}}
     tensors = {"indices": card.indices, "gates": card.gates}
-    # One entry, for safetensors write several in a random order: equal cards are equal files.
+    # One entry, as safetensors writes several in random order: equal cards give equal files.
     write_tensors(to_path(path), tensors, {"card": json.dumps(metadata)})
 
 
 def load_card(path: str | AnyPath) -> TaskCard:
-    """Reads a card; UserError where the file is missing, truncated or not a card."""
+    """Reads a card. Raises UserError if the file is missing, truncated or not a card."""
     path = to_path(path)
     metadata, tensors = json.loads(read_metadata(path).get("card", "{}")), read_tensors(path)
     names = {FORMAT: METADATA, FIRST_FORMAT: FIRST_METADATA}.get(metadata.pop("format", None))

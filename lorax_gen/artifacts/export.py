@@ -1,4 +1,4 @@
-"""Cards and adapters as what other programs load: merged model directories, PEFT, GGUF."""
+"""Exports cards and adapters for other programs: merged model directories, PEFT, GGUF."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.model import Model
 
 Format = Literal["merged", "peft", "gguf-lora"]
-CARD = "task.card.safetensors"  # a merged directory keeps the card that it was made with
+CARD = "task.card.safetensors"  # a merged directory keeps the card that it was made from
 
 
 def is_adapter(artifact: str | AnyPath) -> bool:
@@ -30,13 +30,13 @@ def is_adapter(artifact: str | AnyPath) -> bool:
 def lora_of(
     artifact: TaskCard | Tree | str | AnyPath, edge: Model, generator: Generator | None = None
 ) -> tuple[Tree, dict[str, Any], TaskCard | None]:
-    """The LoRA tree of a card, of a tree, or of the card or PEFT adapter at a path; its provenance;
-    and the card.
+    """The LoRA tree of a card, a tree, or the card or PEFT adapter at a path; its provenance; and
+    the card, if any.
 
     Args:
-      generator: that a card was made with; adapters need none.
+      generator: the one that a card was made with; adapters need none.
 
-    Raises UserError for what is none of these, or was made for another edge model or generator.
+    Raises UserError for any other artifact, or one made for another edge model or generator.
     """
     if isinstance(artifact, str | os.PathLike):
         if is_adapter(artifact):
@@ -46,7 +46,7 @@ def lora_of(
     if not isinstance(artifact, TaskCard):
         return artifact, {"edge": describe(edge)}, None
     if generator is None:
-        raise UserError("a card is a LoRA only with its generator; pass the one it was made with")
+        raise UserError("a card needs the generator that it was made with; pass it as generator")
     artifact.check_edge(edge)
     return artifact.lora(generator), card_provenance(artifact, edge), artifact
 
@@ -56,7 +56,7 @@ def describe(model: Model) -> dict[str, str]:
 
 
 def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
-    """What an artifact says of where it comes from."""
+    """The provenance written with what is exported from a card."""
     return {
         "made_with": f"lorax-gen {version('lorax-gen')}",
         "edge": describe(edge),
@@ -81,10 +81,10 @@ def export(
 
     Args:
       artifact, generator: see `lora_of`.
-      dtype: of a merged model's tensors; None: as the edge was loaded. Merged in fp32, cast once
-        where the edge is fp32.
+      dtype: of a merged model's tensors; None: that of the edge. Merging is in fp32, cast once if
+        the edge is fp32.
 
-    Raises UserError where something is at `output`, or the artifact does not fit the models.
+    Raises UserError if `output` exists, or the artifact does not fit the models.
     """
     if format not in get_args(Format):
         raise UserError(f"format is {format!r}: choose one of {', '.join(get_args(Format))}")
@@ -113,7 +113,7 @@ def export(
 
 
 def model_card(edge: Model, provenance: dict[str, Any]) -> str:
-    """README.md of a merged directory, as the hub shows it."""
+    """README.md of a merged directory, with the hub's metadata."""
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lora-gen]"]
     if "/" in edge.name:
         header.append(f"base_model: {edge.name}")

@@ -1,8 +1,8 @@
 """A released generator: a directory of plain safetensors and JSON.
 
 generator.safetensors   meta tokens, cloud LoRA, router, pool, BatchNorm statistics
-config.json             GeneratorConfig, shapes, what it was trained with and what it reached
-metrics.jsonl           the curve of its training, if it was trained here
+config.json             GeneratorConfig, shapes, training config and results
+metrics.jsonl           the training metrics, if a run of this package trained it
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Generator:
     """A trained generator.
 
     Attributes:
-      metadata: `shapes` of the two models (see `make_generator`), and what training has to say.
+      metadata: `shapes` of the two models (see `make_generator`), and what training adds.
     """
 
     config: GeneratorConfig
@@ -45,7 +45,7 @@ class Generator:
     def spec(self, cloud: DecoderConfig, edge: DecoderConfig) -> GeneratorSpec:
         """The static system with its two models.
 
-        Raises UserError where a model is not of the shape that the generator was trained with.
+        Raises UserError if a model does not have the shape that the generator was trained with.
         """
         for role, model in (("cloud", cloud), ("edge", edge)):
             wanted, found = self.metadata["shapes"][role], model_shape(model)
@@ -58,14 +58,14 @@ class Generator:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies all of it: parameters, BatchNorm statistics and config."""
+        """Hash of the parameters, BatchNorm statistics and config."""
         config = json.dumps(configs.to_dict(self.config), sort_keys=True)
         tree = {"params": self.params, "stats": self.stats}
         return tree_hash(tree | {"config": np.frombuffer(config.encode(), np.uint8)})
 
     @functools.cached_property
     def pool_hash(self) -> str:
-        """Identifies the pool of experts and its scale alpha."""
+        """Hash of the pool of experts and its scale alpha."""
         return tree_hash({**self.params["pool"], "alpha": np.float32(self.config.alpha)})
 
 
@@ -85,7 +85,7 @@ def make_generator(
 def save_generator(
     directory: str | AnyPath, generator: Generator, provenance: dict[str, Any] | None = None
 ) -> None:
-    """Writes a generator directory; replaces nothing.
+    """Writes a generator to a new directory.
 
     Args:
       provenance: added to the generator's metadata in its `config.json`.
@@ -107,7 +107,7 @@ def save_generator(
 def load_generator(directory: str | AnyPath) -> Generator:
     """Reads a generator directory.
 
-    Raises UserError where a file is missing, truncated or of another kind.
+    Raises UserError if a file is missing, truncated or of another kind.
     """
     directory = find_directory(directory, "generator")
     metadata = files.read_json(directory / "config.json")

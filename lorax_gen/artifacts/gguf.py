@@ -1,21 +1,21 @@
-"""LoRA trees as GGUF adapters, the files that llama.cpp takes with `--lora`.
+"""LoRA trees as GGUF adapters, which llama.cpp loads with `--lora`.
 
     general.type            'adapter'
     general.architecture    the model's: 'llama', 'gemma', 'gemma2' or 'qwen2'
     general.name            any
     adapter.type            'lora'
     adapter.lora.alpha      fp32
-    lorax_gen.*             where the LoRA comes from, strings
+    lorax_gen.*             provenance of the LoRA, strings
 
     blk.{layer}.{kernel}.weight.lora_a    [R, D] fp32
     blk.{layer}.{kernel}.weight.lora_b    [F, R] fp32
 
-with a kernel out of the values of `KERNELS`. To the output of that kernel, llama.cpp adds
-alpha / R * b (a x), with the R of the pair but one alpha for the whole file. The scale of a tree is
-folded into its b already, so alpha is R; where ranks differ, alpha is the largest of them and the b
-of a lower rank R is written times R / alpha.
+where `kernel` is a value of `KERNELS`. llama.cpp adds alpha / R * b (a x) to the output of that
+kernel, with the R of the pair but one alpha for the entire file. A tree's scale is already folded
+into its b, so alpha is R; where ranks differ, alpha is the largest of them and the b of a lower
+rank R is multiplied by R / alpha.
 
-Dimensions: D input width, F output width, L layers, R rank, E head size.
+Dims beyond the legend (`lorax_gen.method`): E head size.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ KERNELS = {
     "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
 }  # fmt: skip
 
-# llama.cpp names these families as Hugging Face does. The value says whether its rotary embedding
-# pairs neighbours, as Meta's LLaMA did, and not halves: then the rows of q and k are in that order.
+# llama.cpp names these families as Hugging Face does. The value is whether its rotary embedding
+# pairs neighbouring features, as Meta's LLaMA did, not halves: q and k are then permuted to that.
 NEIGHBOURS = {"llama": True, "gemma": False, "gemma2": False, "qwen2": False}
 
 
@@ -49,17 +49,17 @@ def save_gguf_lora(
     name: str = "",
     provenance: dict[str, str] | None = None,
 ) -> None:
-    """Writes a GGUF adapter, whole or not at all.
+    """Writes a GGUF adapter to a new file, atomically.
 
     Args:
       tree: `{name: {'a': [L, D, R], 'b': [L, R, F]}}`, its scale folded in; of any dtype, written
         as fp32.
-      config: of the model that the tree was made for; it tells the architecture.
+      config: of the model that the tree was made for; determines the architecture.
       name: what llama.cpp shows for the adapter.
       provenance: key -> text, kept as `lorax_gen.{key}`.
 
     Raises:
-      UserError: `gguf` is not installed, something is at `path`, llama.cpp has no such family, or
+      UserError: `gguf` is not installed, `path` exists, llama.cpp has no such family, or
         the tree does not fit the model.
     """
     try:

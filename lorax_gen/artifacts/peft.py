@@ -5,9 +5,7 @@
                                  base_model.model.{module}.lora_B.weight  [F, R]
 
 PEFT computes W x + (alpha / r) B A x. A tree's scale is folded into its b, so alpha = r is written
-and the values stay as they are, whatever alpha and composition the tree was made with.
-
-Dimensions: D input width, F output width, L layers, R rank.
+and the values are unchanged, whatever alpha and composition the tree was made with.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from lorax_gen.tensors import read_tensors, write_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-# What PEFT can do to a LoRA beyond W x + (alpha / r) B A x, and the values that mean it does not.
+# PEFT's options beyond W x + (alpha / r) B A x, and the values that disable them.
 UNSUPPORTED = {
     # Others, such as pissa and olora, change the base model's kernels too.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
@@ -64,15 +62,15 @@ def save_adapter(
     base_model: str = "",
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Writes an adapter directory for `peft`, vLLM and others; replaces nothing.
+    """Writes an adapter to a new directory, for `peft`, vLLM and others.
 
     Args:
       tree: `{name: {'a': [L, D, R], 'b': [L, R, F]}}`, its scale folded in.
       config: of the model that the tree is for.
       base_model: its name, for `AutoPeftModel`.
-      provenance: where given, goes into `provenance.json`.
+      provenance: if given, written to `provenance.json`.
 
-    Raises UserError where something is at `directory` or the tree does not fit the model.
+    Raises UserError if `directory` exists or the tree does not fit the model.
     """
     check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
     tensors, ranks = {}, {}
@@ -113,19 +111,18 @@ def save_adapter(
 def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:
     """The LoRA tree of a PEFT adapter, its scale folded in; fp32.
 
-    Layers that the adapter leaves out get zeros; ranks that differ between layers are filled up
-    with zeros.
+    Layers that the adapter omits get zeros; ranks that differ between layers are padded with zeros.
 
-    Raises UserError for an adapter that is no plain LoRA, or not one of this model's kernels.
+    Raises UserError if the adapter is not a plain LoRA of this model's kernels.
     """
     directory = find_directory(name_or_dir, "adapter")
     raw = files.read_json(directory / CONFIG)
     if raw.get("peft_type") != "LORA":
-        raise UserError(f"{directory} is a {raw.get('peft_type')} adapter; supported is LORA")
+        raise UserError(f"{directory} is a {raw.get('peft_type')} adapter; expected LORA")
     for name, harmless in UNSUPPORTED.items():
         if raw.get(name) is not None and raw[name] not in harmless:
             raise UserError(
-                f"{directory / CONFIG} has {name}={raw[name]!r}, which is no plain LoRA"
+                f"{directory / CONFIG} has {name}={raw[name]!r}, which is not a plain LoRA"
             )
     tensors = {
         key.removeprefix("base_model.model.").replace(".default.weight", ".weight"): value
@@ -144,7 +141,8 @@ def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:
             pairs[kernel] = stack(found, len(names), *shapes[kernel])
     if tensors:
         raise UserError(
-            f"{directory / TENSORS} holds {min(tensors)}, which is no LoRA of this model's kernels"
+            f"{directory / TENSORS} holds {min(tensors)}, which is not a LoRA of this model's "
+            "kernels"
         )
     return pairs
 
@@ -180,7 +178,7 @@ def scale(raw: Mapping[str, Any], module: str, rank: int, directory: Path) -> fl
 
 
 def stack(found: dict[int, tuple], layers: int, d_in: int, d_out: int) -> dict[str, jnp.ndarray]:
-    """Layer -> (a, b) as one pair `[L, D, R]`, `[L, R, F]`; zeros where there is nothing."""
+    """Layer -> (a, b) as one pair `[L, D, R]`, `[L, R, F]`; zeros for missing layers."""
     rank = max(a.shape[1] for a, _ in found.values())
     a, b = np.zeros((layers, d_in, rank), np.float32), np.zeros((layers, rank, d_out), np.float32)
     for layer, (own_a, own_b) in found.items():

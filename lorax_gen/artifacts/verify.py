@@ -1,8 +1,7 @@
-"""Whether an artifact says the same in all its forms: gates, LoRA, merged, written and read again.
+"""Checks that all forms of an artifact agree: gates, LoRA, merged, written and read again.
 
-The forms are compared by the logits of the same random tokens. They are one function computed in
-different orders, so they differ by rounding, and by no more than the coarsest dtype among them
-explains.
+The forms are compared by their logits on the same random tokens. They compute one function in
+different orders, so they differ by rounding errors only, of the coarsest dtype among them.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.models.model import Model
 
-# Largest difference of logits, as a share of the largest logit: some tens of roundings.
+# Largest difference of logits, relative to the largest logit: some tens of rounding errors.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One form beside the unmerged LoRA."""
+    """One form compared with the unmerged LoRA."""
 
     form: str
     difference: float  # of logits, the largest
     agreement: float  # share of positions with the same argmax
-    tolerance: float | None  # of the difference; None where none is to be held
+    tolerance: float | None  # of the difference; None: not checked
 
     @property
     def holds(self) -> bool:
@@ -57,16 +56,16 @@ def verify(
     length: int = 64,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Compares the forms of a card or an adapter, or of a merged directory that holds its card.
+    """Compares the forms of a card or an adapter, or of a merged directory that contains its card.
 
-    The first line is the edge model without the artifact: how much there is to get wrong.
+    The first comparison is the edge model without the artifact, for scale.
 
     Args:
       artifact: the object or the path of a card or an adapter, or such a directory.
-      generator: that a card was made with; adapters need none.
+      generator: the one that a card was made with; adapters need none.
       rows, length, seed: of the random tokens `[rows, length]`.
 
-    Raises UserError for another kind of artifact, or one made for other models.
+    Raises UserError for any other artifact, or one made for other models.
     """
     merged_dir = None
     if isinstance(artifact, str | os.PathLike) and (to_path(artifact) / "config.json").is_file():
@@ -90,8 +89,8 @@ def verify(
     reference = logits(edge, Adapter(shared=lora))
     forms = {"edge without it": (logits(edge), None)}
     if card is not None:
-        alone = Adapter(rows=per_row(card, generator, rows))
-        forms["gates, one row each"] = logits(edge, alone), own
+        by_row = Adapter(rows=per_row(card, generator, rows))
+        forms["gates, one row each"] = logits(edge, by_row), own
     forms["merged"] = logits(edge.merged(lora)), own
     if merged_dir is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -101,12 +100,15 @@ def verify(
             tree = load_adapter(Path(folder) / "peft", edge.config)
             forms["adapter, written and read"] = logits(edge, Adapter(shared=tree)), own
     else:
-        again = load_model(merged_dir, None)
-        if again.config != edge.config:
-            raise UserError(f"{merged_dir} is of another shape than the edge model {edge.name}")
-        stored = again.params["embed"].dtype
-        params = jax.tree.map(lambda leaf: leaf.astype(own), again.params)
-        forms["the directory"] = logits(dataclasses.replace(again, params=params)), stored
+        loaded = load_model(merged_dir, None)
+        if loaded.config != edge.config:
+            raise UserError(
+                f"{merged_dir} has another shape than the edge model {edge.name}; pass the edge "
+                "model that it was merged from"
+            )
+        stored = loaded.params["embed"].dtype
+        params = jax.tree.map(lambda leaf: leaf.astype(own), loaded.params)
+        forms["the directory"] = logits(dataclasses.replace(loaded, params=params)), stored
 
     scale = float(np.abs(reference).max())
     return [
@@ -126,7 +128,7 @@ def run(params: dict, config: Any, tokens: jax.Array, adapter: Any) -> jax.Array
 
 
 def per_row(card: TaskCard, generator: Generator, rows: int) -> Any:
-    """The card as gates `[B, L, N]` and so as one LoRA for each row, as mixed batches serve it."""
+    """The card as one LoRA per row, from gates `[B, L, N]`, as in a batch of mixed tasks."""
     gates = jnp.asarray(card.dense_gates(generator.config.n_experts))
     gates = jnp.broadcast_to(gates, (rows, *gates.shape))
     return lora_from_gates(generator.params["pool"], gates, generator.config)

@@ -1,8 +1,8 @@
-"""Frozen models in use: text in, text, log-likelihoods or task cards out.
+"""Inference with frozen models: text in; text, log-likelihoods or task cards out.
 
-generation      prompts continued by a model, at once or streamed
+generation      prompts continued by a model, complete or streamed
 continuations   many texts continued in batches of few shapes
 choices         log-likelihoods of choices after their contexts
-packing         rows of tokens in which texts share their contexts
+packing         rows of tokens in which texts share their prefix
 cards           prompts to gates and task cards
 """

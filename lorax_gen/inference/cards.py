@@ -1,9 +1,6 @@
-"""Prompts to gates to task cards: the one way from text to what specialises an edge model.
+"""Prompts to gates to task cards, which specialise an edge model.
 
-The cloud reads each different prompt once, in batches of few shapes, over a mesh where there is
-one.
-
-Dims: P prompts of a batch, T time, L edge layers, N experts.
+The cloud reads each distinct prompt once, in batches of few shapes, over a mesh if one is given.
 """
 
 from __future__ import annotations
@@ -43,15 +40,15 @@ def gates_of_prompts(
 ) -> np.ndarray:
     """Gates `[P, L, N]` fp32 of prompts, token ids of the cloud's tokenizer.
 
-    The cloud reads each different prompt once. Memory does not grow with their number, but for the
-    gates themselves.
+    The cloud reads each distinct prompt once. Apart from the gates, memory does not grow with the
+    number of prompts.
 
     Args:
-      tokens_per_batch: rows times padded length that the device works on at a time.
-      mesh: prompts are split over its batch axes, weights as training splits them; None: no mesh.
+      tokens_per_batch: rows times padded length of a batch, at most.
+      mesh: prompts are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of prompts finished since the last call.
 
-    Raises UserError where a model is not of the shape that the generator was trained with.
+    Raises UserError if a model does not have the shape that the generator was trained with.
     """
     spec = generator.spec(cloud.config, edge)
     shape = edge.num_hidden_layers, generator.config.n_experts
@@ -70,7 +67,7 @@ def gates_of_prompts(
         found[chosen] = np.asarray(hosts.gather(gates))[: len(chosen)]
         progress(int(np.isin(index, chosen).sum()))
 
-    before = None
+    pending = None
     lengths = padded_lengths_of(rows, cloud.config, edge, tokens_per_batch)
     for length, share, parts in deal(lengths, lengths, tokens_per_batch, shards):
         for groups in parts:
@@ -85,20 +82,20 @@ def gates_of_prompts(
             gates = prompt_gates(
                 *weights, spec, batch["prompt"], batch["lengths"], execution=execution
             )
-            if before is not None:  # one batch late: the device never waits for the host
-                read(*before)
-            before = chosen, gates
-    read(*before)
+            if pending is not None:  # one batch late: the device never waits for the host
+                read(*pending)
+            pending = chosen, gates
+    read(*pending)
     return found[index]
 
 
 def padded_lengths_of(
     rows: Sequence[Ids], cloud: DecoderConfig, edge: DecoderConfig, tokens_per_batch: int
 ) -> np.ndarray:
-    """Lengths that prompts count as when they are dealt out to batches.
+    """Lengths by which `deal` assigns prompts to batches.
 
-    Few prompts are padded to one of a handful of lengths, so that a caller who comes with one
-    prompt after another compiles few programs. Many decide themselves which lengths are worth one.
+    Prompts that fit into one batch are padded to one of a handful of lengths, so that calls with
+    one prompt each compile few programs. More prompts keep their lengths, and `deal` pads them.
     """
     lengths = np.array([max(len(ids), 1) for ids in rows])
     if lengths.sum() > tokens_per_batch:
@@ -116,26 +113,26 @@ def specialize(
 ) -> TaskCard | list[TaskCard]:
     """A task card for each prompt (one for a string, a list for several).
 
-    The card does not depend on the other prompts: BatchNorm uses its running statistics and
-    padding is never seen.
+    A card does not depend on the other prompts: BatchNorm uses its running statistics and
+    padding is masked.
 
     Args:
       options: `tokens_per_batch`, `mesh` and `progress` of `gates_of_prompts`.
 
-    Raises UserError for an empty prompt, for one longer than the cloud model's positions, and for
-    models that the generator was not trained with.
+    Raises UserError for an empty prompt, one longer than the cloud model's positions, or models
+    that the generator was not trained with.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     encoder, rows = Encoder.of(cloud), []
     room = cloud.config.max_position_embeddings - edge.config.num_hidden_layers
     for text in prompts:
         if not text.strip():
-            raise UserError("the prompt is empty; write what the task is, in a sentence or more")
+            raise UserError("the prompt is empty; describe the task in a sentence or more")
         rows.append(encoder.ids(text))
         if len(rows[-1]) > room:
             raise UserError(
-                f"a prompt of {len(rows[-1])} tokens is longer than the {room} that the cloud "
-                "model has room for before its meta tokens; shorten it"
+                f"a prompt of {len(rows[-1])} tokens is longer than the {room} positions that the "
+                "cloud model has before its meta tokens; shorten it"
             )
     gates = gates_of_prompts(rows, cloud, edge.config, generator, **options)
     cards = [

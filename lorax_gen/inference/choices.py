@@ -1,11 +1,11 @@
-"""Log-likelihoods of choices behind their contexts, in jitted batches of few shapes.
+"""Log-likelihoods of choices after their contexts, in jitted batches of few shapes.
 
-What lm-evaluation-harness computes with a call of the model for every choice is computed here from
-rows that hold an item's choices together (`packing`): their shared context is read once, and only
-the positions that predict a choice's tokens go through the head.
+lm-evaluation-harness calls the model once per choice. Here one row holds the choices of an item
+(`packing`): their shared context is read once, and only the positions that predict a choice's
+tokens go through the head.
 
-Dimensions: N items, C choices of an item, B rows, T time, S shards of a batch, P predictions of a
-shard, L layers, D model, V vocabulary.
+Dims beyond the legend (`lorax_gen.method`): N items, C choices of an item, S shards of a batch,
+P predictions of a shard.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params
 from lorax_gen.models.model import Model
 
 TOKENS_PER_BATCH = 4096
-HEAD_CHUNK = 512  # predictions of a shard whose logits exist at a time: [chunk, V] is large
+HEAD_CHUNK = 512  # predictions of a shard per call of the head: logits [chunk, V] are large
 
 Ids = list[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceItem:
-    """One question tokenised: for each choice the ids of its context and of its continuation."""
+    """A tokenised question: for each choice the ids of its context and of its continuation."""
 
     choices: tuple[tuple[Ids, Ids], ...]
     name: str = ""
-    """What errors call it."""
+    """Its name in errors."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChoiceScores:
-    """What a model thinks of an item's choices.
+    """A model's scores of an item's choices.
 
     Attributes:
       loglikelihoods: `[C]` float64, summed over the tokens of each continuation.
-      greedy: `[C]` bool: greedy decoding would write the continuation.
-      truncated: tokens cut off on the left of the longest choice, where the model is too short.
-      context_tokens: what is read before the continuation, of the choice with most of them.
+      greedy: `[C]` bool, whether greedy decoding would generate the continuation.
+      truncated: tokens truncated on the left of the longest choice.
+      context_tokens: tokens read before the continuation, the most of any choice.
     """
 
     loglikelihoods: np.ndarray
@@ -75,9 +75,9 @@ class ChoiceScores:
 def encode_pair(tokenizer: Any, context: str, continuation: str, bos: bool) -> tuple[Ids, Ids]:
     """Ids of a context and of its continuation, by the rule of lm-evaluation-harness.
 
-    The continuation is what both, encoded together, have behind the token count of the context
-    alone, whose trailing spaces belong to the continuation. With `bos` one BOS stands in front. An
-    empty context is BOS, or the end of text in tokenizers that have none.
+    Both are encoded together; the continuation is what follows as many tokens as the context has
+    alone. Trailing spaces of the context belong to the continuation. `bos` prepends one BOS. An
+    empty context is BOS, or EOS for tokenizers without BOS.
     """
     (pair,) = encode_pairs(tokenizer, [(context, continuation)], bos)
     return pair
@@ -86,14 +86,14 @@ def encode_pair(tokenizer: Any, context: str, continuation: str, bos: bool) -> t
 def encode_pairs(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], bos: bool
 ) -> list[tuple[Ids, Ids]]:
-    """As `encode_pair`, for many at a time: each text is tokenised once."""
+    """`encode_pair` for many pairs; each distinct text is tokenised once."""
     stripped = [context.rstrip() for context, _ in pairs]
-    whole = [context + continuation for context, continuation in pairs]
-    texts = list(dict.fromkeys([*stripped, *whole]))
+    joined = [context + continuation for context, continuation in pairs]
+    texts = list(dict.fromkeys([*stripped, *joined]))
     ids_of = dict(zip(texts, encode_texts(tokenizer, texts), strict=True))
     first = tokenizer.bos_token_id
     if bos and first is None:
-        raise UserError("this tokenizer has no BOS token to put in front of a text")
+        raise UserError("this tokenizer has no BOS token to put before a text")
     prefix = tokenizer.eos_token_id if first is None else first
 
     def ids(text: str) -> Ids:
@@ -101,7 +101,7 @@ def encode_pairs(
         return [first, *found] if bos and found[:1] != [first] else found
 
     out = []
-    for context, together in zip(stripped, whole, strict=True):
+    for context, together in zip(stripped, joined, strict=True):
         if context:
             out.append((ids(context), ids(together)[len(ids(context)) :]))
         else:
@@ -111,7 +111,7 @@ def encode_pairs(
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
-    """Ids of texts, with nothing put around them."""
+    """Token ids of texts, without special tokens."""
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -120,7 +120,7 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
 def encode_item(
     model: Model, contexts: Sequence[str], continuations: Sequence[str], name: str = ""
 ) -> ChoiceItem:
-    """One question tokenised; see `encode_items`."""
+    """One tokenised question; see `encode_items`."""
     (item,) = encode_items(model, [(contexts, continuations)], [name])
     return item
 
@@ -130,10 +130,12 @@ def encode_items(
     questions: Sequence[tuple[Sequence[str], Sequence[str]]],
     names: Sequence[str] | None = None,
 ) -> list[ChoiceItem]:
-    """Questions tokenised: of each the contexts, one for all choices or one for each, and what
-    continues them in each choice.
+    """Tokenised questions.
 
-    Raises UserError, which calls the item by its name, where a choice has no tokens.
+    Args:
+      questions: contexts, one for all choices or one for each, and the continuation of each choice.
+
+    Raises UserError, naming the item, if a choice has no tokens.
     """
     pairs, counts = [], []
     for contexts, continuations in questions:
@@ -165,7 +167,7 @@ def score_rows(
     *,
     execution: Execution = Execution(),
 ) -> tuple[Array, Array]:
-    """Log-likelihoods `[S, P]` fp32 of targets, and whether each is the likeliest token.
+    """Log-likelihoods `[S, P]` fp32 of targets, and whether each is the argmax.
 
     Args:
       batch: `RowBatch.arrays`.
@@ -184,10 +186,10 @@ def score_rows(
         adapter=adapter,
         execution=execution,
     )
-    places, targets = batch["places"], batch["targets"]
-    shards, count = places.shape
+    indices, targets = batch["indices"], batch["targets"]
+    shards, count = indices.shape
     hidden = hidden.reshape(shards, -1, hidden.shape[-1])  # a shard gathers from its own rows
-    hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+    hidden = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
 
     def score(hidden: Array, targets: Array) -> tuple[Array, Array]:
         scores = decoder.logits(params, config, hidden)
@@ -222,19 +224,19 @@ def score_items(
     """Scores of items, in their order.
 
     Args:
-      adapter: see `models.adapter`; of its rows `[L, N, ...]`, which may stay on the host, there is
-        one for each item.
-      max_length: most tokens that the model reads of a choice; what is more is cut off on the left.
-        None: as many as it has positions.
-      tokens_per_batch: B T at most, where a single row is not longer.
-      longest_row: choices that do not fit into a row of this length get one each; None: a batch.
-      mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
+      adapter: see `models.adapter`; its rows `[L, N, ...]`, one per item, may stay on the host.
+      max_length: tokens that the model reads of a choice, at most; longer ones are truncated on the
+        left. None: the model's number of positions.
+      tokens_per_batch: B T at most, unless a single row is longer.
+      longest_row: choices that do not fit into a row of this length get one row each; None:
+        `tokens_per_batch`.
+      mesh: rows are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of items finished since the last call.
-      on_batch: called with finished items, their indices and scores, while the device computes the
+      on_batch: called with the indices and scores of finished items, while the device computes the
         next batch.
 
-    Raises UserError where an item has no choices, a context or a continuation has no tokens, a
-    continuation is longer than the model, or `max_length` is.
+    Raises UserError if an item has no choices, a context or a continuation has no tokens, a
+    continuation is longer than `max_length`, or `max_length` exceeds the model's positions.
     """
     positions = model.config.max_position_embeddings
     limit = positions if max_length is None else max_length
@@ -252,7 +254,7 @@ def score_items(
     if mesh is not None:
         shards, execution = row_shards(mesh), execution_over(mesh)
         params = place(params, tree_shardings(params, mesh))
-        if adapter is not None:  # once; rows follow with each batch
+        if adapter is not None:  # once; rows are placed with each batch
             weights = place(adapter.shared, tree_shardings(adapter.shared, mesh))
             adapter = dataclasses.replace(adapter, shared=weights)
 
@@ -273,18 +275,18 @@ def score_items(
             on_batch(done, [results[i].scores() for i in done])
             progress(len(done))
 
-    before = None
+    pending = None
     for batch in make_batches(rows, tokens_per_batch, shards):
         found = dispatch(batch)
-        if before is not None:  # one batch late: the device never waits for the host
-            read(*before)
-        before = batch, found
-    read(*before)
+        if pending is not None:  # one batch late: the device never waits for the host
+            read(*pending)
+        pending = batch, found
+    read(*pending)
     return [result.scores() for result in results]
 
 
 class Pending:
-    """An item whose rows may come back in several batches."""
+    """An item whose rows may be scored in several batches."""
 
     def __init__(self, item: ChoiceItem, name: str, limit: int):
         if not item.choices:
@@ -309,10 +311,10 @@ class Pending:
         self.loglikelihoods = np.zeros(len(self.texts))
         self.greedy = np.ones(len(self.texts), bool)
 
-    def add(self, choices: np.ndarray, loglikelihoods: np.ndarray, right: np.ndarray) -> bool:
-        """Takes predictions `[P]` of tokens in; whether these were the last ones."""
+    def add(self, choices: np.ndarray, loglikelihoods: np.ndarray, greedy: np.ndarray) -> bool:
+        """Adds predictions `[P]` of tokens; returns whether the item is complete."""
         np.add.at(self.loglikelihoods, choices, loglikelihoods.astype(np.float64))
-        np.logical_and.at(self.greedy, choices, right)
+        np.logical_and.at(self.greedy, choices, greedy)
         self.missing -= len(choices)
         return self.missing == 0
 

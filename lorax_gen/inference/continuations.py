@@ -1,7 +1,4 @@
-"""Many texts continued by a model: longest first, in batches of few shapes.
-
-Dimensions: N texts, B rows of a batch.
-"""
+"""Continuations of many texts: longest first, in batches of few shapes."""
 
 from __future__ import annotations
 
@@ -37,12 +34,13 @@ def continue_texts(
     """The continuation of each row of token ids, in their order.
 
     Args:
-      tokens_per_batch: B times the cache slots of a row, at most, where a single row fits.
-      most_rows: B at most.
-      adapter: see `models.adapter`; of its rows there is one for each text.
-      on_batch: called with the indices of a batch and what was written, as soon as it is.
-      seed: of what is drawn; no two batches draw the same.
-      mesh: rows are split over its batch axes, weights as training splits them; None: no mesh.
+      tokens_per_batch: rows of a batch times cache slots of a row, at most, unless a single row
+        has more.
+      most_rows: rows of a batch, at most.
+      adapter: see `models.adapter`; its rows are one per text.
+      on_batch: called with the indices and continuations of each finished batch.
+      seed: of sampling; each batch derives its own.
+      mesh: rows are sharded over its batch axes, weights as in training; None: no mesh.
       options: of `generation.stream_text`.
     """
     texts = [""] * len(rows)
@@ -70,7 +68,7 @@ def continue_texts(
 def batches(
     lengths: Sequence[int], new_tokens: int, tokens_per_batch: int, most_rows: int | None = None
 ) -> Iterator[list[int]]:
-    """Indices of rows by falling length, a power of two of them at a time as long as there are."""
+    """Indices of rows by falling length, in batches of a power of two; the last may be smaller."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
@@ -82,9 +80,9 @@ def batches(
 
 
 def room_for(model: Model, new_tokens: int, max_length: int | None = None) -> int:
-    """Tokens that may stand before `new_tokens` new ones, where the model reads `max_length`.
+    """Longest prompt before `new_tokens` new ones, where the model reads `max_length` tokens.
 
-    Raises UserError where there is none.
+    Raises UserError if there is no room for any.
     """
     positions = model.config.max_position_embeddings
     limit = min(max_length or positions, positions)

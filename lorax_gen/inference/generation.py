@@ -1,7 +1,7 @@
-"""Text in, text out: batches of prompts continued by a model, whole or as they are written.
+"""Text in, text out: continuations of batches of prompts, complete or streamed.
 
 Shapes are bucketed, so a session of many prompts compiles few programs: a handful of lengths and
-batch sizes, one program for reading prompts and one for each chunk of new tokens.
+batch sizes, for each one program for prefill and one for a chunk of new tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorax_gen.models.decoding import Sampling
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import chat_ids
 
-CHUNK = 8  # tokens between two looks at the text: few enough to stream, enough to hide the look
+CHUNK = 8  # tokens between two detokenisations: few enough to stream, enough to hide their time
 
 STATIC = ("config", "stop_ids", "execution")
 prefill = partial(jax.jit, static_argnames=(*STATIC, "slots"))(decoding.prefill)
@@ -61,27 +61,27 @@ def stream_text(
     system: str = "",
     mesh: Mesh | None = None,
 ) -> Iterator[list[str]]:
-    """Yields what has been written of every continuation so far, a few tokens further each time.
+    """Yields all continuations so far, a few tokens longer each time.
 
-    What was yielded once stays: half a character, or what may be the beginning of a stop string,
+    Yielded text does not change: an incomplete character, or a possible beginning of a stop string,
     is held back.
 
     Args:
-      texts: or their token ids, to which nothing is added.
-      temperature: 0 is greedy; above, `top_k` and `top_p` restrict what is drawn, and `seed` says
-        what it is: row i of two calls draws the same.
-      stop: strings that end a text and are not part of it; so do the model's `stop_ids`.
-      adapter: see `models.adapter`; of its rows there is one for each text.
-      chat: texts are a user's turns, put into the tokenizer's chat template behind `system`.
-      mesh: over which the weights lie (`load_model(..., shardings=...)`); texts are split over its
-        batch axes. None: no mesh.
+      texts: strings, or token ids, which are used as they are.
+      temperature: 0 is greedy; above 0, tokens are sampled, restricted by `top_k` and `top_p`.
+      seed: of sampling; row i uses the same random numbers in all calls with one seed.
+      stop: strings that end a continuation and are removed from it; so do the model's `stop_ids`.
+      adapter: see `models.adapter`; its rows are one per text.
+      chat: texts are user turns in the tokenizer's chat template, after `system`.
+      mesh: that the weights are sharded over (`load_model(..., shardings=...)`); texts are sharded
+        over its batch axes. None: no mesh.
 
-    Raises UserError for an option out of range, an empty text where the tokenizer adds nothing, a
-    text too long for the model, and a tokenizer without a chat template.
+    Raises UserError for an option out of range, an empty text where the tokenizer adds no token, a
+    text too long for the model, or a tokenizer without a chat template.
     """
     stop = [stop] if isinstance(stop, str) else stop
     check_options(max_new_tokens, temperature, top_k, top_p, seed, stop)
-    top_p = None if top_p == 1 else top_p  # rounding would cut the far tail off
+    top_p = None if top_p == 1 else top_p  # rounding would drop the far tail
     if not texts:
         return
     if chat:
@@ -110,20 +110,20 @@ def stream_text(
     slots = tokens.shape[1] + bucket(max_new_tokens)
     state = prefill(params, config, *put((tokens, lengths)), slots=slots, **shared)
     ids = np.asarray(hosts.gather(state.token))[:, None]
-    shown, ended = [""] * len(texts), np.ones(len(rows), bool)  # the rows that fill up have ended
+    shown, ended = [""] * len(texts), np.ones(len(rows), bool)  # padding rows have ended
     ended[: len(texts)] = False
     while True:
         full = ids.shape[1] >= max_new_tokens
-        for i in np.flatnonzero(~ended):  # an ended row only repeats itself: not looked at again
+        for i in np.flatnonzero(~ended):  # an ended row only repeats its last token
             text, ended[i] = text_of(model, ids[i, :max_new_tokens], stop)
             text = text if full or ended[i] else settled(text, stop)
-            # Where bytes are tokens, half a character makes those before it unreadable too.
+            # With byte tokens, an incomplete character makes those before it undecodable too.
             shown[i] = text if text.startswith(shown[i]) else shown[i]
         yield list(shown)
         if full or ended.all():
             return
         state = state._replace(finished=put(ended))
-        # Always whole chunks, so that there is one program; what is too much is cut.
+        # Always full chunks, so that there is one program; the excess is truncated.
         state, more = advance(params, config, state, steps=CHUNK, **shared)
         ids = np.concatenate([ids, np.asarray(hosts.gather(more))], axis=1)
 
@@ -131,7 +131,7 @@ def stream_text(
 def text_of(model: Model, ids: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:
     """The text of new tokens up to a stop token or string, and whether there was one.
 
-    Of several strings the one counts that is complete first, however many tokens came at once.
+    Of several strings the first to be complete counts, however many tokens a chunk has.
     """
     ends = np.flatnonzero(np.isin(ids, model.stop_ids))
     ids = ids[: ends[0]] if len(ends) else ids
@@ -144,8 +144,8 @@ def text_of(model: Model, ids: np.ndarray, stop: Sequence[str]) -> tuple[str, bo
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
-    """A text without an end that the next tokens may still change."""
-    text = text.rstrip("\ufffd")  # bytes of a character that is not whole yet
+    """A text without the end that the next tokens may still change."""
+    text = text.rstrip("\ufffd")  # bytes of an incomplete character
     held = max(
         (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])),
         default=0,
@@ -154,7 +154,7 @@ def settled(text: str, stop: Sequence[str]) -> str:
 
 
 def pad_rows_of(adapter: Adapter | None, rows: int, padded: int) -> Adapter | None:
-    """An adapter with as many rows as a batch that is filled up with its last one."""
+    """An adapter for a batch that is padded by repeating its last row."""
     if adapter is None or rows == padded:
         return adapter
     return adapter.take_rows(np.minimum(np.arange(padded), rows - 1))
@@ -165,9 +165,9 @@ def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None
         f"max_new_tokens={max_new_tokens}: choose at least 1": max_new_tokens >= 1,
         f"temperature={temperature}: choose 0 (greedy) or more": 0 <= temperature < float("inf"),
         f"top_k={top_k}: choose at least 1": top_k is None or top_k >= 1,
-        f"top_p={top_p}: choose a share above 0, up to 1": top_p is None or 0 < top_p <= 1,
+        f"top_p={top_p}: choose a probability above 0, up to 1": top_p is None or 0 < top_p <= 1,
         f"seed={seed}: choose a number of at least 0 and below 2**63": 0 <= seed < 2**63,
-        "a stop string is empty: it would end every text at once": "" not in stop,
+        "a stop string is empty: it would end every text immediately": "" not in stop,
     }
     for message, holds in valid.items():
         if not holds:
@@ -182,5 +182,5 @@ def check_rows(rows, texts, max_new_tokens: int, model: Model) -> None:
         if len(row) + max_new_tokens > limit:
             raise UserError(
                 f"a text of {len(row)} tokens and {max_new_tokens} new ones are more than the "
-                f"{limit} positions of the model; shorten either"
+                f"{limit} positions of the model; reduce either"
             )

@@ -1,16 +1,15 @@
-"""Rows of tokens for texts to be scored: what texts share is read once, and few shapes hold all.
+"""Rows of tokens for texts to be scored: a shared prefix is read once, and batches have few shapes.
 
-The texts of an item, each a context and a choice behind it, mostly begin alike. A row holds the
-beginning once and behind it what each of them goes on with:
+The texts of an item, each a context and a choice after it, mostly share a prefix. A row holds the
+prefix once, and after it the rest of each text:
 
     tokens      the quick brown | fox | dog ran
     positions    0    1     2      3     3   4
     owners       0    0     0      1     2   2       0: all texts; c: the c-th of the row
 
-A token sees what stands before it in its own text, so nothing tells a text that it has company.
+A token attends to what is before it in its own text only, so packing does not change its scores.
 
-Dimensions: B rows, T time, S shards of a batch (devices that rows are split over), P predictions of
-a shard.
+Dims beyond the legend (`lorax_gen.method`): S shards of a batch, P predictions of a shard.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-MULTIPLE = 8  # of which lengths of rows are
+MULTIPLE = 8  # lengths of rows are padded to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Token ids, the last `predicted` of which are to be predicted from what is before them."""
+    """Token ids, the last `predicted` of which are predicted from those before them."""
 
     ids: Sequence[int]
     predicted: int
@@ -37,22 +36,22 @@ class Row:
     """Texts of one item.
 
     Attributes:
-      item: which item; `choices: [P]` says for each prediction which of its texts it is of.
+      item: index of the item; `choices: [P]` are the indices of the texts of each prediction.
       tokens, positions, owners: `[T]`, as in the module's docstring.
-      places, targets: `[P]`: in the row, where a token is predicted, and which.
+      indices, targets: `[P]`: index in the row whose output predicts a token, and that token.
     """
 
     item: int
     tokens: np.ndarray
     positions: np.ndarray
     owners: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
     targets: np.ndarray
     choices: np.ndarray
 
     @property
     def branched(self) -> bool:
-        """Whether more than one text goes on behind the beginning; if not, causality will do."""
+        """Whether more than one text follows the prefix; if not, the causal mask suffices."""
         return len(np.unique(self.owners[self.owners > 0])) > 1
 
 
@@ -65,30 +64,30 @@ def pack(item: int, texts: Sequence[Text], longest: int) -> list[Row]:
 
 
 def make_row(item: int, choices: Sequence[int], texts: Sequence[Text]) -> Row:
-    """One row of texts, which are the `choices` of an item. No text's last token is ever read."""
+    """One row of the texts of an item's `choices`. The last token of a text is never read."""
     read = [list(text.ids[:-1]) for text in texts]
     shared = common(read)
     tokens, positions, owners = [read[0][:shared]], [np.arange(shared)], [np.zeros(shared, int)]
-    places, end = [], shared
+    indices, end = [], shared
     for owner, (ids, text) in enumerate(zip(read, texts, strict=True), 1):
         own = len(ids) - shared
         tokens.append(ids[shared:])
         positions.append(np.arange(shared, len(ids)))
         owners.append(np.full(own, owner))
-        place = np.arange(len(ids) - text.predicted, len(ids))
-        places.append(np.where(place < shared, place, place - shared + end))
+        index = np.arange(len(ids) - text.predicted, len(ids))
+        indices.append(np.where(index < shared, index, index - shared + end))
         end += own
     predicted = [text.predicted for text in texts]
     return Row(
         item,
-        *(np.concatenate(part).astype(np.int32) for part in (tokens, positions, owners, places)),
+        *(np.concatenate(part).astype(np.int32) for part in (tokens, positions, owners, indices)),
         targets=np.concatenate([text.ids[-text.predicted :] for text in texts]).astype(np.int32),
         choices=np.repeat(np.asarray(choices), predicted),
     )
 
 
 def common(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts have in common at their beginning."""
+    """Length of the longest common prefix of all texts."""
     columns = enumerate(zip(*texts, strict=False))
     return next((i for i, column in columns if len(set(column)) > 1), min(map(len, texts)))
 
@@ -98,7 +97,7 @@ def common(texts: Sequence[Sequence[int]]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class RowBatch:
-    """Rows of a batch, of which some shards may have fewer than their share, and its shape."""
+    """The rows of a batch by shard, some of which may have fewer than B / S, and its shape."""
 
     shards: tuple[tuple[Row, ...], ...]
     rows: int  # B
@@ -106,22 +105,22 @@ class RowBatch:
     predictions: int  # P
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """`tokens: [B, T]`; `places`, `targets: [S, P]`, places counted through a shard's rows.
+        """`tokens: [B, T]`; `indices`, `targets: [S, P]`, indices into a shard's flattened rows.
 
-        Where a row is branched, also `positions` and `owners: [B, T]`.
+        If a row is branched, also `positions` and `owners: [B, T]`.
         """
         share = self.rows // len(self.shards)
         over_rows, over_shards = (self.rows, self.length), (len(self.shards), self.predictions)
         out = {name: np.zeros(over_rows, np.int32) for name in ("tokens", "positions")}
         out["owners"] = np.full(over_rows, -1, np.int32)
-        out |= {name: np.zeros(over_shards, np.int32) for name in ("places", "targets")}
+        out |= {name: np.zeros(over_shards, np.int32) for name in ("indices", "targets")}
         for s, rows in enumerate(self.shards):
             start = 0
             for i, row in enumerate(rows):
                 for name in ("tokens", "positions", "owners"):
                     out[name][s * share + i, : len(row.tokens)] = getattr(row, name)
                 part = slice(start, start + len(row.targets))
-                out["places"][s, part] = row.places + i * self.length
+                out["indices"][s, part] = row.indices + i * self.length
                 out["targets"][s, part] = row.targets
                 start = part.stop
         if not any(row.branched for rows in self.shards for row in rows):
@@ -129,7 +128,7 @@ class RowBatch:
         return out
 
     def items(self) -> np.ndarray:
-        """`[B]`: the item of each row; rows that fill up repeat one."""
+        """`[B]`: the item of each row; padding rows repeat one."""
         share = self.rows // len(self.shards)
         filled = [
             [row.item for row in rows] + [self.shards[0][0].item] * (share - len(rows))
@@ -148,7 +147,7 @@ class RowBatch:
 
 
 def make_batches(rows: Sequence[Row], tokens_per_batch: int, shards: int = 1) -> list[RowBatch]:
-    """All rows in batches of few shapes, the longest first: what does not fit fails at once."""
+    """All rows in batches of few shapes, the longest first, so that one too large fails at once."""
     lengths = np.array([len(row.tokens) for row in rows])
     counts = np.array([len(row.targets) for row in rows])
     batches = []
@@ -163,10 +162,10 @@ def make_batches(rows: Sequence[Row], tokens_per_batch: int, shards: int = 1) ->
 def deal(
     lengths: np.ndarray, weights: np.ndarray, tokens_per_batch: int, shards: int = 1
 ) -> Iterator[tuple[int, int, list[list[np.ndarray]]]]:
-    """Deals rows out to batches: yields `(length, share, parts)`, the longest first.
+    """Assigns rows to batches: yields `(length, share, parts)`, the longest first.
 
-    `parts` are the batches whose rows are padded to `length`, one of `padded_lengths`; of each, the
-    indices of the rows of every shard, at most `share` of them and all of about the same weight.
+    `parts` are the batches whose rows are padded to `length`, one of `padded_lengths`. Each lists
+    the row indices of every shard: at most `share` of them, of about equal total weight.
     """
     sizes = [0, *padded_lengths(lengths, tokens_per_batch)]
     for shorter, length in reversed(list(itertools.pairwise(sizes))):
@@ -181,8 +180,8 @@ def deal(
 def padded_lengths(lengths: np.ndarray, tokens_per_batch: int) -> list[int]:
     """The few lengths that rows are padded to, ascending.
 
-    Each is one more program to compile. It is worth it where it saves a batch of padding, and one
-    part in fifty of all tokens.
+    Each is one more program to compile, worth it if it saves a batch of padding and a fiftieth of
+    all tokens.
     """
     sizes, counts = np.unique(-(-lengths // MULTIPLE) * MULTIPLE, return_counts=True)
     worth = max(tokens_per_batch, int(lengths.sum()) // 50)

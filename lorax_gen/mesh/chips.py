@@ -1,4 +1,4 @@
-"""Accelerators as their makers describe them: peak FLOPs, memory, links. One table."""
+"""Accelerators as their vendors specify them: peak FLOPs, memory, links. One table."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as jax counts devices."""
+    """One JAX device."""
 
     kind: str
-    """How its `device_kind` begins."""
+    """Prefix of its `device_kind`."""
     peak_flops: float
     """Dense bf16 FLOPs per second."""
     capacity: float | None = None
-    """Memory in GB, as sold. This and what follows are given for chips that can be planned for."""
+    """Nominal memory in GB. This and the next two fields are set for chips that `plan` supports."""
     usable: float | None = None
-    """What a program may have of it, in GiB: what libtpu's compiler grants; 92 % of a GPU's, where
-    CUDA, NCCL and cuDNN take their share."""
+    """Memory available to a program, in GiB: the limit of libtpu's compiler; 92 % of a GPU's, where
+    CUDA, NCCL and cuDNN use the rest."""
     link: float | None = None
-    """Bytes per second that it can send to its neighbours."""
+    """Bytes per second that it can send to other chips."""
 
 
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; half of the bidirectional bandwidth. A TPU v7
@@ -50,12 +50,12 @@ CHIPS = (
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip of a device by the longest `kind` that fits; None where unknown, as on a CPU."""
+    """The chip with the longest matching `kind`; None if unknown, as for a CPU."""
     fitting = [chip for chip in CHIPS if device_kind.startswith(chip.kind)]
     return max(fitting, key=lambda chip: len(chip.kind), default=None)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOPs per second of one device, or None where it is not known, as on a CPU."""
+    """Dense bf16 FLOPs per second of one device; None if unknown, as for a CPU."""
     chip = find_chip(device_kind)
     return chip and chip.peak_flops

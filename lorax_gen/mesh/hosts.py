@@ -1,7 +1,8 @@
 """Several processes that train one model, each with its own devices: one per host, or per GPU.
 
-JAX's runtime joins them (`initialize`). From then on every process runs the same program over the
-mesh of all devices; what only one may do, and what all must do alike, is said here.
+`initialize` connects them through JAX's distributed runtime. Every process then runs the same
+program over the mesh of all devices; this module has what only process 0 may do, and what all
+processes must agree on.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from lorax_gen.files import store_error
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """The processes of a run over several hosts. Cloud TPUs, SLURM and Open MPI tell by themselves;
-    elsewhere give all three, here or in the environment."""
+    """The processes of a run over several hosts. On Cloud TPUs, SLURM and Open MPI they are
+    detected; elsewhere set all three, here or in the environment."""
 
     coordinator_address: str | None = None
     """HOST:PORT at which process 0 can be reached; else JAX_COORDINATOR_ADDRESS."""
     num_processes: int | None = None
-    """How many processes there are; else JAX_NUM_PROCESSES."""
+    """Number of processes; else JAX_NUM_PROCESSES."""
     process_id: int | None = None
-    """Which one this is, from 0; else JAX_PROCESS_ID."""
+    """Index of this process, from 0; else JAX_PROCESS_ID."""
 
 
 # --- joining -------------------------------------------------------------------------------------
 
 
 def initialize(hosts: Hosts | None = None, timeout: int = 300) -> None:
-    """Joins the other processes, if there are any to be. Call it before jax sees a device.
+    """Connects to the other processes of a run, if any. Call it before JAX initialises its devices.
 
     Args:
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: something is missing of how to find the others, or not all of them came.
+      UserError: a setting is missing or invalid, or not all processes connected in time.
     """
     given = _resolve(hosts or Hosts())
     missing = [name for name, value in given.items() if value is None]
@@ -63,17 +64,17 @@ def initialize(hosts: Hosts | None = None, timeout: int = 300) -> None:
         _check(**given)
         if given["num_processes"] == 1:
             return
-    # Signals to stop are agreed on by `vote`; this service would swallow SIGTERM.
+    # Processes agree to stop by `vote`; this service would intercept SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
-    method = None if missing else "deactivate"  # no search for a cluster where all is said
+    method = None if missing else "deactivate"  # no cluster detection where all is given
     _join(timeout, **given, cluster_detection_method=method)
     if _one_task_per_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-        # jax takes a SLURM task to be one of a single GPU, which here would idle the others.
+        # JAX assumes one GPU per SLURM task, which here would leave the other GPUs idle.
         jax.config.update("jax_cuda_visible_devices", "all")
 
 
 def _resolve(hosts: Hosts) -> dict[str, Any]:
-    """The three settings, those not given taken from the environment."""
+    """The three settings; those not given are read from the environment."""
 
     def number(name: str) -> int | None:
         text = os.environ.get(name)
@@ -102,9 +103,9 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
 
 
 def _launched() -> bool:
-    """Whether a launcher that jax knows started this process, perhaps as one of several."""
+    """Whether a launcher that JAX detects started this process, perhaps as one of several."""
     tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    on_tpu = "tpu" in (jax.config.jax_platforms or "")  # jax puts it there where there are TPUs
+    on_tpu = "tpu" in (jax.config.jax_platforms or "")  # JAX sets this where it finds TPUs
     return on_tpu or any(int(os.environ.get(name, 1)) > 1 for name in tasks)
 
 
@@ -114,8 +115,8 @@ def _one_task_per_node() -> bool:
 
 
 def _join(timeout: int, coordinator_address: str | None, **options: Any) -> None:
-    """`jax.distributed.initialize`, beside this thread: jax ends the process when it has waited in
-    vain, and so must not be the first to give up."""
+    """`jax.distributed.initialize` in another thread: JAX terminates the process at its own
+    timeout, so ours must come first."""
     errors: list[Exception] = []
 
     def join() -> None:
@@ -123,7 +124,7 @@ def _join(timeout: int, coordinator_address: str | None, **options: Any) -> None
             jax.distributed.initialize(
                 coordinator_address,
                 initialization_timeout=2 * timeout + 60,
-                # All end together, so whoever then waits longer waits for one that failed.
+                # All processes end together: one that waits longer waits for one that failed.
                 shutdown_timeout_seconds=60,
                 **options,
             )
@@ -135,17 +136,17 @@ def _join(timeout: int, coordinator_address: str | None, **options: Any) -> None
     thread.join(timeout)
     if thread.is_alive():
         raise UserError(
-            f"not all processes met at {coordinator_address or 'the address of process 0'} within "
-            f"{timeout} seconds; are all of them started, and can they reach that address?"
+            f"not all processes connected to {coordinator_address or 'process 0'} within {timeout} "
+            "seconds; check that all of them are started and can reach that address"
         )
     if errors and isinstance(errors[0], ValueError) and coordinator_address is None:
-        return  # a TPU of its own, in no cluster
+        return  # a single TPU host, in no cluster
     if errors:
         reason = str(errors[0]).splitlines()[0]
-        raise UserError(f"cannot join the other processes ({reason})") from errors[0]
+        raise UserError(f"cannot connect to the other processes ({reason})") from errors[0]
 
 
-# --- one for all ---------------------------------------------------------------------------------
+# --- agreement of all processes ------------------------------------------------------------------
 
 
 def several() -> bool:
@@ -158,14 +159,14 @@ def is_first() -> bool:
 
 
 def from_first(tree: Any) -> Any:
-    """Numbers as process 0 has them."""
+    """The numbers of process 0, broadcast to all processes."""
     return multihost_utils.broadcast_one_to_all(tree) if several() else tree
 
 
 def on_first(task: Callable[[], None]) -> None:
     """Runs `task` in process 0 while the others wait.
 
-    Raises UserError, in all processes, where it raises that, OSError or a store's own error.
+    Raises UserError, in all processes, if it raises UserError, OSError or a store's own error.
     """
     if not several():
         return task()
@@ -186,34 +187,34 @@ def on_first(task: Callable[[], None]) -> None:
 
 
 def each(number: int) -> list[int]:
-    """The number of every process, in their order."""
+    """The `number` of every process, in process order."""
     if not several():
         return [number]
     return multihost_utils.process_allgather(np.uint32(number)).tolist()
 
 
 def gather(tree: Any) -> Any:
-    """Arrays that lie over several processes as numpy arrays, whole, in each; others unchanged."""
+    """Arrays sharded over several processes, as full numpy arrays in each; others unchanged."""
 
-    def whole(x: Any) -> Any:
+    def gather_leaf(x: Any) -> Any:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return multihost_utils.process_allgather(x, tiled=True)
         return x
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(gather_leaf, tree)
 
 
 def vote(number: int, mesh: Mesh) -> Any:
-    """The largest number of any process, the same in all; `int(...)` of it waits for the others.
+    """The largest `number` of all processes; `int(...)` of it waits for the others.
 
-    Dispatched in front of a step and read behind it, it costs the devices nothing and keeps all
-    processes in one mind about the step after which they stop.
+    Dispatched before a step and read after it, it adds no time on the devices, and all processes
+    agree on the step after which they stop.
     """
     if not several():
         return number
-    everywhere = NamedSharding(mesh, P(mesh.axis_names))
+    over_all = NamedSharding(mesh, P(mesh.axis_names))
     own = jax.make_array_from_callback(
-        (mesh.size,), everywhere, lambda index: np.array([number], np.int32)
+        (mesh.size,), over_all, lambda index: np.array([number], np.int32)
     )
     return _largest(own, mesh)
 

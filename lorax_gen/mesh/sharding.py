@@ -1,9 +1,11 @@
-"""Where arrays live on a mesh: the only file that knows the names of mesh axes.
+"""Shardings of arrays on the mesh.
 
-Axes: `data` replicates weights and splits the batch, `fsdp` splits both, `tensor` splits the
+Axes: `data` replicates weights and shards the batch, `fsdp` shards both, `tensor` shards the
 kernels' heads or feed-forward width. A table maps the name of a leaf to the axes of its last
-dimensions; a LoRA is split like the weight it sits on. An axis that does not divide a dimension
-is left out for that dimension.
+dimensions; a LoRA is sharded like its kernel. A dimension that an axis does not divide is
+replicated over it.
+
+Dims beyond the legend (`lorax_gen.method`): S cache slots, K key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -42,19 +44,19 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis has; one may be -1 and takes what is left."""
+    """Number of devices of each axis; one may be -1, for all that are left."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     mode: Literal["jit", "pmap"] = "jit"
-    """jit: arrays sharded over the mesh. pmap: weights replicated, the batch split by device."""
+    """jit: arrays sharded over the mesh. pmap: weights replicated, the batch sharded by device."""
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh `('data', 'fsdp', 'tensor')` over all devices, or over those given.
 
-    Raises UserError where the sizes do not multiply to the number of devices.
+    Raises UserError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -62,8 +64,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     free = sizes.count(-1)
     if free > 1 or any(size == 0 or size < -1 for size in sizes) or len(devices) % max(given, 1):
         raise UserError(
-            f"a mesh of data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} cannot be "
-            f"laid over {len(devices)} devices; sizes multiply to it, one may be -1"
+            f"a mesh of data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not "
+            f"fit {len(devices)} devices; sizes must multiply to that, one may be -1"
         )
     sizes = [len(devices) // given if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
@@ -76,9 +78,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def serving_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """The mesh over all devices, what is left being `data`; None on a device of its own.
+    """The mesh over all devices, `data` being the remaining axis; None for a single device.
 
-    Raises UserError where there are fewer devices than the two ask for.
+    Raises UserError if there are fewer devices than the two axes need.
     """
     if len(jax.devices()) == fsdp == tensor == 1:
         return None
@@ -86,12 +88,12 @@ def serving_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh | None:
 
 
 def spec_for(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The partition of one leaf, from the names on its path and its shape."""
+    """The `PartitionSpec` of one leaf, from the names on its path and its shape."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     if names[-1] in ("qvalue", "scale"):  # an int8 kernel, and its scales of one row
         names.pop()
     leaf, parent = names[-1], names[-2] if len(names) > 1 else ""
-    if leaf in ("a", "b") and parent in KERNELS:  # a LoRA pair sits on its parent's kernel
+    if leaf in ("a", "b") and parent in KERNELS:  # a LoRA pair, its parent named like the kernel
         d_in, d_out = KERNELS[parent]
         tail = (d_in, None) if leaf == "a" else (None, d_out)
     elif leaf in KERNELS and len(shape) >= 2:
@@ -113,18 +115,18 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def init_sharded(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """Runs `init` so that its arrays are born in their shards."""
+    """Runs `init` under jit, so that its arrays are created sharded."""
     shardings = tree_shardings(jax.eval_shape(init), mesh)
     return jax.jit(init, out_shardings=shardings)()
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are split into."""
+    """Number of shards that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_rows(batch: Any, mesh: Mesh) -> None:
-    """UserError where the rows of a batch, arrays or shapes, cannot be split over the mesh."""
+    """Raises UserError if the rows of a batch, arrays or shapes, cannot be split over the mesh."""
     shards = row_shards(mesh)
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % shards:
@@ -135,9 +137,9 @@ def check_rows(batch: Any, mesh: Mesh) -> None:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host batch onto the devices, rows split over `data` and `fsdp`.
+    """Places a host batch on the devices, rows sharded over `data` and `fsdp`.
 
-    Every process makes the whole batch, which is a function of (seed, step), and keeps its rows.
+    Every process makes the full batch, a function of (seed, step), and places its own rows.
     """
     check_rows(batch, mesh)
     rows = NamedSharding(mesh, P(BATCH_AXES))
@@ -145,24 +147,24 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def keep_rows(mesh: Mesh, axis: int = 0) -> Callable[[jax.Array], jax.Array]:
-    """A function that holds activations to the rows of their devices, whole in all other axes.
+    """A function that constrains activations to be sharded by row, replicated in all other axes.
 
-    Left to itself, XLA splits states as the weights are split that they meet, and sends them to
-    and fro. Where the rows do not divide over the devices, it is left to itself.
+    Without it XLA shards hidden states like the weights that they meet, and reshards them back and
+    forth. Rows that do not divide over the devices are left to XLA.
     """
     shards = row_shards(mesh)
     spec = NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
 
     def constrain(x: jax.Array) -> jax.Array:
-        whole = x.ndim > axis and x.shape[axis] % shards == 0
-        return jax.lax.with_sharding_constraint(x, spec) if whole else x
+        divides = x.ndim > axis and x.shape[axis] % shards == 0
+        return jax.lax.with_sharding_constraint(x, spec) if divides else x
 
     return constrain
 
 
-@lru_cache  # the same object again, so that compiled programs are kept
+@lru_cache  # equal meshes give the same object, so that jit finds its compiled programs
 def keep_decoding(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """As `keep_rows`, for decoding, whose caches `[B, S, K, E]` have their heads split too."""
+    """`keep_rows` for decoding, whose caches `[B, S, K, E]` are also sharded by head."""
     rows, heads = keep_rows(mesh), P(BATCH_AXES, None, "tensor")
 
     def constrain(x: jax.Array) -> jax.Array:
@@ -174,16 +176,16 @@ def keep_decoding(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays, or arrays that lie elsewhere, onto the devices.
+    """Places host arrays, or arrays with another sharding, on the devices.
 
-    Over several processes each puts the parts of its own devices, from its own copy of the whole.
+    With several processes, each places the shards of its own devices from its own full copy.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return jax.device_put(leaf, sharding)  # free where it lies so already
+            return jax.device_put(leaf, sharding)  # free if it has this sharding already
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -191,7 +193,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def place_adapter(adapter: Adapter | None, mesh: Mesh) -> Adapter | None:
-    """An adapter onto the devices: what is shared like the weights, rows like the batch."""
+    """Places an adapter on the devices, `shared` sharded like weights, `rows` like the batch."""
     if adapter is None:
         return None
     by_row = NamedSharding(mesh, P(None, BATCH_AXES))
@@ -202,16 +204,16 @@ def place_adapter(adapter: Adapter | None, mesh: Mesh) -> Adapter | None:
 
 def jit_step(train_step: Callable, state: Any, mesh: Mesh) -> Callable:
     """`train_step` jitted: the state, arrays or shapes, keeps its shardings and is donated."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    everywhere = NamedSharding(mesh, P())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, everywhere))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Callable:
     """`step(state, frozen, host_batch) -> (state, metrics)` on the mesh, compiled once.
 
-    With `mode="jit"` it is that of `jit_step`. With `mode="pmap"` every device holds all of the
-    state and a shard of the batch; the results are the same.
+    With `mode="jit"` it is that of `jit_step`. With `mode="pmap"` the state is replicated and the
+    batch sharded by device; the results are the same.
     """
     if mode == "jit":
         jitted = jit_step(train_step, state, mesh)
@@ -234,12 +236,12 @@ def parallelize(train_step: Callable, state: Any, mesh: Mesh, mode: str) -> Call
             )
         return x.reshape(len(devices), -1, *x.shape[1:])
 
-    # pmap lays a mesh of its own and refuses to run inside another one, such as the loop's.
+    # pmap makes its own mesh and refuses to run inside another one, such as the loop's.
     own = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
 
     def step(state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
         with jax.set_mesh(own):
-            # Free where they lie so already; arrays of another mesh would compile a second program.
+            # Free if they have this sharding already; another mesh would compile a second program.
             state, frozen = jax.device_put((state, frozen), NamedSharding(own, P()))
             return pmapped(state, frozen, jax.tree.map(split, batch))
 

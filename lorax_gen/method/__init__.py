@@ -1,15 +1,16 @@
 """The method of the paper, section 3, and nothing else.
 
-Pure functions over arrays and plain dicts of arrays: put meta tokens behind a prompt and read their
-states (`meta_tokens`), route each state to gates over the experts (`router`), sum the gated experts
-into a LoRA (`experts`), keep the experts in balance (`balance`), apply or merge the LoRA (`lora`).
-`generator` composes them. No transformer, tokenizer, file or mesh is known here; the numbers in the
-docstrings are the paper's equations.
+Pure functions over arrays and plain dicts of arrays: insert meta tokens after a prompt and read
+their states (`meta_tokens`), route each state to gates over the experts (`router`), sum the gated
+experts into a LoRA (`experts`), balance the experts (`balance`), apply or merge the LoRA (`lora`).
+`generator` composes them. Nothing here depends on a transformer, tokenizer, file or mesh; equation
+numbers in the docstrings are the paper's.
 
-Dims, for the entire package; a module names only what it has beyond, or means otherwise:
+Dims: this is the legend of the package; a module lists only letters that it adds or redefines.
 
-    B batch   T time   D model width   F feed-forward width   H heads   V vocabulary
-    L layers  N experts   K experts kept   R rank   P prompts   Q questions under each, B = P Q
+    B batch   T time   D model or input width   F feed-forward or output width   H heads
+    V vocabulary   L layers, of the edge model in the method   N experts   K experts kept
+    R rank   P prompts   Q questions per prompt, B = P Q
 """
 
 from lorax_gen.method.balance import balance_loss, expert_load, gate_entropy

@@ -1,10 +1,7 @@
-"""The pool of LoRA experts, and the gated sum that makes a task's LoRA of them (eq. 8).
+"""The pool of LoRA experts, and the gated sum that composes a task's LoRA from them (eq. 8).
 
 A pool is a LoRA tree with an expert axis: `{name: {'a': [L, N, D, R], 'b': [L, N, R, F]}}` when
 every edge layer has its own experts, `[N, D, R]` and `[N, R, F]` when the layers share them.
-
-Dims: B batch, L edge layers, N experts, K kept experts, D input width,
-F output width, R rank, T time.
 """
 
 from collections.abc import Mapping
@@ -26,7 +23,7 @@ def init_pool(
     n_experts: int,
     layers: int | None,
 ) -> Tree:
-    """A fp32 pool whose every expert adds nothing yet (B = 0); `layers=None` shares it."""
+    """A fp32 pool of experts with A B = 0, since B = 0; `layers=None`: one pool for all layers."""
     return init_factors(key, shapes, rank, (n_experts,) if layers is None else (layers, n_experts))
 
 
@@ -38,8 +35,8 @@ def compose(
 ) -> Tree:
     """Eq. 8: theta^i = sum_j G^i_j E^i_j, in one of its two readings.
 
-    `factors` sums A and B each, (sum_j G_j A_j)(sum_j G_j B_j): rank R. `products` sums the
-    products, sum_j G_j A_j B_j: rank K R, the factors of the K experts side by side and the gates
+    `factors` sums A and B separately, (sum_j G_j A_j)(sum_j G_j B_j): rank R. `products` sums the
+    products, sum_j G_j A_j B_j: rank K R, the factors of the K experts concatenated and the gates
     folded into B. The two are different functions of the gates.
 
     Args:
@@ -47,7 +44,7 @@ def compose(
       top_k: non-zero gates per row, used by `products`; None takes all N.
 
     Returns:
-      A fp32 tree with the layer axis in front, for the decoder scans over it: `[L, D, R]` or
+      A fp32 tree with the layer axis first, since the decoder scans over it: `[L, D, R]` or
       `[L, B, D, R]`.
 
     Raises:
@@ -59,7 +56,7 @@ def compose(
     if composition == "factors":
         return {name: _sum_factors(pair, gates) for name, pair in pool.items()}
     kept, indices = jax.lax.top_k(gates, top_k or gates.shape[-1])  # [L, ..., K]
-    return {name: _side_by_side(pair, kept, indices) for name, pair in pool.items()}
+    return {name: _concat_products(pair, kept, indices) for name, pair in pool.items()}
 
 
 def apply_experts(
@@ -68,10 +65,10 @@ def apply_experts(
     gates: Array,
     composition: Literal["factors", "products"] = "factors",
 ) -> Array:
-    """`x` through the LoRA that `compose` would make of one kernel's experts, never made.
+    """Applies to `x` the LoRA that `compose` returns for one kernel, without materialising it.
 
-    All experts are multiplied, so the experts are read once however many rows have gates of their
-    own: for few tokens of many tasks. In the dtype of `x`.
+    All experts are multiplied, so each is read once, however many rows have their own gates: for
+    few tokens of many tasks. Computed in the dtype of `x`.
 
     Args:
       x: `[B, T, D]`.
@@ -90,14 +87,14 @@ def apply_experts(
 
 def _sum_factors(pair: dict[str, Array], gates: Array) -> dict[str, Array]:
     equation = "l...n,lnxy->l...xy" if pair["a"].ndim == 4 else "...n,nxy->...xy"
-    exact = jax.lax.Precision.HIGHEST  # a LoRA must not depend on the accelerator it was made on
+    exact = jax.lax.Precision.HIGHEST  # the LoRA must not depend on the accelerator
     return {
         k: jnp.einsum(equation, gates, jnp.asarray(factor, jnp.float32), precision=exact)
         for k, factor in pair.items()
     }
 
 
-def _side_by_side(pair: dict[str, Array], kept: Array, indices: Array) -> dict[str, Array]:
+def _concat_products(pair: dict[str, Array], kept: Array, indices: Array) -> dict[str, Array]:
     a = _pick(pair["a"], indices)  # [L, ..., K, D, R]
     b = _pick(pair["b"], indices) * kept[..., None, None]  # [L, ..., K, R, F]
     *lead, k, d_in, rank = a.shape
@@ -108,7 +105,7 @@ def _side_by_side(pair: dict[str, Array], kept: Array, indices: Array) -> dict[s
 
 
 def _pick(experts: Array, indices: Array) -> Array:
-    """The chosen experts of each layer; a shared pool offers the same ones to every layer."""
+    """The chosen experts of each layer; with a shared pool, every layer indexes the same ones."""
     experts = jnp.asarray(experts, jnp.float32)
     if experts.ndim == 3:
         return experts[indices]

@@ -1,10 +1,10 @@
 """The generator: meta states to gates to the task's LoRA, eq. 3-8 composed.
 
 Trainables and BatchNorm statistics are two explicit trees. The trainables are
-`{'meta_tokens', 'cloud_lora', 'router', 'pool'}`; the first two act inside the cloud model, before
-the states that this module starts from.
+`{'meta_tokens', 'cloud_lora', 'router', 'pool'}`; the first two are used inside the cloud model,
+which computes the states that this module starts from.
 
-Dims: B batch, L edge layers, D width of the cloud model, N experts.
+Dims beyond the legend (`lorax_gen.method`): C cloud layers, H router width.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """The paper's constants, and a switch wherever the paper leaves room.
+    """The paper's constants, and an option wherever the paper leaves a choice open.
 
     Raises:
       UserError: a value is out of range; the message names the field.
@@ -44,19 +44,19 @@ class GeneratorConfig:
     composition: Literal["factors", "products"] = "factors"
     """Eq. 8 sums A and B each (rank r), or the products A B (rank K r)."""
     pool: Literal["per_layer", "shared"] = "per_layer"
-    """Experts of their own for each edge layer, or one pool for all."""
+    """One pool of experts per edge layer, or one for all."""
     router: Literal["per_layer", "shared"] = "per_layer"
-    """A router of its own for each edge layer, or one for all."""
+    """One router per edge layer, or one for all."""
     router_width: int = 512
     """Hidden width of the router."""
     batch_norm: bool = True
-    """BatchNorm over the logits, last in eq. 3."""
+    """BatchNorm over the logits, the last step of eq. 3."""
     bn_momentum: float = 0.9
-    """How much of the running statistics a step keeps."""
+    """Decay of BatchNorm's running statistics per step."""
     bn_eps: float = 1e-5
-    """Added to the variance."""
+    """Added to BatchNorm's variance."""
     meta_tokens: Literal["per_layer", "shared"] = "per_layer"
-    """A meta token of its own for each edge layer, or one vector for all."""
+    """One meta token per edge layer, or one vector for all."""
     balance_coefficient: float = 0.01
     """Weight of the balance loss (c in eq. 9)."""
     cloud_rank: int = 16
@@ -64,7 +64,7 @@ class GeneratorConfig:
     cloud_alpha: float = 16.0
     """That LoRA is scaled by cloud_alpha / cloud_rank."""
     cloud_dropout: float = 0.05
-    """Dropout on that LoRA's input, in training."""
+    """Dropout rate on that LoRA's input, in training."""
     cloud_targets: tuple[str, ...] = ("q", "v")
     """Kernels of the cloud model that it adapts."""
     edge_targets: tuple[str, ...] = ("gate", "up", "down")
@@ -90,7 +90,7 @@ class GeneratorConfig:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type; every integer of the config is a size, so positive."""
+    """Whether a value has a field's type; every integer of the config is a size, so positive."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
@@ -113,11 +113,11 @@ def _expected(kind: Any) -> str:
 
 
 class Generated(NamedTuple):
-    """What one pass of the generator gives."""
+    """What one pass of the generator returns."""
 
     lora: Tree  # [L, B, ...] per example, alpha / r folded in
     gates: Array  # [B, L, N]
-    stats: dict[str, Array]  # BatchNorm statistics to carry on
+    stats: dict[str, Array]  # updated BatchNorm statistics
 
 
 def init_generator(
@@ -130,9 +130,9 @@ def init_generator(
     cloud_shapes: Shapes,
     cloud_embedding: Array,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Fresh trainables and BatchNorm statistics, fp32. The generated LoRA is zero at this point.
+    """Initial trainables and BatchNorm statistics, fp32. The generated LoRA is zero at first.
 
-    The trainables, C being the cloud's layers, H the `router_width` and R the `rank`:
+    The trainables, with H = `router_width` and R = `rank`:
 
     * `meta_tokens`: `[L, D]`; `[1, D]` where `config.meta_tokens` is shared.
     * `cloud_lora`: for each of `cloud_targets` `a [C, D_in, cloud_rank]` and
@@ -142,14 +142,14 @@ def init_generator(
     * `pool`: for each of `edge_targets` `a [L, N, D_in, R]` and `b [L, N, R, D_out]`; without L
       where `config.pool` is shared.
 
-    The statistics: `mean [L, N]` and `var [L, N]`, without L as the router.
+    The statistics: `mean [L, N]` and `var [L, N]`, without L where `config.router` is shared.
 
     Args:
       edge_shapes, cloud_shapes: kernel name -> (D_in, D_out) of one layer; only targets are used.
-      cloud_embedding: `[D]`, the existing embedding that the meta tokens start from.
+      cloud_embedding: `[D]`, the existing embedding that the meta tokens are initialised from.
 
     Raises:
-      UserError: a model has no kernel of a target's name.
+      UserError: a target is not a kernel of its model.
     """
     edge = _select(edge_shapes, config.edge_targets, "edge")
     cloud = _select(cloud_shapes, config.cloud_targets, "cloud")
@@ -188,11 +188,11 @@ def gates_from_states(
     key: Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Eq. 3-7: meta states `[B, L, D]` to gates `[B, L, N]` and the statistics to carry on.
+    """Eq. 3-7: meta states `[B, L, D]` to gates `[B, L, N]` and the updated statistics.
 
     Args:
       key: for the noise of the `gumbel` strategy in training; unused otherwise.
-      axis_name: the mapped axis over which shards of the batch lie (under pmap), else None.
+      axis_name: the mapped axis that the batch is sharded over (under pmap), else None.
 
     Raises:
       UserError: training with `gumbel` and no key.

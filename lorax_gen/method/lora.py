@@ -1,12 +1,10 @@
-"""LoRA trees: the one low-rank mechanism behind the cloud's adapter, the generated LoRA and the
-baselines (eq. 1 of the paper).
+"""LoRA trees: the low-rank update of the cloud's adapter, the generated LoRA and the baselines
+(eq. 1 of the paper).
 
 A tree is `{name: {'a': [..., D, R], 'b': [..., R, F]}}`, one pair per adapted kernel `[D, F]` of a
-decoder layer. Layers are stacked in front: `[L, D, R]` when the whole batch shares the tree,
+decoder layer. The layer axis is first: `[L, D, R]` when the entire batch shares the tree,
 `[L, B, D, R]` when every example has its own. The scale s of eq. 1 is folded into `b` (`scaled`)
-before a tree is used, so that whoever applies or merges it needs no other number.
-
-Dims: B batch, T time, D input width, F output width, L layers, R rank.
+before a tree is used, so that applying or merging it needs no other number.
 """
 
 from collections.abc import Mapping
@@ -53,8 +51,8 @@ def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
 
     Args:
       x: `[B, T, D]`.
-      pair: `a` `[D, R]` and `b` `[R, F]` for the whole batch, or `[P, D, R]` and `[P, R, F]` with
-        B = P Q: one for each Q rows that follow each other, so for every row where P = B.
+      pair: `a` `[D, R]` and `b` `[R, F]` for the entire batch, or `[P, D, R]` and `[P, R, F]` with
+        B = P Q: one for Q consecutive rows each, so one per row where P = B.
 
     Returns:
       `[B, T, F]`.
@@ -62,12 +60,12 @@ def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
     a, b = pair["a"].astype(x.dtype), pair["b"].astype(x.dtype)
     if a.ndim == 2:
         return (x @ a) @ b
-    grouped = x.reshape(a.shape[0], -1, x.shape[-1])  # rows of a group side by side, no copies of A
+    grouped = x.reshape(a.shape[0], -1, x.shape[-1])  # rows of a group share one A, no copies
     return ((grouped @ a) @ b).reshape(*x.shape[:-1], b.shape[-1])
 
 
 def check_fits(tree: Tree, shapes: Mapping[str, tuple[int, int]], layers: int) -> None:
-    """UserError that says why a tree is no shared LoRA of kernels name -> (D, F) in `layers`."""
+    """Raises UserError if a tree is not a shared LoRA of kernels name -> (D, F) in `layers`."""
     if not tree:
         raise UserError("the LoRA is empty; it must adapt at least one kernel")
     for name, pair in tree.items():
@@ -94,7 +92,7 @@ def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     """Eq. 1: kernels with W~ = W + A B, added in fp32 and rounded once to the kernel's dtype.
 
     Args:
-      kernels: name -> `[L, D, F]`; names that the tree lacks pass through unchanged.
+      kernels: name -> `[L, D, F]`; kernels that are not in the tree are returned unchanged.
       tree: a shared tree with its scale folded in.
 
     Raises:
@@ -103,20 +101,20 @@ def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     stacked = {name: kernel.shape for name, kernel in kernels.items() if kernel.ndim == 3}
     layers = max((shape[0] for shape in stacked.values()), default=0)
     check_fits(tree, {name: shape[1:] for name, shape in stacked.items()}, layers)
-    # An accelerator's default would round the factors to fewer bits than fp32.
-    exact, full = jax.lax.Precision.HIGHEST, jnp.float32
+    # The default precision of an accelerator rounds the factors to fewer bits than fp32.
+    exact, fp32 = jax.lax.Precision.HIGHEST, jnp.float32
     merged = dict(kernels)
     for name, pair in tree.items():
-        delta = jnp.matmul(pair["a"].astype(full), pair["b"].astype(full), precision=exact)
-        merged[name] = (kernels[name].astype(full) + delta).astype(kernels[name].dtype)
+        delta = jnp.matmul(pair["a"].astype(fp32), pair["b"].astype(fp32), precision=exact)
+        merged[name] = (kernels[name].astype(fp32) + delta).astype(kernels[name].dtype)
     return merged
 
 
 def take_example(tree: Tree, index: int) -> Tree:
-    """One example's shared tree out of a per-example one: `[L, B, ...] -> [L, ...]`."""
+    """One example's shared tree from a per-example one: `[L, B, ...] -> [L, ...]`."""
     return jax.tree.map(lambda leaf: leaf[:, index], tree)
 
 
 def count_params(tree) -> int:
-    """The number of scalars in a tree of arrays (or of their shapes)."""
+    """The number of scalars in a tree of arrays (or `ShapeDtypeStruct`s)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,9 +1,7 @@
-"""Meta tokens: L trainable embeddings behind the prompt, one for each layer of the edge model.
+"""Meta tokens: L trainable embeddings after the prompt, one for each layer of the edge model.
 
-Rows are right-padded, and each row's meta tokens stand directly behind its last real token. Under
-a causal mask nothing real then sees padding, so no padding mask is needed.
-
-Dims: B batch, T padded prompt length, L edge layers, D width of the cloud model.
+Rows are right-padded, and each row's meta tokens directly follow its last real token. Under a
+causal mask no real token then attends to padding, so no padding mask is needed.
 """
 
 from typing import Literal
@@ -21,7 +19,7 @@ def init_meta_tokens(
     sharing: Literal["per_layer", "shared"] = "per_layer",
     noise: float = 0.02,
 ) -> Array:
-    """One existing embedding `[D]` plus Gaussian noise, so that the frozen cloud knows its kind.
+    """One existing embedding `[D]` plus Gaussian noise: like inputs that the cloud was trained on.
 
     Returns:
       fp32 `[L, D]`, or `[1, D]` when all layers share one vector.
@@ -32,11 +30,11 @@ def init_meta_tokens(
 
 
 def insert_meta_tokens(embeddings: Array, lengths: Array, meta: Array, layers: int) -> Array:
-    """Puts the meta tokens at positions `length .. length + L - 1` of every row.
+    """Writes the meta tokens to positions `length .. length + L - 1` of every row.
 
     Args:
-      embeddings: `[B, T, D]`, right-padded; what stands behind a row's length is never kept in
-        front of its meta tokens, so it may hold anything.
+      embeddings: `[B, T, D]`, right-padded; the padding may have any values, since what
+        remains of it is after the meta tokens.
       lengths: `[B]` int32, real tokens per row, at most T.
       meta: `[L, D]` or `[1, D]`.
 

@@ -1,9 +1,8 @@
 """The router: meta states to logits (eq. 3) and logits to gates over the experts (eq. 4-7).
 
-All of it is fp32. Shapes decide whether the layers share one router: parameters carry a leading L
-axis, or none.
+Everything is fp32. Parameters have a leading L axis, or none where the layers share one router.
 
-Dims: B batch, L edge layers, D width of the cloud model, H router width, N experts, K kept.
+Dims beyond the legend (`lorax_gen.method`): H router width.
 """
 
 import jax
@@ -16,7 +15,7 @@ Params = dict[str, Array]
 def init_router(
     key: Array, d_model: int, width: int, n_experts: int, layers: int | None
 ) -> tuple[Params, Params]:
-    """Parameters and BatchNorm statistics; `layers=None` makes one router for all layers.
+    """Parameters and BatchNorm statistics; `layers=None`: one router for all layers.
 
     Weights and biases of f1, f2 ~ U(+-1/sqrt(fan_in)), PyTorch's default for linear layers.
 
@@ -55,17 +54,17 @@ def router_logits(
 ) -> tuple[Array, Params]:
     """Eq. 3: R^i = BN(f2(SiLU(f1(T^i)))), with BatchNorm last, over the N logits.
 
-    Training normalises with the mean and (biased) variance of the global batch and moves the
-    running ones by `1 - momentum`, both biased as in flax (torch keeps the variance times
-    n / (n - 1)); inference uses the running ones, so batch mates change nothing.
-    A shared router takes its statistics over batch and layers.
+    Training normalises with the mean and (biased) variance of the global batch and updates the
+    running ones with weight `1 - momentum`, both biased as in flax (torch keeps the variance times
+    n / (n - 1)); inference uses the running ones, so a row does not depend on the others.
+    A shared router computes its statistics over batch and layers.
 
     Args:
       states: `[B, L, D]`, any float dtype.
-      axis_name: the mapped axis over which shards of the batch lie (under pmap), else None.
+      axis_name: the mapped axis that the batch is sharded over (under pmap), else None.
 
     Returns:
-      logits `[B, L, N]` fp32, and the statistics to carry on.
+      logits `[B, L, N]` fp32, and the updated statistics.
     """
     layer = "l" if params["w1"].ndim == 3 else ""
     exact = jax.lax.Precision.HIGHEST  # BatchNorm would amplify the rounding of a fast matmul
@@ -88,8 +87,8 @@ def router_logits(
 def _batch_statistics(logits: Array, axes: tuple[int, ...], axis_name: str | None) -> Params:
     """Mean and variance over `axes` and, if named, over equal shards of the batch.
 
-    The global mean comes first and the squared distances to it second: the shorter
-    E[x^2] - E[x]^2 cancels when the logits hardly vary, as they do early in training.
+    In two passes, first the global mean and then the squared distances to it: E[x^2] - E[x]^2
+    in one pass cancels when the logits hardly vary, as early in training.
     """
 
     def global_mean(x: Array) -> Array:
@@ -104,8 +103,8 @@ def keep_top_k(logits: Array, k: int) -> Array:
     """Eq. 6, 7: softmax over all N, keep the K largest, renormalise them to sum 1.
 
     The softmax's denominator cancels in the renormalisation, so this is a softmax over the kept
-    logits alone, which cannot divide zero by zero. A kept gate too small for fp32 stays at the
-    smallest normal number: exactly K gates are non-zero. Ties keep the lower index.
+    logits alone, which cannot divide zero by zero. A kept gate that underflows is set to the
+    smallest normal number, so exactly K gates are non-zero. Of ties the lower index is kept.
 
     Args:
       logits: `[..., N]` fp32.
@@ -115,15 +114,15 @@ def keep_top_k(logits: Array, k: int) -> Array:
     """
     kept, indices = jax.lax.top_k(logits, k)
     gates = jnp.maximum(jax.nn.softmax(kept), jnp.finfo(kept.dtype).tiny)
-    places = jax.nn.one_hot(indices, logits.shape[-1], dtype=gates.dtype)
-    return (gates[..., None] * places).sum(-2)
+    one_hot = jax.nn.one_hot(indices, logits.shape[-1], dtype=gates.dtype)
+    return (gates[..., None] * one_hot).sum(-2)
 
 
 def gumbel(key: Array | None, logits: Array) -> Array:
     """Eq. 4, 5: softmax(R + g), g ~ Gumbel(0, 1) drawn for every logit; dense, temperature 1.
 
     Args:
-      key: None at inference: no noise. Shards of one batch need keys of their own.
+      key: None at inference: no noise. Each shard of a batch needs its own key.
       logits: `[..., N]` fp32.
     """
     noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape, logits.dtype)

@@ -219,7 +219,7 @@ def test_a_truncated_or_foreign_file_is_refused(cards, tmp_path):
     whole = path.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="is not a whole safetensors file") as error:
+        with pytest.raises(UserError, match="is not a complete safetensors file") as error:
             load_card(path)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no such file"):

@@ -80,7 +80,7 @@ def test_a_missing_part_is_named(generator, directory, part):
 def test_a_truncated_file_is_refused(directory, size):
     path = directory / "generator.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         load_generator(directory)
 
 

@@ -291,7 +291,7 @@ def refused(directory, config=LLAMA):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"use_dora": True}, "use_dora=True, which is no plain LoRA"),
+        ({"use_dora": True}, "use_dora=True, which is not a plain LoRA"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"bias": "all"}, "bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
@@ -301,8 +301,8 @@ def refused(directory, config=LLAMA):
         ({"target_parameters": ["mlp.experts"]}, "target_parameters="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices="),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
-        ({"peft_type": "LOHA"}, "is a LOHA adapter; supported is LORA"),
-        ({"peft_type": ...}, "is a None adapter; supported is LORA"),
+        ({"peft_type": "LOHA"}, "is a LOHA adapter; expected LORA"),
+        ({"peft_type": ...}, "is a None adapter; expected LORA"),
         ({"lora_alpha": "many"}, "lora_alpha='many'"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern={'q_proj': None}"),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern={'(': 4}"),
@@ -335,7 +335,11 @@ A, B = (f"{full_name('q', 1)}.lora_{letter}.weight" for letter in "AB")
         (A, (3,), "has factors (3,)"),
         (A, (), "has factors ()"),
         (A, (0, 16), "has factors (0, 16)"),
-        ("lm_head.lora_A.weight", (3, 16), "holds lm_head.lora_A.weight, which is no LoRA of this"),
+        (
+            "lm_head.lora_A.weight",
+            (3, 16),
+            "holds lm_head.lora_A.weight, which is not a LoRA of this",
+        ),
         ("model.embed_tokens.lora_embedding_A", (3, 30), "model.embed_tokens.lora_embedding_A"),
         (f"{full_name('q', 3)}.lora_A.weight", (3, 16), "holds model.layers.3.self_attn.q_proj"),
         (f"{full_name('q', 1)}.lora_magnitude_vector", (24,), "lora_magnitude_vector"),
@@ -360,7 +364,7 @@ def test_an_adapter_of_another_size_is_refused(tmp_path):
     assert "is the adapter for another model?" in refused(tmp_path / "adapter")
     deeper = dataclasses.replace(LLAMA, num_hidden_layers=4)
     save_adapter(tmp_path / "deeper", random_tree(deeper), deeper)
-    assert "which is no LoRA of this model's kernels" in refused(tmp_path / "deeper")
+    assert "which is not a LoRA of this model's kernels" in refused(tmp_path / "deeper")
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])

@@ -62,7 +62,7 @@ def test_a_card_that_does_not_fit_is_refused(refused, card, models):
     assert "this card was made with the pool" in generate(generator="generator2")
     assert "this card was made for the edge model" in generate(edge="edge2")
     card.write_bytes(card.read_bytes()[:-1])
-    assert "task.card.safetensors is not a whole safetensors file" in generate()
+    assert "task.card.safetensors is not a complete safetensors file" in generate()
     card.unlink()
     assert "no such file: " in generate()
 
@@ -78,7 +78,7 @@ def test_generate_without_a_question_is_refused(refused, models):
         (["--chat"], "no chat template; leave out --chat"),
         (["--temperature", "-1"], "temperature=-1.0: choose 0 (greedy) or more"),
         (["--top-k", "0"], "top_k=0: choose at least 1"),
-        (["--top-p", "1.5"], "top_p=1.5: choose a share above 0, up to 1"),
+        (["--top-p", "1.5"], "top_p=1.5: choose a probability above 0, up to 1"),
         (["--max-new-tokens", "0"], "max_new_tokens=0: choose at least 1"),
         (["--max-new-tokens", "9999"], "more than the 2048 positions of the model"),
         (["--stop", ""], "a stop string is empty"),

@@ -439,7 +439,7 @@ def test_a_chat_without_a_template_is_refused(model):
         ({"temperature": float("nan")}, "temperature=nan: choose"),
         ({"temperature": float("inf")}, "temperature=inf: choose"),
         ({"top_k": 0}, "top_k=0: choose at least 1"),
-        ({"top_p": 0.0}, r"top_p=0\.0: choose a share above 0, up to 1"),
+        ({"top_p": 0.0}, r"top_p=0\.0: choose a probability above 0, up to 1"),
         ({"top_p": 1.5}, r"top_p=1\.5: choose"),
         ({"top_p": float("nan")}, "top_p=nan: choose"),
         ({"stop": ["x", ""]}, "a stop string is empty"),

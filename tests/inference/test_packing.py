@@ -19,9 +19,9 @@ def unpacked(row):
     found = {}
     for owner, choice in enumerate(dict.fromkeys(row.choices.tolist()), 1):
         own = (row.owners == 0) | (row.owners == owner)
-        places = row.places[row.choices == choice]
-        assert own[places].all()
-        predictions = zip(row.positions[places], row.targets[row.choices == choice], strict=True)
+        indices = row.indices[row.choices == choice]
+        assert own[indices].all()
+        predictions = zip(row.positions[indices], row.targets[row.choices == choice], strict=True)
         np.testing.assert_array_equal(row.positions[own], np.arange(own.sum()))
         found[choice] = row.tokens[own].tolist(), list(predictions)
     return found
@@ -35,7 +35,7 @@ def test_a_row_holds_the_common_beginning_once():
     assert row.tokens.tolist() == [the, quick, brown, fox, dog, ran]
     assert row.positions.tolist() == [0, 1, 2, 3, 3, 4]
     assert row.owners.tolist() == [0, 0, 0, 1, 2, 2]
-    assert row.places.tolist() == [2, 3, 2, 4, 5]
+    assert row.indices.tolist() == [2, 3, 2, 4, 5]
     assert row.targets.tolist() == [fox, ran, dog, ran, fox]
     assert row.choices.tolist() == [0, 0, 1, 1, 1]
 
@@ -89,7 +89,7 @@ def test_batches_hold_every_row_once_in_few_shapes(rows, shards, tokens):
         assert batch.rows * batch.length <= max(tokens, shards * batch.length)
         arrays = batch.arrays()
         shape = {name: value.shape for name, value in arrays.items() if name != "owners"}
-        shapes.setdefault(batch.length, set()).add((shape["tokens"], shape["places"]))
+        shapes.setdefault(batch.length, set()).add((shape["tokens"], shape["indices"]))
         assert batch.items().shape == (batch.rows,)
     assert all(len(of_length) == 1 for of_length in shapes.values())
     assert len(shapes) <= 7
@@ -101,10 +101,10 @@ def test_arrays_of_a_batch_are_its_rows_padded(rows):
         flat = arrays["tokens"].reshape(3, -1)
         items = iter(batch.items())
         count = 0
-        for row, (places, targets) in batch.split(arrays["places"], arrays["targets"]):
+        for row, (indices, targets) in batch.split(arrays["indices"], arrays["targets"]):
             shard = next(s for s, own in enumerate(batch.shards) if any(r is row for r in own))
             np.testing.assert_array_equal(targets, row.targets)
-            np.testing.assert_array_equal(flat[shard][places], row.tokens[row.places])
+            np.testing.assert_array_equal(flat[shard][indices], row.tokens[row.indices])
             count += 1
         assert count == sum(map(len, batch.shards))
         share = batch.rows // 3

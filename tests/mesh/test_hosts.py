@@ -324,7 +324,7 @@ def test_a_process_whose_others_do_not_come_says_so(port, process):
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ended.returncode == 2
-    assert ended.stdout.startswith(f"not all processes met at {address} within 2 seconds")
+    assert ended.stdout.startswith(f"not all processes connected to {address} within 2 seconds")
 
 
 def test_gathering_leaves_what_lies_in_one_process_alone():

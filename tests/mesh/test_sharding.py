@@ -148,8 +148,8 @@ def test_a_mesh_takes_all_devices_and_one_size_may_be_left_open(devices):
     "sizes, message",
     [
         ((3, 1, 1), "data=3, fsdp=1, tensor=1 .* 8 devices"),
-        ((-1, 3, 1), "data=-1, fsdp=3, tensor=1 cannot be laid over 8 devices"),
-        ((-1, -1, 1), "cannot be laid over 8 devices.* one may be -1"),
+        ((-1, 3, 1), "data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
+        ((-1, -1, 1), "does not fit 8 devices.* one may be -1"),
         ((2, 2, 1), "uses 4 of 8 devices; set one of them to -1"),
         ((4, 4, 1), "8 devices"),
         ((0, 1, 1), "data=0"),

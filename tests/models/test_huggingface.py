@@ -439,13 +439,13 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(copy, key, expected, no_re
 def test_a_truncated_file_of_tensors_is_named(copy, kept):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    assert_refused(copy, "model.safetensors is not a whole safetensors file")
+    assert_refused(copy, "model.safetensors is not a complete safetensors file")
 
 
 def test_a_missing_or_truncated_file_of_several_is_named(sharded_copy, no_reading):
     path = sorted(sharded_copy.glob("*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-1])
-    assert_refused(sharded_copy, f"{path.name} is not a whole safetensors file")
+    assert_refused(sharded_copy, f"{path.name} is not a complete safetensors file")
     path.unlink()
     assert_refused(sharded_copy, f"no such file: .*{path.name}")
 

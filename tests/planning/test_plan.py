@@ -337,7 +337,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_to_change(call):
         (("paper", "--topology", "v5e:4"), r"unknown topology 'v5e:4'"),
         (("paper", "--topology", "v5p:4x4"), r"v5p:2x2x1 \(three\)"),
         (("paper", "--topology", "gpu:0"), r"unknown topology 'gpu:0'.*gpu-h200:8"),
-        (("paper", "--topology", "gpu:8", "--mesh.fsdp", "3"), "cannot be laid over 8 devices"),
+        (("paper", "--topology", "gpu:8", "--mesh.fsdp", "3"), "does not fit 8 devices"),
         (("paper", "--topology", "gpu:6"), "64 prompts cannot be split over 6 devices"),
         (("paper", "--topology", "gpu:8", "--microbatches", "3"), "into 3 microbatches"),
         (("paper", "--topology", "gpu:8", "--microbatches", "64"), "8 prompts of a device cannot"),
