@@ -22,10 +22,11 @@ from lorax_gen.cost import (
 )
 from lorax_gen.method import GeneratorConfig, generate, init_generator, init_lora, merge
 from lorax_gen.models import presets
-from lorax_gen.models.decoder import REMAT_POLICIES, init_params, kernel_shapes, logits
+from lorax_gen.models.decoder import REMAT_POLICIES, Execution, init_params, kernel_shapes, logits
 from lorax_gen.models.decoding import forward_with_cache, init_cache
 from lorax_gen.system import GeneratorSpec, meta_states
 from lorax_gen.training.step import answer_loss, generator_loss
+from tests.tiny import adapter_of
 
 PUBLISHED = {
     "llama3_8b": 8_030_261_248,
@@ -139,7 +140,7 @@ def test_a_prefill_costs_what_xla_counts(config, ranks):
 
     def forward(params, tokens, lora):
         cache = init_cache(config, *tokens.shape, jnp.float32)
-        hidden, _ = forward_with_cache(params, config, tokens, cache, lora)
+        hidden, _ = forward_with_cache(params, config, tokens, cache, adapter_of(lora))
         return logits(params, config, hidden)
 
     flops = xla_flops(forward, params_of(config), ints(batch, tokens), lora_of(config, ranks))
@@ -200,7 +201,8 @@ def test_a_tuning_step_costs_what_xla_counts(name, ranks, remat):
 
     def loss(trained, frozen, batch):
         params, lora = (frozen, trained) if ranks else (trained, None)
-        return answer_loss(params, config, batch, lora=lora, remat=remat)[0]
+        adapter, execution = adapter_of(lora), Execution(remat=remat)
+        return answer_loss(params, config, batch, adapter=adapter, execution=execution)[0]
 
     trees = (params_of(config), None)
     if ranks:

@@ -33,8 +33,8 @@ def make(around="$A", **options):
     [
         ("$A", [RED, GREEN]),
         ("<bos> $A", [BOS, RED, GREEN]),
-        ("<bos> $A <eos>", [BOS, RED, GREEN, EOS]),
-        ("$A <eos>", [RED, GREEN, EOS]),
+        ("<bos> $A <eos>", [BOS, RED, GREEN]),  # nothing follows a text
+        ("$A <eos>", [RED, GREEN]),
     ],
 )
 def test_a_tokenizers_own_habit_or_exactly_one_bos_or_nothing(around, own):

@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(run(arguments))
     except UserError as error:
+        # Threads of a save that failed still report to an event loop that has ended.
+        sys.excepthook = lambda *_: None
         print(f"lorax-gen: error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader has seen enough, as `head` has
