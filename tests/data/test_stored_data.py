@@ -35,12 +35,11 @@ def folder(bucket):  # noqa: F811
         parquet.write_table(pyarrow.Table.from_pylist(TRIPLES), path)
     with files.new_file(folder / "mine.json.gz") as path:
         path.write_bytes(gzip.compress(json.dumps(TRIPLES).encode()))
-    with files.new_file(folder / "natural_instructions.tar.gz") as path:
-        with tarfile.open(path, "w:gz") as archive:
-            member = tarfile.TarInfo("tasks/task1_said.json")
-            data = json.dumps(TASK).encode()
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+    archive = folder / "natural_instructions.tar.gz"
+    with files.new_file(archive) as path, tarfile.open(path, "w:gz") as tar:
+        data, member = json.dumps(TASK).encode(), tarfile.TarInfo("tasks/task1_said.json")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
     files.write_text(folder / "tasks" / "task2_said.json", json.dumps(TASK))
     return folder
 
