@@ -1,8 +1,10 @@
 """Object stores on this machine: what S3's and Google's clients take for the real ones."""
 
+import atexit
+import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -58,11 +60,25 @@ def _serve_gs() -> Iterator[dict[str, str]]:
     server.stop()
 
 
-@pytest.fixture(scope="session", params=["s3", "gs"])
+_servers = ExitStack()
+atexit.register(_servers.close)
+
+
+@functools.cache
+def _start_store(kind: str) -> files.AnyPath:
+    """The URL of a bucket whose server is started once for the process.
+
+    A fixture would be ended and started again whenever tests of both kinds alternate, while clients
+    keep the address that they know.
+    """
+    settings = _servers.enter_context({"s3": _serve_s3, "gs": _serve_gs}[kind]())
+    os.environ.update(settings)  # clients read it once, and nothing else uses these stores
+    store = files.to_path(f"{kind}://bucket")
+    files.file_system(store).mkdir("bucket")
+    return store
+
+
+@pytest.fixture(params=["s3", "gs"], scope="session")
 def bucket(request):
-    """The URL of an empty bucket in either store, for this process and those that it starts."""
-    with {"s3": _serve_s3, "gs": _serve_gs}[request.param]() as settings:
-        os.environ.update(settings)  # clients read it once, and nothing else uses these stores
-        store = files.to_path(f"{request.param}://bucket")
-        files.file_system(store).mkdir("bucket")
-        yield store
+    """The URL of a bucket in either store, for this process and those that it starts."""
+    return _start_store(request.param)

@@ -43,7 +43,7 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(call, specialize, tmp
     "prompt, message",
     [
         ("", "the prompt is empty"),
-        ("thing " * 60, "a prompt of 61 tokens is longer than the 38 that the cloud model has"),
+        ("thing " * 60, "a prompt of 61 tokens is longer than the 38 positions"),
         ("@nowhere.txt", "cannot read the prompt file nowhere.txt"),
         ("@.", "cannot read the prompt file"),
     ],
