@@ -79,8 +79,8 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
-    qkv_bias: bool = False
-    """Biases on q, k and v (Qwen2)."""
+    biases: tuple[str, ...] = ()
+    """Kernels that a bias is added to (Qwen2: q, k and v)."""
     rms_norm_offset: bool = False
     """Norms multiply by 1 + weight (Gemma)."""
     embedding_scale: bool = False
@@ -109,6 +109,10 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd; rotary embeddings need it even")
+        if unknown := set(self.biases) - set(kernel_shapes(self)):
+            raise UserError(
+                f"biases names {min(unknown)!r}; the kernels are {[*kernel_shapes(self)]}"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(
                 f"unknown hidden_act {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}"
@@ -205,7 +209,7 @@ class Block(nn.Module):
         """The frozen kernel as a function, with what a `delta` adds."""
         shape = kernel_shapes(self.config)[name]
         kernel, bias = self.param(name, INIT, shape), None
-        if self.config.qkv_bias and name in ("q", "k", "v"):
+        if name in self.config.biases:
             bias = self.param(f"{name}_bias", nn.initializers.zeros, shape[1:])
 
         def project(x: Array, delta: Delta) -> Array:

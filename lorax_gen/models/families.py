@@ -8,7 +8,7 @@ that names it. Supporting one more family is one more record.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,85 +55,161 @@ COMMON = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-SWITCHES = ("qkv_bias", "rms_norm_offset", "embedding_scale", "post_norms")
+# What families differ in beyond these fields: each family sets them once for all of its models.
+SWITCHES = ("biases", "rms_norm_offset", "embedding_scale", "post_norms")
+
+Raw = Mapping[str, Any]
+Fields = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture of Hugging Face's.
+    """One architecture of Hugging Face's: all that is particular to it, and nowhere else.
 
     Attributes:
       names: our path of a tensor -> their name.
-      switches: those of `SWITCHES` that are on in every model of the family.
+      switches: the values of `SWITCHES` in every model of the family; others are at their defaults.
       fields: fields of its config.json that `DecoderConfig` has too, and their defaults.
       constants: written into config.json for its readers, not read by us.
+      read: `(raw config.json, fields) -> fields`, where it says something in a way of its own.
+      write: `(config, raw) -> raw`, the same in the other direction.
     """
 
     architecture: str
     model_type: str
     names: Mapping[str, str]
-    switches: tuple[str, ...] = ()
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: COMMON)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read: Callable[[Raw, Fields], Fields] = lambda raw, fields: fields
+    write: Callable[[DecoderConfig, Fields], Fields] = lambda config, raw: raw
 
 
 NO_BIAS = {"attention_bias": False, "attention_dropout": 0.0}
-GEMMA = COMMON | {
+
+# --- LLaMA ---------------------------------------------------------------------------------------
+
+LLAMA = Family(
+    "LlamaForCausalLM",
+    "llama",
+    LLAMA_NAMES,
+    constants=NO_BIAS | {"mlp_bias": False},
+)
+
+# --- Qwen2 ---------------------------------------------------------------------------------------
+
+
+def _read_qwen2(raw: Raw, fields: Fields) -> Fields:
+    """Windows only where `use_sliding_window`, in the layers above `max_window_layers`."""
+    layers = raw["num_hidden_layers"]
+    if not raw.get("use_sliding_window") or raw.get("sliding_window", 0) is None:
+        return fields | {"layer_types": ()}
+    lowest = raw.get("max_window_layers", 28)
+    return fields | {"layer_types": _layer_types(raw, [i >= lowest for i in range(layers)])}
+
+
+def _write_qwen2(config: DecoderConfig, raw: Fields) -> Fields:
+    windows = config.windows
+    return _write_layer_types(config, raw) | {
+        "use_sliding_window": any(windows),
+        "max_window_layers": windows.index(config.sliding_window),
+    }
+
+
+def _layer_types(raw: Raw, sliding: Sequence[bool]) -> Any:
+    """As listed, or by the rule of a family where the list is newer than the file."""
+    rule = tuple("sliding_attention" if yes else "full_attention" for yes in sliding)
+    return raw.get("layer_types") or rule
+
+
+def _write_layer_types(config: DecoderConfig, raw: Fields) -> Fields:
+    listed = list(config.layer_types) or ["full_attention"] * config.num_hidden_layers
+    return raw | {"layer_types": listed}
+
+
+QWEN2 = Family(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    QWEN2_NAMES,
+    switches={"biases": ("q", "k", "v")},
+    fields=COMMON | {"max_position_embeddings": 32768, "sliding_window": 4096, "layer_types": ()},
+    constants={"attention_dropout": 0.0},
+    read=_read_qwen2,
+    write=_write_qwen2,
+)
+
+# --- Gemma, Gemma 2 ------------------------------------------------------------------------------
+
+GEMMA_FIELDS = COMMON | {
     "head_dim": 256,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
     "hidden_act": "gelu_pytorch_tanh",
 }
-FAMILIES = (
-    Family(
-        "LlamaForCausalLM",
-        "llama",
-        LLAMA_NAMES,
-        constants=NO_BIAS | {"mlp_bias": False},
-    ),
-    Family(
-        "Qwen2ForCausalLM",
-        "qwen2",
-        QWEN2_NAMES,
-        switches=("qkv_bias",),
-        fields=COMMON
-        | {"max_position_embeddings": 32768, "sliding_window": 4096, "layer_types": ()},
-        constants={"attention_dropout": 0.0},
-    ),
-    Family(
-        "GemmaForCausalLM",
-        "gemma",
-        LLAMA_NAMES,
-        switches=("rms_norm_offset", "embedding_scale"),
-        fields=GEMMA,
-        constants=NO_BIAS,
-    ),
-    Family(
-        "Gemma2ForCausalLM",
-        "gemma2",
-        GEMMA2_NAMES,
-        switches=("rms_norm_offset", "embedding_scale", "post_norms"),
-        fields=GEMMA
-        | {
-            "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window": 4096,
-            "layer_types": (),
-        },
-        constants=NO_BIAS,
-    ),
+
+
+def _read_gemma(raw: Raw, fields: Fields) -> Fields:
+    """`hidden_activation` is the newer name, and `gelu` has always meant its tanh form."""
+    name = raw.get("hidden_activation") or fields["hidden_act"]
+    return fields | {"hidden_act": "gelu_pytorch_tanh" if name == "gelu" else name}
+
+
+def _write_gemma(config: DecoderConfig, raw: Fields) -> Fields:
+    return raw | {"hidden_activation": config.hidden_act}
+
+
+def _read_gemma2(raw: Raw, fields: Fields) -> Fields:
+    """Every other layer has a window, the first one among them."""
+    sliding = [i % 2 == 0 for i in range(raw["num_hidden_layers"])]
+    return _read_gemma(raw, fields) | {"layer_types": _layer_types(raw, sliding)}
+
+
+def _write_gemma2(config: DecoderConfig, raw: Fields) -> Fields:
+    scalar = config.query_pre_attn_scalar or config.head_dim  # transformers insists on an integer
+    scalar = int(scalar) if scalar == int(scalar) else scalar
+    raw = _write_layer_types(config, _write_gemma(config, raw))
+    return raw | {"query_pre_attn_scalar": scalar}
+
+
+GEMMA = Family(
+    "GemmaForCausalLM",
+    "gemma",
+    LLAMA_NAMES,
+    switches={"rms_norm_offset": True, "embedding_scale": True},
+    fields=GEMMA_FIELDS,
+    constants=NO_BIAS,
+    read=_read_gemma,
+    write=_write_gemma,
 )
+GEMMA2 = Family(
+    "Gemma2ForCausalLM",
+    "gemma2",
+    GEMMA2_NAMES,
+    switches={"rms_norm_offset": True, "embedding_scale": True, "post_norms": True},
+    fields=GEMMA_FIELDS
+    | {
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "layer_types": (),
+    },
+    constants=NO_BIAS,
+    read=_read_gemma2,
+    write=_write_gemma2,
+)
+
+FAMILIES = (LLAMA, QWEN2, GEMMA, GEMMA2)
 
 
 def family_of(config: DecoderConfig) -> Family:
     """The family that has a place for all that a config asks for; UserError where none has."""
     defaults = {f.name: f.default for f in dataclasses.fields(DecoderConfig)}
     used = {name for name, default in defaults.items() if getattr(config, name) != default}
-    switches = used & set(SWITCHES)
+    switches = {name: getattr(config, name) for name in used & set(SWITCHES)}
     for family in FAMILIES:
         known = {*REQUIRED, *family.fields, *SWITCHES, "rope_scaling"}
-        if set(family.switches) == switches and used <= known:
+        if family.switches == switches and used <= known:
             return family
     raise UserError(
         f"no Hugging Face family has {', '.join(sorted(used - {*REQUIRED, *COMMON}))} together; "
@@ -194,14 +270,8 @@ def read_config(path: Path) -> DecoderConfig:
         fields["head_dim"] = raw["hidden_size"] // max(heads, 1)
     fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
     fields["rope_scaling"] = read_rope_scaling(rope, path)
-    # Gemma: the newer name counts, and `gelu` has always meant its tanh form.
-    fields["hidden_act"] = raw.get("hidden_activation") or fields["hidden_act"]
-    if family.fields["hidden_act"] == "gelu_pytorch_tanh" and fields["hidden_act"] == "gelu":
-        fields["hidden_act"] = "gelu_pytorch_tanh"
-    if "layer_types" in fields:
-        fields["layer_types"] = read_layer_types(raw, family)
-    switches = dict.fromkeys(family.switches, True)
-    config = from_dict(DecoderConfig, fields | switches, str(path))
+    fields = family.read(raw, fields)
+    config = from_dict(DecoderConfig, fields | dict(family.switches), str(path))
     if "sliding_attention" not in config.layer_types:
         config = dataclasses.replace(config, layer_types=(), sliding_window=None)
     return config
@@ -221,19 +291,6 @@ def read_rope_scaling(rope: Mapping[str, Any], path: Path) -> dict[str, Any] | N
     return {name: rope[name] for name in names}
 
 
-def read_layer_types(raw: Mapping[str, Any], family: Family) -> Any:
-    """Which layers have a window: listed, or by the rule of the family where the list is newer."""
-    layers = range(raw["num_hidden_layers"])
-    if family.model_type == "qwen2":
-        if not raw.get("use_sliding_window") or raw.get("sliding_window", 0) is None:
-            return ()
-        sliding = [i >= raw.get("max_window_layers", 28) for i in layers]
-    else:
-        sliding = [i % 2 == 0 for i in layers]
-    rule = tuple("sliding_attention" if yes else "full_attention" for yes in sliding)
-    return raw.get("layer_types") or rule
-
-
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a config, in the names that transformers 4 and 5 both read."""
     family = family_of(config)
@@ -242,18 +299,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     raw |= family.constants
     if config.rope_scaling is not None:
         raw["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
-    if family.fields["hidden_act"] == "gelu_pytorch_tanh":  # the Gemmas
-        raw["hidden_activation"] = config.hidden_act
-    if "layer_types" in raw:
-        windows = config.windows
-        raw["layer_types"] = list(config.layer_types) or ["full_attention"] * len(windows)
-        if family.model_type == "qwen2":
-            raw["use_sliding_window"] = any(windows)
-            raw["max_window_layers"] = windows.index(config.sliding_window)
-    if "query_pre_attn_scalar" in raw:  # transformers insists on a whole number
-        scalar = config.query_pre_attn_scalar or config.head_dim
-        raw["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
-    return raw
+    return family.write(config, raw)
 
 
 # --- tensors -------------------------------------------------------------------------------------

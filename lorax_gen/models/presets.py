@@ -125,5 +125,5 @@ def qwen2_1_5b() -> DecoderConfig:
         rope_theta=1000000.0,
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
-        qkv_bias=True,
+        biases=("q", "k", "v"),
     )

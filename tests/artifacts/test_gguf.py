@@ -41,7 +41,7 @@ GEMMA2 = dataclasses.replace(
     sliding_window=8,
     layer_types=("sliding_attention", "full_attention"),
 )
-QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True)
+QWEN2 = dataclasses.replace(LLAMA, biases=("q", "k", "v"))
 ARCHITECTURES = {"llama": LLAMA, "gemma": GEMMA, "gemma2": GEMMA2, "qwen2": QWEN2}
 RANKS = {"q": 3, "k": 5, "v": 2, "o": 4, "gate": 5, "up": 1, "down": 3}
 

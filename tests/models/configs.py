@@ -24,7 +24,7 @@ GEMMA = dataclasses.replace(
     rms_norm_offset=True,
     embedding_scale=True,
 )
-QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tie_word_embeddings=True)
+QWEN2 = dataclasses.replace(LLAMA, biases=("q", "k", "v"), tie_word_embeddings=True)
 CONFIGS = {
     "llama": LLAMA,
     "llama-tied": dataclasses.replace(LLAMA, num_key_value_heads=4, tie_word_embeddings=True),

@@ -30,7 +30,7 @@ CONFIGS = {
     "llama-gqa-untied": LLAMA,
     "llama-mha-tied": dataclasses.replace(LLAMA, num_key_value_heads=4, tie_word_embeddings=True),
     "qwen2": dataclasses.replace(
-        LLAMA, num_key_value_heads=1, qkv_bias=True, tie_word_embeddings=True
+        LLAMA, num_key_value_heads=1, biases=("q", "k", "v"), tie_word_embeddings=True
     ),
     "gemma": dataclasses.replace(
         LLAMA,
