@@ -36,6 +36,7 @@ from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.attention import visible
 from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params
 from lorax_gen.models.model import Model
+from lorax_gen.models.scoring import score_tokens
 
 TOKENS_PER_BATCH = 4096
 HEAD_CHUNK = 512  # predictions of a shard per call of the head: logits [chunk, V] are large
@@ -187,26 +188,11 @@ def score_rows(
         execution=execution,
     )
     indices, targets = batch["indices"], batch["targets"]
-    shards, count = indices.shape
-    hidden = hidden.reshape(shards, -1, hidden.shape[-1])  # a shard gathers from its own rows
+    # A shard gathers from its own rows.
+    hidden = hidden.reshape(len(indices), -1, hidden.shape[-1])
     hidden = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
 
-    def score(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        scores = decoder.logits(params, config, hidden)
-        found = jnp.take_along_axis(scores, targets[:, :, None], axis=-1)[:, :, 0]
-        likeliest = jnp.argmax(scores, axis=-1)
-        return found - jax.nn.logsumexp(scores, axis=-1), likeliest == targets
-
-    if count <= HEAD_CHUNK:
-        return score(hidden, targets)
-    padding = -count % HEAD_CHUNK
-
-    def chunks(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(shards, -1, HEAD_CHUNK, *x.shape[2:]).swapaxes(0, 1)
-
-    parts = jax.lax.map(lambda part: score(*part), (chunks(hidden), chunks(targets)))
-    return tuple(x.swapaxes(0, 1).reshape(shards, -1)[:, :count] for x in parts)
+    return score_tokens(params, config, hidden, targets, chunk=HEAD_CHUNK)
 
 
 def score_items(

@@ -5,6 +5,7 @@ decoder       the decoder as pure functions over parameters
 attention     causal attention with grouped heads
 decoding      prefill and decoding with a key/value cache
 adapter       how a LoRA or another adapter enters the decoder
+scoring       log-likelihoods of tokens, in training and evaluation
 int8          kernels in int8
 huggingface   model directories of Hugging Face, read and written
 families      names and configs of the Hugging Face families

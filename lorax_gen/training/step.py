@@ -27,6 +27,7 @@ from lorax_gen.method import balance, generator
 from lorax_gen.models import decoder
 from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoder import DecoderConfig, Execution
+from lorax_gen.models.scoring import score_tokens
 from lorax_gen.system import GeneratorSpec, meta_states
 from lorax_gen.training.state import State
 
@@ -46,7 +47,7 @@ def answer_loss(
     axis_name: str | None = None,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """Cross entropy on answer tokens (L_LM), and the share of rows that greedy decoding has right.
+    """Cross entropy on answer tokens (L_LM), and the share of rows that greedy decoding writes.
 
     Args:
       batch: `tokens: [B, T]` int32 and `answer: [B, T]` bool, which marks the tokens to predict.
@@ -54,8 +55,8 @@ def answer_loss(
         is scaled so that the mean over shards is that.
       options: as of `answer_nll`.
     """
-    nll, right = answer_nll(params, config, batch, **options)
-    return nll.sum() / answer_count(batch, axis_name), right.mean()
+    nll, correct = answer_nll(params, config, batch, **options)
+    return nll.sum() / answer_count(batch, axis_name), correct.mean()
 
 
 def answer_count(batch: Batch, axis_name: str | None) -> Array:
@@ -73,11 +74,9 @@ def answer_nll(
     chunk: int = 128,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """Negative log-likelihood `[B]` of each row's answer, and whether greedy decoding has it right.
+    """Negative log-likelihood `[B]` of each row's answer, and whether greedy decoding writes it.
 
-    Logits are computed for `answer_length` positions of a row; where these are more than `chunk`,
-    for that many at a time and again in the backward pass, so that [B, chunk, V] is the most that
-    a large vocabulary ever takes.
+    Logits are computed for `answer_length` positions of a row, `chunk` at a time (`score_tokens`).
 
     Args:
       batch: as of `answer_loss`.
@@ -88,32 +87,14 @@ def answer_nll(
     hidden = decoder.hidden_states(params, config, tokens[:, :-1], **options)
     targets = tokens[:, 1:]
     if answer_length is not None and answer_length < answer.shape[1]:
-        places = jnp.argsort(~answer, axis=1, stable=True)[:, :answer_length]  # answers first
-        hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
-        targets = jnp.take_along_axis(targets, places, axis=1)
-        answer = jnp.take_along_axis(answer, places, axis=1)
+        # Positions of answers first.
+        indices = jnp.argsort(~answer, axis=1, stable=True)[:, :answer_length]
+        hidden = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
+        targets = jnp.take_along_axis(targets, indices, axis=1)
+        answer = jnp.take_along_axis(answer, indices, axis=1)
 
-    def score(hidden: Array, targets: Array, answer: Array) -> tuple[Array, Array]:
-        scores = decoder.logits(params, config, hidden)
-        nll = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
-        right = (jnp.argmax(scores, axis=-1) == targets) | ~answer
-        return jnp.sum(nll * answer, axis=1), jnp.all(right, axis=1)
-
-    time = targets.shape[1]
-    if time <= chunk:
-        return score(hidden, targets, answer)
-    parts = jax.tree.map(
-        lambda x: jnp.moveaxis(
-            jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2)).reshape(
-                x.shape[0], -1, chunk, *x.shape[2:]
-            ),
-            1,
-            0,
-        ),
-        (hidden, targets, answer),
-    )
-    nll, right = jax.lax.map(jax.checkpoint(lambda part: score(*part)), parts)
-    return nll.sum(0), right.all(0)
+    loglikelihoods, greedy = score_tokens(params, config, hidden, targets, chunk=chunk)
+    return -jnp.sum(loglikelihoods * answer, axis=1), jnp.all(greedy | ~answer, axis=1)
 
 
 def pretraining_loss(config: DecoderConfig, **options: Any) -> Loss:
