@@ -3,8 +3,8 @@
     python benchmarks/specialize.py
     python benchmarks/specialize.py --counts 1000 10000 --cloud DIR --edge DIR --generator DIR
 
-Prompts are those of the embedded world's tasks, in random wordings with up to three shots. Each count
-is run twice, the first time to compile; what is held is the peak of this process.
+Prompts are those of the embedded world's tasks, in random wordings with up to three shots. Each
+count is run twice, the first time to compile; the memory is the peak of this process.
 """
 
 from __future__ import annotations
