@@ -191,7 +191,7 @@ def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
 
 
 def _inside(name: str, directory: AnyPath) -> str:
-    """A store's name of an object, without that of the directory in front of it."""
+    """A store's name of an object, relative to the directory."""
     return name.removeprefix(os.fspath(directory).partition("://")[2]).strip("/")
 
 
@@ -234,7 +234,7 @@ def make_directory(path: AnyPath) -> None:
 
 @contextmanager
 def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary local path that takes the place of `path` when the block ends well."""
+    """A temporary local path that replaces `path` when the block ends well."""
     path = to_path(path)
     if is_url(path):
         with tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
@@ -251,13 +251,13 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a whole text file or none, in place of what was there."""
+    """Writes a text file completely or not at all, replacing what was there."""
     with replaced_file(path) as temporary:
         temporary.write_text(text)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a whole JSON file or none, in place of what was there."""
+    """Writes a JSON file completely or not at all, replacing what was there."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -319,7 +319,7 @@ def upload(local: Path, path: AnyPath) -> None:
 
 
 def _upload_new(local: Path, path: AnyPath) -> None:
-    """The directory as a whole, or as good as none."""
+    """The complete directory, or one that counts as none."""
     if is_incomplete(path):
         path.rmtree()
     (path / INCOMPLETE).write_text("")

@@ -26,7 +26,7 @@ class Evaluate:
 
     TASK is world (the shipped world's tasks, the default), reasoning (the paper's eight
     benchmarks), the name of one of them such as arc_easy or hellaswag, or gpt4tools. With --run-dir
-    the results of single items are kept as they come: an interrupted evaluation goes on with the
+    the results of single items are kept as they come: an interrupted evaluation resumes with the
     same command.
 
     Modes: plain (the edge reads the question alone), icl (after its prompt: solved shots, or all of
@@ -99,9 +99,7 @@ class Evaluate:
         if run_dir is not None and run_dir.exists():
             ours = is_report(run_dir / "report.json") if world else (run_dir / "items").is_dir()
             if not ours and not (run_dir.is_dir() and not any(run_dir.iterdir())):
-                raise UserError(
-                    f"{run_dir} exists and is no evaluation to go on with; choose another"
-                )
+                raise UserError(f"{run_dir} exists and is no evaluation to resume; choose another")
         return evaluate_world(self) if world else evaluate_real(self)
 
 

@@ -41,8 +41,8 @@ def attend(
             implementation=implementation if plain else "xla",
         )
     if mask is None:
-        places = jnp.arange(q.shape[1])[None]
-        mask = visible(places, places)
+        positions = jnp.arange(q.shape[1])[None]
+        mask = visible(positions, positions)
     batch, time, heads, size = q.shape
     q = q.reshape(batch, time, k.shape[2], -1, size)
     scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32)

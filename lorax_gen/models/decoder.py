@@ -86,7 +86,7 @@ class DecoderConfig:
     embedding_scale: bool = False
     """Input embeddings are multiplied by sqrt(D) (Gemma)."""
     post_norms: bool = False
-    """Norms behind attention and feed-forward as well as before (Gemma 2)."""
+    """Norms after attention and feed-forward as well as before (Gemma 2)."""
     query_pre_attn_scalar: float | None = None
     """Scores are divided by its root; None: head_dim (Gemma 2)."""
     attn_logit_softcapping: float | None = None
@@ -270,7 +270,7 @@ class Block(nn.Module):
 
 
 def write(cache: Array, new: Array, positions: Array | None) -> Array:
-    """A cache `[B, S, K, E]` with `new: [B, T, K, E]` at positions `[B, T]`, or in front."""
+    """A cache `[B, S, K, E]` with `new: [B, T, K, E]` at positions `[B, T]`, or at the start."""
     new = new.astype(cache.dtype)
     if positions is None:
         return cache.at[:, : new.shape[1]].set(new)

@@ -1,6 +1,6 @@
 """Decoding with a key/value cache: prefill, then token by token, greedily or by sampling.
 
-Pure functions of arrays, to be jitted whole (`generate`) or in the two steps that streaming takes
+Pure functions of arrays, to be jitted as one (`generate`) or in the two steps that streaming takes
 (`prefill`, `advance`). Layers are unrolled here, from one dict per layer: scanning over stacked
 weights would copy every layer's slice for every token. `params['layers']` may be that list
 (`Model.decoding_params`) or the stacked tree, of which each call then makes the list.
@@ -34,7 +34,7 @@ from lorax_gen.models.decoder import (
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn; None in its place is greedy decoding.
+    """How a token is drawn; None instead is greedy decoding.
 
     The values are arguments of the compiled program; whether `top_k` and `top_p` are None or not
     is part of it.
@@ -240,7 +240,7 @@ def generate(
       adapter, prefix: see `decoder.hidden_states`.
 
     Returns:
-      `[B, N]` int32; a row's stop token is repeated behind it. Stops as soon as all have ended.
+      `[B, N]` int32; a row's stop token is repeated after it. Stops as soon as all rows have ended.
     """
     options = {"stop_ids": stop_ids, "sampling": sampling, "key": key, "adapter": adapter}
     slots = tokens.shape[1] + max_new_tokens + (0 if prefix is None else prefix.shape[1])

@@ -1,8 +1,8 @@
 """Foreign names: what Hugging Face calls things, one record for each family, in both directions.
 
 A `Family` holds a name table (ours -> theirs, `{i}` is the layer) and says how its `config.json`
-reads as a `DecoderConfig`. Whatever a config asks for that a family has no place for is an error
-that names it. Supporting one more family is one more record.
+reads as a `DecoderConfig`. What a config asks for and no field of the family holds is an error that
+names it. Supporting one more family is one more record.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ FAMILIES = (LLAMA, QWEN2, GEMMA, GEMMA2)
 
 
 def family_of(config: DecoderConfig) -> Family:
-    """The family that has a place for all that a config asks for; UserError where none has."""
+    """The family that can express a config; UserError where none can."""
     defaults = {f.name: f.default for f in dataclasses.fields(DecoderConfig)}
     used = {name for name, default in defaults.items() if getattr(config, name) != default}
     switches = {name: getattr(config, name) for name in used & set(SWITCHES)}
@@ -249,15 +249,15 @@ def read_config(path: Path) -> DecoderConfig:
         raise UserError(f"{path} is incomplete: it lacks {', '.join(missing)}")
     for name in (*REQUIRED, "max_window_layers"):
         if not isinstance(raw.get(name, 0), int):
-            raise UserError(f"{path} has {name}={raw[name]!r}; expected a whole number")
+            raise UserError(f"{path} has {name}={raw[name]!r}; expected an integer")
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(name) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path} has {name}={rope!r}; expected one rope for all layers")
     for name, harmless in UNSUPPORTED.items():
-        for place in (raw, rope):
-            if place.get(name) not in harmless:
-                raise UserError(f"{path} has {name}={place[name]!r}, which is not supported")
+        for section in (raw, rope):
+            if section.get(name) not in harmless:
+                raise UserError(f"{path} has {name}={section[name]!r}, which is not supported")
 
     fields = {name: raw[name] for name in REQUIRED}
     for name, default in family.fields.items():

@@ -168,15 +168,15 @@ def read_params(
     check_tensors(checkpoint, config)
     shapes = abstract_params(config)
     kept = jax.eval_shape(int8.quantize_kernels, shapes) if in_int8 else shapes
-    places = shardings(kept) if shardings else None
+    wanted = shardings(kept) if shardings else None
     params: Params = {"layers": {}}
     for ours, keys in tensor_names(config).items():
-        place = leaf_at(places, ours) if places else None
+        sharding = leaf_at(wanted, ours) if wanted else None
         pair = int8.is_quantized(leaf_at(kept, ours))
-        read_to = place["qvalue"] if pair and place else place
+        read_to = sharding["qvalue"] if pair and sharding else sharding
         leaf = read_leaf(checkpoint, ours, keys, leaf_at(shapes, ours).shape, dtype, read_to)
         if pair:
-            leaf = jax.jit(int8.quantize, out_shardings=place)(leaf)
+            leaf = jax.jit(int8.quantize, out_shardings=sharding)(leaf)
         (params["layers"] if ours.startswith("layers/") else params)[ours.split("/")[-1]] = leaf
     return params
 
@@ -210,7 +210,7 @@ def read_leaf(
     dtype: Any,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """One leaf, its layers stacked; each device's part is read by itself, straight into place.
+    """One leaf, its layers stacked; each device's part is read by itself, onto that device.
 
     Without a sharding it is on the default device and free to move with what it is used with.
     """
@@ -243,26 +243,26 @@ def write_params(
     directory: Path, params: Params, config: DecoderConfig, dtype: Any, max_shard_size: str
 ) -> None:
     """The files of tensors, one held at a time, and their index where there are several."""
-    places = {
+    leaves = {
         key: (ours, leaf_at(params, ours), i)
         for ours, keys in tensor_names(config).items()
         for i, key in enumerate(keys)
     }
 
-    def size(place: tuple[str, jax.Array, int]) -> int:
-        ours, leaf, _ = place
+    def size(entry: tuple[str, jax.Array, int]) -> int:
+        ours, leaf, _ = entry
         count = leaf.size // (leaf.shape[0] if ours.startswith("layers/") else 1)
         return count * np.dtype(dtype or leaf.dtype).itemsize
 
     def tensor(key: str) -> np.ndarray:
-        ours, leaf, i = places[key]
+        ours, leaf, i = leaves[key]
         value = np.asarray(leaf[i] if ours.startswith("layers/") else leaf)
         value = value.astype(dtype or value.dtype, copy=False)
         return value.T if is_transposed(ours) else value
 
     try:
         plan = split_state_dict_into_shards_factory(
-            places,
+            leaves,
             get_storage_size=size,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,

@@ -1,11 +1,11 @@
 """Kernels in int8: a frozen model in half the bytes of bfloat16, quantised by qwix.
 
-A kernel `[..., D, F]` becomes a pair of arrays in its place,
+A kernel `[..., D, F]` becomes a pair of arrays,
 
     {'qvalue': [..., D, F] int8, 'scale': [..., 1, F] fp32}
 
 symmetric, with one scale for each output feature. Activations, LoRA and gradients keep their
-dtypes; embeddings, norms, biases and head stay whole.
+dtypes; embeddings, norms, biases and head are not quantised.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def refuse(params: Params, what: str) -> None:
 def matmul(x: Array, kernel: Array | Mapping[str, Array]) -> Array:
     """x W `[..., F]` in the dtype of `x: [..., D]`, whichever of the two forms the kernel has.
 
-    The scales come behind the product: so a kernel in shards is gathered as int8, in half the bytes
+    The scales come after the product: so a sharded kernel is gathered as int8, in half the bytes
     of a product with `qvalue * scale`, for which XLA gathers what is multiplied out.
     """
     if not is_quantized(kernel):

@@ -42,7 +42,7 @@ class Instruction:
     shape: str
     operation: str
     rest: str
-    """Operands and attributes, from behind the opening bracket."""
+    """Operands and attributes: what follows the opening bracket."""
     root: bool
 
     @property
@@ -73,7 +73,7 @@ class Program(dict):
 def collectives(text: str) -> dict[str, Traffic]:
     """Count and bytes of the collectives by kind, as one device runs them.
 
-    A gather or scatter over n devices sends (n - 1) / n of the whole array, a reduction to all
+    A gather or scatter over n devices sends (n - 1) / n of the full array, a reduction to all
     twice that, as on a ring; a permutation sends its array.
     """
     program, total = Program(text), defaultdict(Traffic)
@@ -116,14 +116,14 @@ def sent(kind: str, instruction: Instruction) -> int:
     arrays = [size(*shape) for shape in shapes]  # of the result; u32[] are contexts
     if instruction.operation.endswith("-start") and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :]  # operands stand first
-    whole = sum(arrays)
+    total = sum(arrays)
     if kind == "collective-permute":
-        return int(whole)
+        return int(total)
     devices = group_size(instruction.rest)
     if kind == "reduce-scatter":
-        whole *= devices
+        total *= devices
     share = (devices - 1) / devices
-    return int((2 if kind == "all-reduce" else 1) * share * whole)
+    return int((2 if kind == "all-reduce" else 1) * share * total)
 
 
 def size(dtype: str, dims: str) -> float:
@@ -176,7 +176,7 @@ def trips(program: Program, computation: str, loop: Instruction) -> int:
 
 
 def constant(instruction: Instruction | None) -> int | None:
-    """The value of a scalar integer constant, also behind copies; None for all else."""
+    """The value of a scalar integer constant, through copies too; None otherwise."""
     if instruction is None or instruction.operation != "constant":
         return None
     found = re.match(r"(-?\d+)\)", instruction.rest)

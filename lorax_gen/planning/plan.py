@@ -90,7 +90,7 @@ def abstract_model(
 def placed(tree: Any, shardings: Any) -> Any:
     """Shapes with the shardings that their arrays would have."""
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         shardings,
     )
@@ -311,7 +311,7 @@ def estimate_time(
 
 
 def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
-    """The whole report as plain values; bytes are of one device, FLOPs of one step on all.
+    """The report as plain values; bytes are of one device, FLOPs of one step on all.
 
     Raises UserError where the topology, the models, the mesh or the batch cannot be.
     """

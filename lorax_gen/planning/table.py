@@ -57,7 +57,7 @@ def print_plan(report: dict[str, Any]) -> None:
             rows.add_row(f"  {name}", gib(count))
     if "outputs" in needs:
         rows.add_row("outputs", gib(needs["outputs"]))
-        rows.add_row("  in the place of arguments", f"-{gib(needs['aliased'])}")
+        rows.add_row("  aliased to arguments", f"-{gib(needs['aliased'])}")
     if "temporaries" in needs:
         rows.add_row("temporaries", gib(needs["temporaries"]))
     for name, count in needs.get("parts", {}).items():

@@ -38,7 +38,7 @@ def open_data(
     *,
     samples: int,
     queries: int = 1,
-    whole: bool = False,
+    full_sequence: bool = False,
 ) -> Data:
     """The data that a config names; for models of shapes alone, the shapes of a batch alone.
 
@@ -48,7 +48,7 @@ def open_data(
     Args:
       reader: the model that reads prompts; None: there are questions alone.
       samples: P prompts, with Q = `queries` questions under each; without a reader B questions.
-      whole: the loss is on all of a row, not only on its answer.
+      full_sequence: the loss is on all of a row, not only on its answer.
 
     Raises UserError where the data cannot be opened.
     """
@@ -59,7 +59,7 @@ def open_data(
     over, to_edge = config.over(mesh), Encoder.of(edge)
     to_reader = Encoder.of(reader) if prompted else None
     options = {"prompts": samples, "queries": queries, "seed": config.run.seed}
-    options |= {"answer_length": config.answer_length, "full_sequence": whole}
+    options |= {"answer_length": config.answer_length, "full_sequence": full_sequence}
     if isinstance(data, WorldConfig):
         quiz = WorldQuiz(data.world(), data.families)
         batch = world_batches(data, to_reader, to_edge, **options)

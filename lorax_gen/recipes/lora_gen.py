@@ -45,7 +45,7 @@ class LoraGenConfig(EdgeConfig):
     queries_per_prompt: int = 4
     """Questions asked under each prompt; the cloud reads a prompt once for all of them."""
     loss: Literal["answer", "sequence"] = "answer"
-    """L_LM on the answer's tokens, or on the whole sequence that the edge model sees."""
+    """L_LM on the answer's tokens, or on the full sequence that the edge model reads."""
     microbatches: int = 1
     """Parts of a batch that run one after the other, to save memory; the gradients are the same."""
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
@@ -98,7 +98,7 @@ def experiment(
             cloud,
             samples=config.prompts,
             queries=config.queries_per_prompt,
-            whole=config.loss == "sequence",
+            full_sequence=config.loss == "sequence",
         ),
         init=init,
         loss=generator_loss(
@@ -149,7 +149,7 @@ def count_work(config: LoraGenConfig, spec: GeneratorSpec, batch: Batch) -> dict
     shape = {"prompts": prompts, "queries": config.queries_per_prompt}
     shape |= {"prompt_length": prompt_length, "length": length, "answered": answered}
     executed = train_step_macs(spec, **shape, remat=config.remat)
-    if config.microbatches > 1:  # each is computed once more as a whole
+    if config.microbatches > 1:  # each is recomputed in full
         lora = generated_ranks(spec.generator)
         executed += generator_macs(spec, prompt_length, prompts)
         executed += prefill_macs(spec.edge, length - 1, rows, logits=answered, lora=lora)

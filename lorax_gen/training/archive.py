@@ -2,7 +2,7 @@
 
 orbax keeps them on this machine, and each is copied to the store as one object, `<step>.tar`: an
 object is there in one piece or not at all, also where it replaces another, so whatever a killed
-process leaves there is whole.
+process leaves there is complete.
 """
 
 from __future__ import annotations

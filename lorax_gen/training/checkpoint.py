@@ -143,7 +143,8 @@ class Checkpoints:
     def check_room(self, state: State) -> None:
         """UserError where the directory cannot be written to, or cannot hold what will be kept.
 
-        One more than is kept: a checkpoint goes when the next one is whole. A store has room.
+        One more than is kept: a checkpoint is removed when the next one is complete. A store always
+        has room.
         """
         local = self.archive.local if self.archive else self.directory
         try:
@@ -181,7 +182,7 @@ class Checkpoints:
                 raise
             raise UserError(
                 f"cannot save a checkpoint in {self.directory} ({reason or _reason(error)}); what "
-                "was saved before is whole, and the same command resumes the run from there"
+                "was saved before is complete, and the same command resumes the run from there"
             ) from error
 
 

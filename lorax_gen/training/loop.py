@@ -100,7 +100,7 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
 
     def release() -> None:
         with files.new_directory(released) as partial:
-            provenance = {"config": without_places(config), "metrics": log.last}
+            provenance = {"config": without_paths(config), "metrics": log.last}
             experiment.release(result, partial, provenance)
             (partial / log.path.name).write_bytes(log.path.read_bytes())
 
@@ -118,8 +118,8 @@ def train(
     """Steps from where `state` is to the end: logs, evaluates, saves."""
     run, start, run_dir = experiment.run, int(state["step"]), log.path.parent
     mesh = experiment.mesh
-    places = sharding.tree_shardings(experiment.frozen, mesh)
-    frozen = sharding.place(experiment.frozen, places)
+    shardings = sharding.tree_shardings(experiment.frozen, mesh)
+    frozen = sharding.place(experiment.frozen, shardings)
     schedule = optimizer.make_schedule(experiment.optimizer, run.steps)
     clock, router = Clock(experiment.work, list(mesh.devices.flat)), RouterWatch()
     window = run.profile_window if hosts.is_first() else None
@@ -135,7 +135,7 @@ def train(
         if pending is not None:
             step, metrics = pending
             jax.block_until_ready(metrics)  # or the clock would tell how fast steps are dispatched
-            if not math.isfinite(metrics["loss"]):  # in front of a checkpoint that would hold it
+            if not math.isfinite(metrics["loss"]):  # before a checkpoint that would hold it
                 raise UserError(
                     f"the loss of step {step} is {float(metrics['loss'])}: training has diverged; "
                     "a smaller optimizer.learning-rate or a longer warm-up may help"
@@ -168,7 +168,7 @@ def train(
             bar.update()
             write_pending()  # those of the step before: the device is busy meanwhile
             clock.count(batch)
-            profiler.behind(done, state)
+            profiler.after(done, state)
             stop, evaluating = int(stop), due(run, done)
             if done % run.log_every == 0 or last:
                 more = {"learning_rate": schedule(step), **device_memory()}
@@ -199,7 +199,7 @@ def read_whole(state: State) -> State:
 
 
 def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what may change when a run goes on: where it runs and what it keeps, but
+    """A config without what may change when a run resumes: where it runs and what it keeps, but
     nothing of what it learns."""
     free = ("mesh", "remat", "attention")
     free_of_run = ("keep", "best", "best_is", "tensorboard", "profile_steps", "compilation_cache")
@@ -265,11 +265,11 @@ def open_log(run_dir: AnyPath, run: RunConfig, start: int) -> MetricsLog:
     return MetricsLog(run_dir / "metrics.jsonl", start, board, write=hosts.is_first())
 
 
-def without_places(value: Any) -> Any:
-    """Plain values, absolute paths and URLs cut to their last name: what is released names no
+def without_paths(value: Any) -> Any:
+    """Plain values, absolute paths and URLs reduced to their last name: what is released names no
     machine and no bucket."""
     if isinstance(value, dict):
-        return {key: without_places(item) for key, item in value.items()}
+        return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, str) and (files.is_url(value) or Path(value).is_absolute()):
         return Path(value).name
     return value

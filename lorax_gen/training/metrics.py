@@ -30,8 +30,8 @@ from lorax_gen.training.step import Batch
 class MetricsLog:
     """Appends rows to metrics.jsonl, and to TensorBoard's files where asked.
 
-    Rows behind the resumed step are dropped first. With `write=False`, in all processes but the
-    first, rows are made and not written. In a store both are up to a minute behind, but after
+    Rows after the resumed step are dropped first. With `write=False`, in all processes but the
+    first, rows are made and not written. In a store both lag by up to a minute, but not after
     `flush`: with one before each checkpoint, a run that is killed and resumed lacks no row.
 
     Attributes:
@@ -101,7 +101,7 @@ class MetricsLog:
                 raise
             raise UserError(
                 f"cannot write to {self.path} ({reason or error.strerror or error}); what was "
-                "saved before is whole, and the same command resumes the run from there"
+                "saved before is complete, and the same command resumes the run from there"
             ) from error
 
     def _note(self, row: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ class MetricsLog:
 
 
 def open_tensorboard(directory: Path, start: int) -> Any:
-    """A writer whose events hide earlier ones behind step `start`."""
+    """A writer whose events replace earlier ones after step `start`."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -122,7 +122,7 @@ def open_tensorboard(directory: Path, start: int) -> Any:
 
 
 def read_rows(path: AnyPath) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, without a last one that was cut off.
+    """Rows of a metrics.jsonl, without a truncated last one.
 
     Raises UserError where another line is no row.
     """
@@ -160,7 +160,7 @@ class Clock:
         self.peak = None if peak is None else peak * len(devices)
 
     def restart(self, step: int) -> None:
-        """Leaves out what lies behind, such as an evaluation."""
+        """Starts measuring anew, after an evaluation for example."""
         self.since, self.time, self.done = step, time.perf_counter(), Counter()
 
     def count(self, batch: Batch) -> None:
@@ -200,7 +200,7 @@ SAME_GATES = 0.05
 # One expert carries over 95 % of the mass, in the mean over layers. In the world the most loaded
 # of 32 carries 7 %, and of 8 at K = 2, untrained, 18 %.
 ONE_EXPERT = 0.95
-# One row may come from a batch of like prompts; so many, one behind another, do not.
+# One row may come from a batch of similar prompts; this many in a row do not.
 ROWS = 3
 
 
@@ -237,7 +237,7 @@ class RouterWatch:
 
 
 class Profiler:
-    """Traces the steps of a window, and nothing before, behind or half done.
+    """Traces the steps of a window, and no part of the steps around it.
 
     The trace is for TensorBoard's profile plugin, XProf or Perfetto.
     """
@@ -260,7 +260,7 @@ class Profiler:
             jax.profiler.start_trace(str(self.traces))
             self.running = True
 
-    def behind(self, step: int, state: Any) -> None:
+    def after(self, step: int, state: Any) -> None:
         if step == self.last and self.running:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()

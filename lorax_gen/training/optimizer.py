@@ -51,7 +51,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The whole transformation, gradients in, updates out."""
+    """The optax transformation: clipping, AdamW, schedule."""
 
     def decay_mask(params):
         name = lambda path: str(getattr(path[-1], "key", path[-1]))  # noqa: E731

@@ -14,7 +14,7 @@ class RunConfig:
     """How long a run is and what it writes when. Every training config holds one as `run`."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run."""
     seed: int = 0
     """Seed of initial weights, batches and dropout."""
     log_every: int = 50

@@ -1,4 +1,4 @@
-"""The train step, and the losses it steps on: the one place where method and models meet.
+"""The train step, and the losses that it differentiates.
 
 A loss is `loss(params, stats, frozen, batch, key, axis_name) -> (scalar, (stats, metrics))`.
 `make_train_step` turns any of them into
@@ -130,7 +130,7 @@ def generator_loss(
     Args:
       microbatches: parts of the batch that pass through the cloud, and then through the edge, one
         after the other, each computed again in the backward pass. The router, its BatchNorm and
-        eq. 9 still see the whole batch, so the gradients are those of the whole batch.
+        eq. 9 still see the full batch, so the gradients are those of the full batch.
       answer_length: see `answer_nll`.
       execution: see `decoder.Execution`.
     """
@@ -168,13 +168,13 @@ def generator_loss(
         gates, stats = generator.gates_from_states(
             params, stats, states, config, train=True, key=gumbel_key, axis_name=axis_name
         )
-        nll, right = in_parts(answer, {**questions, "gates": gates}, microbatches, dropout_key)
+        nll, correct = in_parts(answer, {**questions, "gates": gates}, microbatches, dropout_key)
         lm = nll.sum() / answer_count(batch, axis_name)
         cv = balance.balance_loss(gates, config.balance_coefficient, axis_name)
         metrics = {
             "loss_lm": lm,
             "loss_cv": cv,
-            "accuracy/batch": right.mean(),
+            "accuracy/batch": correct.mean(),
             "gate_entropy": balance.gate_entropy(gates),
             "gate_distance": balance.gate_distance(gates, axis_name),
             "expert_load": balance.expert_load(gates),

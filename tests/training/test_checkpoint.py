@@ -302,7 +302,7 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_no_checkpoint(tmp_path, monk
     assert ended.returncode == 2
     assert ended.stderr == (
         f"lorax-gen: error: cannot save a checkpoint in {run_dir}/checkpoints (File too large); "
-        "what was saved before is whole, and the same command resumes the run from there\n"
+        "what was saved before is complete, and the same command resumes the run from there\n"
     )
     assert steps_of(run_dir) == {2}
     asked = []
