@@ -27,7 +27,7 @@ from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent_metrics import ToolScores, score_answer
 from lorax_gen.evaluation.answerers import Answerer
-from lorax_gen.evaluation.item_log import ItemLog, Row, digest
+from lorax_gen.evaluation.item_log import ItemLog, ItemRow, digest
 from lorax_gen.evaluation.report import Cell, cell
 from lorax_gen.files import AnyPath
 from lorax_gen.inference.continuations import TOKENS_PER_BATCH, continue_texts, room_for
@@ -95,7 +95,7 @@ def evaluate_agent(
         raise UserError("no items to evaluate; give at least one")
     if len({item.id for item in items}) < len(items):
         raise UserError("two items have the same id, which names their results; make ids unique")
-    done: dict[str, Row] = {}
+    done: dict[str, ItemRow] = {}
     log, cases = None, AgentCases(items, seed)
     if path is not None:
         log = ItemLog(path, describe(answerer, cases, max_new_tokens, stop))
@@ -152,7 +152,7 @@ def evaluate_agent(
     return summary(answerer, [done[item.id] for item in items])
 
 
-def summary(answerer: Answerer, rows: Sequence[Row]) -> dict[str, Any]:
+def summary(answerer: Answerer, rows: Sequence[ItemRow]) -> dict[str, Any]:
     """The fields of a report's row (see `report`), from the items' results.
 
     cells           of the five scores of `agent_metrics.ToolScores`
@@ -183,7 +183,7 @@ def summary(answerer: Answerer, rows: Sequence[Row]) -> dict[str, Any]:
 
 def describe(
     answerer: Answerer, cases: AgentCases, max_new_tokens: int, stop: Sequence[str]
-) -> Row:
+) -> ItemRow:
     """Everything that the results of single items depend on, as plain values."""
     found = answerer.identity() | {
         "n": len(cases.items),

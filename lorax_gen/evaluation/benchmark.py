@@ -26,7 +26,7 @@ from lorax_gen.data.benchmarks import (
 from lorax_gen.data.questions import Question
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, Prompt
-from lorax_gen.evaluation.item_log import ItemLog, Row, digest
+from lorax_gen.evaluation.item_log import ItemLog, ItemRow, digest
 from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
 from lorax_gen.files import AnyPath, to_path
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceScores, encode_items, score_items
@@ -157,7 +157,7 @@ def evaluate_benchmark(
             [prompts[i] for i in left],
             tokens_per_batch=tokens_per_batch,
             mesh=mesh,
-            progress=advance(bar),
+            progress=ticker(bar),
         )
 
     def record(indices: list[int], scores: list[ChoiceScores]) -> None:
@@ -181,7 +181,7 @@ def evaluate_benchmark(
         max_length=answerer.max_length,
         tokens_per_batch=tokens_per_batch,
         mesh=mesh,
-        progress=advance(bar),
+        progress=ticker(bar),
         on_batch=record,
     )
     if log is not None:
@@ -195,7 +195,7 @@ def item_row(
     question: Question,
     score: ChoiceScores,
     prompt: Prompt | None,
-) -> Row:
+) -> ItemRow:
     """The row of an item in the file."""
     if not np.isfinite(score.loglikelihoods).all():
         raise UserError(
@@ -249,10 +249,10 @@ def summary(
 # --- the file and the bar ------------------------------------------------------------------------
 
 
-def describe(cases: BenchmarkCases, answerer: Answerer) -> Row:
+def describe(cases: BenchmarkCases, answerer: Answerer) -> ItemRow:
     """Everything that the scores of single items depend on, as plain values."""
     benchmark, questions = cases.benchmark, cases.questions
-    found: Row = {
+    found: ItemRow = {
         "benchmark": benchmark.name,
         "shots": cases.shots,
         "seed": cases.seed,
@@ -270,7 +270,7 @@ def describe(cases: BenchmarkCases, answerer: Answerer) -> Row:
     return found
 
 
-def open_log(path: AnyPath, settings: Row, questions: Sequence[Question]) -> ItemLog | None:
+def open_log(path: AnyPath, settings: ItemRow, questions: Sequence[Question]) -> ItemLog | None:
     """The file, in the first process; None in others.
 
     Raises UserError, in all of them, where it is of another run or holds other items.
@@ -305,5 +305,5 @@ def show(bar: Any, text: str, total: int, done: int = 0) -> None:
         bar.update(done)
 
 
-def advance(bar: Any) -> Callable[[int], object]:
+def ticker(bar: Any) -> Callable[[int], object]:
     return (lambda count: None) if bar is None else bar.update

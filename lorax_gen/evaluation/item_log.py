@@ -15,7 +15,7 @@ from typing import Any
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, Log, make_directory
 
-Row = dict[str, Any]
+ItemRow = dict[str, Any]
 
 
 def digest(value: Any) -> str:
@@ -32,9 +32,9 @@ class ItemLog:
     Raises UserError where the file has other settings, or is not a file of results.
     """
 
-    def __init__(self, path: AnyPath, settings: Row):
+    def __init__(self, path: AnyPath, settings: ItemRow):
         self.path = path
-        self.rows: list[Row] = []
+        self.rows: list[ItemRow] = []
         make_directory(path.parent)
         data = path.read_bytes() if path.exists() else b""
         complete = data[: data.rfind(b"\n") + 1]  # without a truncated last line
@@ -44,7 +44,7 @@ class ItemLog:
             self._check(found.get("settings"), json.loads(json.dumps(settings)))
         self.log = Log(path, complete.decode() or _text([{"settings": settings}]))
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[ItemRow]) -> None:
         """Writes items; on a disk they are written when this returns."""
         rows = list(rows)
         self.log.write(_text(rows))
@@ -54,7 +54,7 @@ class ItemLog:
         """Returns when all items are stored."""
         self.log.flush()
 
-    def _parsed(self, complete: bytes) -> list[Row]:
+    def _parsed(self, complete: bytes) -> list[ItemRow]:
         rows = []
         for number, line in enumerate(complete.split(b"\n")[:-1], 1):
             try:
@@ -70,7 +70,7 @@ class ItemLog:
                 )
         return rows
 
-    def _check(self, found: Row, settings: Row) -> None:
+    def _check(self, found: ItemRow, settings: ItemRow) -> None:
         for key in {**settings, **found}:
             if found.get(key) != settings.get(key):
                 raise UserError(
@@ -79,5 +79,5 @@ class ItemLog:
                 )
 
 
-def _text(rows: Iterable[Row]) -> str:
+def _text(rows: Iterable[ItemRow]) -> str:
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)

@@ -17,7 +17,7 @@ import numpy as np
 from lorax_gen.data.tokens import bucket, pad_rows
 from lorax_gen.errors import UserError
 from lorax_gen.models.adapter import Adapter
-from lorax_gen.models.decoding import generate
+from lorax_gen.models.decoding import generate_tokens
 from lorax_gen.models.model import Model
 
 SMALLEST = 8  # least number of tokens that a question is padded to
@@ -87,7 +87,7 @@ def peak_memory(
     if "peak_bytes_in_use" in (device.memory_stats() or {}):
         answerer(model, new_tokens, adapter)(*question)
         return Memory(int(device.memory_stats()["peak_bytes_in_use"]), measured=True)
-    compiled = generate.lower(
+    compiled = generate_tokens.lower(
         model.decoding_params,
         model.config,
         *map(jnp.asarray, question),
@@ -108,7 +108,7 @@ def answerer(
 
     def answer(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return np.asarray(
-            generate(
+            generate_tokens(
                 model.decoding_params,
                 model.config,
                 tokens,

@@ -32,7 +32,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Texts of one item.
 
     Attributes:
@@ -55,7 +55,7 @@ class Row:
         return len(np.unique(self.owners[self.owners > 0])) > 1
 
 
-def pack(item: int, texts: Sequence[Text], longest: int) -> list[Row]:
+def pack(item: int, texts: Sequence[Text], longest: int) -> list[PackedRow]:
     """An item's texts in one row, or in one row each where that would be longer than `longest`."""
     row = make_row(item, range(len(texts)), texts)
     if len(row.tokens) <= longest or len(texts) == 1:
@@ -63,7 +63,7 @@ def pack(item: int, texts: Sequence[Text], longest: int) -> list[Row]:
     return [make_row(item, [choice], [text]) for choice, text in enumerate(texts)]
 
 
-def make_row(item: int, choices: Sequence[int], texts: Sequence[Text]) -> Row:
+def make_row(item: int, choices: Sequence[int], texts: Sequence[Text]) -> PackedRow:
     """One row of the texts of an item's `choices`. The last token of a text is never read."""
     read = [list(text.ids[:-1]) for text in texts]
     shared = common(read)
@@ -78,7 +78,7 @@ def make_row(item: int, choices: Sequence[int], texts: Sequence[Text]) -> Row:
         indices.append(np.where(index < shared, index, index - shared + end))
         end += own
     predicted = [text.predicted for text in texts]
-    return Row(
+    return PackedRow(
         item,
         *(np.concatenate(part).astype(np.int32) for part in (tokens, positions, owners, indices)),
         targets=np.concatenate([text.ids[-text.predicted :] for text in texts]).astype(np.int32),
@@ -99,7 +99,7 @@ def common(texts: Sequence[Sequence[int]]) -> int:
 class RowBatch:
     """The rows of a batch by shard, some of which may have fewer than B / S, and its shape."""
 
-    shards: tuple[tuple[Row, ...], ...]
+    shards: tuple[tuple[PackedRow, ...], ...]
     rows: int  # B
     length: int  # T
     predictions: int  # P
@@ -136,7 +136,7 @@ class RowBatch:
         ]
         return np.concatenate(filled)
 
-    def split(self, *values: np.ndarray) -> Iterator[tuple[Row, list[np.ndarray]]]:
+    def split(self, *values: np.ndarray) -> Iterator[tuple[PackedRow, list[np.ndarray]]]:
         """Each row with its part of values `[S, P]`."""
         for s, rows in enumerate(self.shards):
             start = 0
@@ -146,7 +146,9 @@ class RowBatch:
                 start = stop
 
 
-def make_batches(rows: Sequence[Row], tokens_per_batch: int, shards: int = 1) -> list[RowBatch]:
+def make_batches(
+    rows: Sequence[PackedRow], tokens_per_batch: int, shards: int = 1
+) -> list[RowBatch]:
     """All rows in batches of few shapes, the longest first, so that one too large fails at once."""
     lengths = np.array([len(row.tokens) for row in rows])
     counts = np.array([len(row.targets) for row in rows])

@@ -1,6 +1,6 @@
 """Decoding with a key/value cache: prefill, then token by token, greedily or by sampling.
 
-Pure functions of arrays, to be jitted as one (`generate`) or in the two steps that streaming takes
+Pure functions of arrays, to be jitted as one (`generate_tokens`) or in the two steps of streaming
 (`prefill`, `advance`). Layers are unrolled here, from one dict per layer: scanning over stacked
 weights would copy every layer's slice for every token. `params['layers']` may be that list
 (`Model.decoding_params`) or the stacked tree, of which each call then makes the list.
@@ -140,7 +140,7 @@ def prefill(
     prefix: Array | None = None,
     execution: Execution = Execution(),
 ) -> DecodingState:
-    """Reads prompts and chooses the first new token of each; see `generate`.
+    """Reads prompts and chooses the first new token of each; see `generate_tokens`.
 
     Args:
       slots: S, prefix, prompt and new tokens together.
@@ -217,7 +217,7 @@ def is_stop(token: Array, stop_ids: Sequence[int]) -> Array:
 
 
 @partial(jax.jit, static_argnames=("config", "max_new_tokens", "stop_ids"))
-def generate(
+def generate_tokens(
     params: Params,
     config: DecoderConfig,
     tokens: Array,

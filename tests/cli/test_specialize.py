@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 
 from lorax_gen import load_card, load_model
@@ -77,3 +78,17 @@ def test_an_existing_output_is_refused_before_anything_is_written(
     (tmp_path / "mine").mkdir()
     assert "mine already exists" in refused(*specialize(PROMPT, option, "mine"))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_cloud_over_several_devices_makes_the_same_card(call, models, tmp_path):
+    """Its weights are split over four of the eight devices, and prompts over what is left."""
+    options = ["--cloud", models / "cloud", "--edge", models / "edge"]
+    options += ["--generator", models / "generator"]
+    for name, mesh in (("alone", []), ("split", ["--fsdp", "2", "--tensor", "2"])):
+        path = tmp_path / f"{name}.safetensors"
+        code, *_ = call("specialize", PROMPT, *options, *mesh, "--output", path)
+        assert code == 0
+    alone, split = (load_card(tmp_path / f"{name}.safetensors") for name in ("alone", "split"))
+    np.testing.assert_array_equal(split.indices, alone.indices)
+    np.testing.assert_allclose(split.gates, alone.gates, atol=1e-5)
+    assert (split.generator, split.cloud) == (alone.generator, alone.cloud)

@@ -8,7 +8,7 @@ from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.exact import correct_answers
 from lorax_gen.evaluation.world import WorldCases
 from lorax_gen.inference.choices import ChoiceItem, score_items
-from lorax_gen.models.decoding import generate
+from lorax_gen.models.decoding import generate_tokens
 from tests.tiny import PROMPTS, make_generator, one_word_edge
 
 
@@ -28,7 +28,9 @@ def test_correct_is_what_greedy_decoding_writes_word_by_word(tiny_world_system):
     rows, time, words = 12, 6, 3
     lengths = rng.integers(2, time + 1, rows).astype(np.int32)
     tokens = rng.integers(4, edge.config.vocab_size, (rows, time)).astype(np.int32)
-    written = np.asarray(generate(edge.params, edge.config, tokens, lengths, max_new_tokens=words))
+    written = np.asarray(
+        generate_tokens(edge.params, edge.config, tokens, lengths, max_new_tokens=words)
+    )
     answers = written.copy()
     for row in range(6):  # one other word, at any place of the answer
         answers[row, row % words] += 1

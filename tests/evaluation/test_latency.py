@@ -10,7 +10,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation import latency
 from lorax_gen.evaluation.latency import measure_latency, peak_memory
 from lorax_gen.method import take_example
-from lorax_gen.models.decoding import generate
+from lorax_gen.models.decoding import generate_tokens
 from tests.tiny import adapter_of
 
 
@@ -33,7 +33,7 @@ def calls(monkeypatch):
         return np.zeros((1, options["max_new_tokens"]))
 
     monkeypatch.setattr(latency.time, "perf_counter", tick)
-    monkeypatch.setattr(latency, "generate", answer)
+    monkeypatch.setattr(latency, "generate_tokens", answer)
     return log
 
 
@@ -61,7 +61,7 @@ def test_a_question_is_answered_as_decoding_answers_it(tiny_world_system, edge):
     for lora in (None, take_example(pool, 0)):
         tokens, lengths = latency.padded(edge, ids, 3)
         found = latency.answerer(edge, 3, adapter_of(lora))(tokens, lengths)
-        expected = generate(
+        expected = generate_tokens(
             edge.decoding_params, edge.config, np.array([ids]), np.array([3]),
             max_new_tokens=3, adapter=adapter_of(lora), **stops,
         )  # fmt: skip

@@ -95,7 +95,7 @@ def test_gates_as_rows_are_the_loras_that_they_compose(params, tokens, pool_and_
 def test_decoding_multiplies_the_pool_and_writes_the_same(params, tokens, pool_and_gates):
     pool, gates, config = pool_and_gates
     lengths = jnp.array([7, 5, 6])
-    write = jax.jit(decoding.generate, static_argnames=("config", "max_new_tokens"))
+    write = jax.jit(decoding.generate_tokens, static_argnames=("config", "max_new_tokens"))
     options = {"config": LLAMA, "max_new_tokens": 8}
     loras = scaled(compose(pool, jnp.asarray(gates), config.composition, 2), 6.0 / R)
     expected = write(params, tokens=tokens, lengths=lengths, adapter=Adapter(rows=loras), **options)
@@ -209,7 +209,7 @@ def test_a_prefix_is_the_tokens_whose_embeddings_it_holds(params, tokens):
     prefix = decoder.embed(params, LLAMA, tokens[:, :3])
     expected = hidden(params, tokens)[:, 3:]
     np.testing.assert_allclose(hidden(params, tokens[:, 3:], prefix=prefix), expected, atol=1e-5)
-    write = jax.jit(decoding.generate, static_argnames=("config", "max_new_tokens"))
+    write = jax.jit(decoding.generate_tokens, static_argnames=("config", "max_new_tokens"))
     options = {"config": LLAMA, "max_new_tokens": 5}
     entire = write(params, tokens=tokens, lengths=jnp.array([7, 5, 6]), **options)
     found = write(

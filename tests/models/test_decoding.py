@@ -69,7 +69,7 @@ def params(params_of):
 
 # As `lorax_gen.models.decoding` has them, but compiled once for whatever the stop tokens are.
 generate = partial(jax.jit, static_argnames=("config", "max_new_tokens"))(
-    decoding.generate.__wrapped__
+    decoding.generate_tokens.__wrapped__
 )
 prefill = partial(jax.jit, static_argnames=("config", "slots"))(decoding.prefill)
 advance = partial(jax.jit, static_argnames=("config", "steps"))(decoding.advance)

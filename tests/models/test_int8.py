@@ -106,7 +106,11 @@ def test_states_and_gradients_are_those_of_the_rounded_kernels(remat, pairs, rou
 
 def test_decoding_reads_them_too(pairs, rounded, tokens):
     write = partial(
-        decoding.generate, config=CONFIG, tokens=tokens, lengths=jnp.array([9, 5]), max_new_tokens=4
+        decoding.generate_tokens,
+        config=CONFIG,
+        tokens=tokens,
+        lengths=jnp.array([9, 5]),
+        max_new_tokens=4,
     )
     np.testing.assert_array_equal(write(pairs), write(rounded))
 
