@@ -1,6 +1,6 @@
 """Causal attention with grouped heads, for every family: soft-caps, windows, caches.
 
-Dimensions: B batch, T queries, S keys, H heads, K key/value heads, G = H / K, E head size.
+Dims: B batch, T queries, S keys, H heads, K key/value heads, G = H / K, E head size.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ decoder comes in as an `Adapter` (`models.adapter`), how it runs as an `Executio
 Rows are right-padded and attention is plainly causal, so nothing real ever sees padding and no
 mask is needed.
 
-Dimensions: B batch, T time, S cache slots, D model, F feed-forward, H heads, K key/value heads,
+Dims: B batch, T time, S cache slots, D model, F feed-forward, H heads, K key/value heads,
 E head size, L layers, V vocabulary, R rank.
 """
 

@@ -5,7 +5,7 @@ Pure functions of arrays, to be jitted as one (`generate_tokens`) or in the two 
 weights would copy every layer's slice for every token. `params['layers']` may be that list
 (`Model.decoding_params`) or the stacked tree, of which each call then makes the list.
 
-Dimensions: B batch, T prompt length, N new tokens, S cache slots, L layers, V vocabulary.
+Dims: B batch, T prompt length, N new tokens, S cache slots, L layers, V vocabulary.
 """
 
 from __future__ import annotations

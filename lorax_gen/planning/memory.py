@@ -3,7 +3,7 @@
 What lies in arrays (weights, state, batch) is exact. Activations are an estimate: XLA decides what
 is fused, recomputed or alive at the same time. It is for devices that no compiler is here for.
 
-Dimensions: P prompts and B rows of one microbatch on one device, T tokens, D model, F feed-forward,
+Dims: P prompts and B rows of one microbatch on one device, T tokens, D model, F feed-forward,
 H heads, K key/value heads, E head size, L layers, V vocabulary, R rank.
 """
 

@@ -1,6 +1,6 @@
 """The data of a recipe, whatever its kind: batches to train on, questions to be evaluated by.
 
-Dimensions: P prompts, Q queries per prompt, B = P * Q rows, T time.
+Dims: P prompts, Q queries per prompt, B = P * Q rows, T time.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ for `jax.jit`, where the batch is global and sharded arrays make the collectives
 `jax.pmap(..., axis_name=...)`, where each device holds a shard. Frozen weights are an argument:
 they are never constants of the program, nor part of the state.
 
-Dimensions: P prompts, Q queries per prompt, B = P * Q rows, T time, L edge layers, D cloud width,
+Dims: P prompts, Q queries per prompt, B = P * Q rows, T time, L edge layers, D cloud width,
 N experts, V vocabulary.
 """
 
