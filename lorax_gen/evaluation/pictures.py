@@ -78,7 +78,8 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
     split = report["settings"]["split"]
     axes = _axes(figure.subplots(), f"Accuracy on {split} tasks, by family")
     for i, (name, row) in enumerate(report["rows"].items()):
-        label = f"{row['label'].strip()} ({round(row['context_tokens'], 1):g})"
+        who = row["label"].replace("  ", "LoRA-Gen, ")  # controls are indented under it in tables
+        label = f"{who} ({round(row['context_tokens'], 1):g})"
         bars = centres + (i - (len(report["rows"]) - 1) / 2) * width
         shares = [row["cells"][family]["score"] for family in families] + [row["average"]]
         axes.bar(bars, shares, 0.9 * width, label=label, zorder=2, **LOOKS.get(name, CONTROL))

@@ -40,7 +40,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     columns, rows = report["columns"], report["rows"]
     look = LOOKS[report["kind"]]
-    table = make_table(look.title.format(**{"edge": report["edge"], **report["settings"]}))
+    title = look.title.format(**{"edge": report["edge"], **report["settings"]})
+    table = make_table(title, len(columns) + len(look.means))
     for column in columns.values():
         table.add_column(column["title"], justify="right")
     for head in look.means.values():
@@ -78,7 +79,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def cost_table(report: Report) -> Table:
     """The cost of one question for the answering model, and of its prompt for the cloud."""
-    table = make_table(f"cost of a question on {report['device']}")
+    table = make_table(f"cost of a question on {report['device']}", 6)
     for head in ("tokens", "ms", "p90 ms", "GiB", "GFLOPs", "cloud GFLOPs"):
         table.add_column(head, justify="right")
     for row in report["rows"].values():
@@ -94,10 +95,15 @@ def cost_table(report: Report) -> Table:
     return table
 
 
-def make_table(title: str) -> Table:
+def make_table(title: str, columns: int) -> Table:
     """A table narrow enough for eight benchmarks and their means in 80 columns."""
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0 if columns > 6 else 1),
+        pad_edge=False,
+        show_edge=False,
     )
     table.add_column(no_wrap=True)
     return table
