@@ -21,14 +21,22 @@ def score_tokens(
       targets: `[B, T]` int32, the token that each state should predict.
     """
 
-    def score(hidden: Array, targets: Array) -> tuple[Array, Array]:
+    def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = part
         scores = logits(params, config, hidden)
         found = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         greedy = jnp.argmax(scores, axis=-1) == targets
         return found - jax.nn.logsumexp(scores, axis=-1), greedy
 
-    if hidden.shape[1] <= chunk:
-        return score(hidden, targets)
-    by_position = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
-    found = jax.lax.map(jax.checkpoint(lambda x: score(*x)), by_position, batch_size=chunk)
-    return tuple(x.swapaxes(0, 1) for x in found)
+    rows, time = targets.shape
+    if time <= chunk:
+        return score((hidden, targets))
+
+    def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    # Padded: the remainder of `lax.map(batch_size=chunk)` would have logits of its own beside those
+    # of the loop.
+    found = jax.lax.map(jax.checkpoint(score), (split(hidden), split(targets)))
+    return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :time] for x in found)
