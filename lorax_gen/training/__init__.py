@@ -1,12 +1,12 @@
 """Training, the same for every recipe.
 
-experiment   what a recipe gives to the loop
-run          config of a run: steps, evaluations, checkpoints
+experiment   what a recipe passes to the loop
+run          RunConfig: steps, intervals, checkpoints
 loop         the training loop and its run directory
 step         losses and the train step
 state        the training state: step, key, trainables, statistics, optimizer
 optimizer    AdamW, its schedule and clipping
 checkpoint   checkpoints with orbax
-archive      checkpoints in stores that orbax cannot write to
+archive      checkpoints in object stores that orbax cannot write to
 metrics      rows of metrics, speed, memory, router health, profiles
 """

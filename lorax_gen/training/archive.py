@@ -1,8 +1,7 @@
-"""Checkpoints for a store that orbax cannot write to; that is any but Google's.
+"""Checkpoints in an object store that orbax cannot write to: any but Google's.
 
-orbax keeps them on this machine, and each is copied to the store as one object, `<step>.tar`: an
-object is there in one piece or not at all, also where it replaces another, so whatever a killed
-process leaves there is complete.
+orbax writes them to a local directory, and each is uploaded as one object, `<step>.tar`. An upload
+is atomic, also where it replaces an object, so a killed process leaves complete checkpoints only.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from lorax_gen.files import AnyPath
 
 
 class Archive:
-    """Keeps a store as a local directory of checkpoints is.
+    """Mirrors a local directory of checkpoints to a store.
 
     Attributes:
-      local: that directory, of `<step>/`; it begins with the checkpoints of the store.
+      local: that directory, with one `<step>/` each; it starts with the checkpoints of the store.
 
     Raises UserError where one of them is damaged.
     """
@@ -39,12 +38,12 @@ class Archive:
         self.copying.set_result(None)
 
     def copy(self) -> None:
-        """Begins to copy the checkpoints that are new, and then to drop those that are gone. They
-        must not change until `wait` returns."""
+        """Starts uploading new checkpoints and then deleting removed ones. The local files must not
+        change until `wait` returns."""
         self.copying = self.pool.submit(self._copy)
 
     def wait(self) -> None:
-        """Until the store has the checkpoints; raises what hindered it."""
+        """Blocks until the store has the checkpoints; raises the error of a failed upload."""
         self.copying.result()
 
     def _copy(self) -> None:
@@ -62,7 +61,7 @@ class Archive:
         return [path for path in files.find(self.store, "*.tar") if path.stem.isdigit()]
 
     def _steps(self) -> dict[str, int]:
-        """When each was written; one that is being written has more in its name than digits."""
+        """Modification time of each; an unfinished one has a name that is not all digits."""
         return {
             path.name: path.stat().st_mtime_ns
             for path in self.local.iterdir()

@@ -1,9 +1,9 @@
 """Checkpoints of the training state with orbax: trainables, statistics, optimizer, step and key.
 
 The data position is the step itself: batches are a function of (seed, step). Frozen weights are
-not in the state and so never in a checkpoint. Over several processes all of them write, each what
-lies on its devices, into one directory that all can reach: on a disk or in Google's store, where
-orbax marks a finished checkpoint with a file. In another store they are archived, by one process.
+not in the state and so never in a checkpoint. With several processes each writes the shards on its
+devices into one directory that all can reach: on a disk or in Google's store, where orbax marks a
+finished checkpoint with a file. In other stores one process writes archives (`archive`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ policies = ocp.training.preservation_policies
 
 
 class Checkpoints:
-    """The checkpoints of a run, written in the background; old ones go, but for the best.
+    """The checkpoints of a run, written in the background; old ones are removed, except the best.
 
-    Raises UserError where a checkpoint cannot be written; a failure in the background comes up
-    with the next checkpoint, or when closing.
+    Raises UserError where a checkpoint cannot be written; a failure in the background is raised
+    by the next save, or on exit.
     """
 
     def __init__(self, directory: AnyPath, run: RunConfig):
@@ -72,22 +72,22 @@ class Checkpoints:
                 if self.archive:
                     self.archive.wait()
         except UserError:
-            if kind is None or not issubclass(kind, UserError):  # one failure is told once
+            if kind is None or not issubclass(kind, UserError):  # one failure is reported once
                 raise
 
     def save(self, step: int, state: State, *, force: bool = False, wait: bool = False) -> None:
-        """Saves each `checkpoint_every` steps, with `force` always.
+        """Saves every `checkpoint_every` steps; with `force` at any step.
 
         Args:
-          wait: until it is on disk; replaces an earlier one of this step.
+          wait: return once it is on disk; it replaces an earlier one of this step.
         """
         if not force and step % self.run.checkpoint_every:
             return
         self._save(step, state, overwrite=wait, wait=wait)
 
     def save_best(self, step: int, state: State, evaluation: dict[str, Any]) -> None:
-        """Where `run.best` asks for it and the evaluation is the best so far: saves once more, with
-        the metric that says so.
+        """Saves the state again with its metric, if `run.best` is set and the evaluation is the
+        best so far.
 
         Raises UserError where the evaluation has no such metric.
         """
@@ -102,7 +102,7 @@ class Checkpoints:
         value = float(evaluation[best])
         if self._is_best(value):
             with self._clear_errors():
-                self.orbax.wait()  # or it would replace what is still being written
+                self.orbax.wait()  # or it would replace a checkpoint that is still being written
             self._save(step, state, overwrite=True, metrics={best: value})
 
     def _save(self, step: int, state: State, *, wait: bool = False, **options: Any) -> None:
@@ -122,7 +122,7 @@ class Checkpoints:
         return all(sign * value > sign * other for other in saved if other is not None)
 
     def restore(self, state: State) -> State | None:
-        """The latest in the structure, dtypes and shardings of `state`, or None where none is.
+        """The latest, with the structure, dtypes and shardings of `state`; None if there is none.
 
         Raises UserError where the checkpoint holds another structure, or is damaged.
         """
@@ -141,10 +141,10 @@ class Checkpoints:
             ) from error
 
     def check_room(self, state: State) -> None:
-        """UserError where the directory cannot be written to, or cannot hold what will be kept.
+        """Raises UserError where the directory is not writable or has too little free space.
 
-        One more than is kept: a checkpoint is removed when the next one is complete. A store always
-        has room.
+        The space is for one checkpoint more than are kept: an old one is removed after the next is
+        complete. Stores are not checked for space.
         """
         local = self.archive.local if self.archive else self.directory
         try:
@@ -166,7 +166,7 @@ class Checkpoints:
         if free < missing:
             raise UserError(
                 f"{local} has {_gib(free)} free, but {count} checkpoints of "
-                f"{_gib(size)} need {_gib(missing)} more; make room, lower run.keep or choose "
+                f"{_gib(size)} need {_gib(missing)} more; free space, lower run.keep or choose "
                 "another run directory"
             )
 
@@ -187,7 +187,7 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """In few words. tensorstore tells a full disk in many, with the system's number among them."""
+    """The error in one line. tensorstore's message for a full disk is long and holds the errno."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))

@@ -1,4 +1,4 @@
-"""What a recipe hands to the training loop: the loop knows no recipe, a recipe knows no loop."""
+"""What a recipe passes to the training loop. Neither depends on the other."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lorax_gen.training.step import Batch, Loss, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A training run, ready to go; or, of models that are shapes alone, one to be planned.
+    """A training run; with abstract models (shapes only) it can be planned but not run.
 
     Attributes:
-      init: fresh `(params, stats)`; called under jit, arrays are born sharded.
+      init: fresh `(params, stats)`; called under jit, so arrays are created sharded.
       loss: see `training.step`.
-      frozen: weights that are read and never trained, by the role of their model.
-      batch: the host batch of a step, numpy arrays.
+      frozen: weights that are not trained, by the role of their model.
+      batch: the batch of a step, as numpy arrays on the host.
       evaluate: metrics of a state, by name. It and `release` read `params`, `stats` and `step`,
-        over several processes as numpy arrays; there all evaluate, and the first one releases.
-      release: writes what the run is for into an empty directory, with its provenance.
-      work: what one step on a batch takes, by name: `examples` that it trains on, `tokens` that the
-        models read, `flops` of the useful work on all devices together, for MFU, and `executed`,
-        FLOPs with what the backward pass computes again. What is left out is not reported.
-      mesh, mode: what it runs on; see `mesh.sharding.parallelize`.
+        with several processes as numpy arrays; then all evaluate, and the first one releases.
+      release: writes the trained artifact and its provenance into an empty directory.
+      work: the work of one step on a batch, by name: `examples` trained on, `tokens` read by the
+        models, `flops` of the useful work on all devices together, for MFU, and `executed`,
+        FLOPs including recomputation in the backward pass. Missing entries are not reported.
+      mesh, mode: the devices it runs on; see `mesh.sharding.parallelize`.
       shapes: the largest batch, as `jax.ShapeDtypeStruct`s.
-      counts: what was done to the data so far, by name; it is logged as `data/<name>`.
+      counts: counters of the data pipeline, by name; logged as `data/<name>`.
     """
 
     init: Callable[[], tuple[Any, Any]]

@@ -2,17 +2,17 @@
 
 A run directory holds
 
-    config.yaml        the resolved config: the same command resumes, another one is refused
+    config.yaml        the resolved config; the same command resumes, another config is refused
     metrics.jsonl      one JSON object per line: training metrics, and evaluations
     checkpoints/       orbax checkpoints
     released/          the trained artifact and its metrics, written when the run is complete
     tensorboard/, profile/    on request
 
-It may be in a store (see `files`). There metrics.jsonl and tensorboard/ are written again before
-each checkpoint, after each evaluation and otherwise once a minute; what a killed run has not
-written, it computes again when it is resumed.
+It may be in a store (see `files`). There metrics.jsonl and tensorboard/ are uploaded before
+each checkpoint, after each evaluation and otherwise once a minute; rows that a killed run has not
+uploaded are recomputed when it resumes.
 
-Metrics are read one step late, so that the host prepares a batch while the device works. Over
+Metrics are read one step late, so that the host prepares a batch while the device computes. With
 several processes all take the same steps and write checkpoints; only the first writes the rest.
 """
 
@@ -60,22 +60,22 @@ class Interrupted(Exception):
 
 
 def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> AnyPath:
-    """Trains to the end, from the latest checkpoint if there is one, and releases the result.
+    """Trains from the latest checkpoint, if there is one, to the end and releases the result.
 
-    Over several processes (see `mesh.hosts`) each calls it with the same arguments.
+    With several processes (see `mesh.hosts`) each calls it with the same arguments.
 
     Args:
       run_dir: a new directory, or that of the same run; one that all processes can reach.
-      config: the resolved config as plain values; what `config.yaml` must equal, but for what
-        `fixed_part` leaves out.
+      config: the resolved config as plain values; an existing `config.yaml` must equal it, except
+        in the fields that `fixed_part` drops.
 
     Returns:
       the directory of the released artifact.
 
     Raises:
-      UserError: the directory holds another run, cannot be written to or lacks the room, or the
-        loss is not finite.
-      Interrupted: SIGINT or SIGTERM came; the state was saved first.
+      UserError: the directory holds another run, is not writable or has too little space, or
+        the loss is not finite.
+      Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
     run = experiment.run
     check_processes(experiment, config)
@@ -96,7 +96,7 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
             state = checkpoints.restore(state) or state
             with open_log(run_dir, run, int(state["step"])) as log:
                 state = train(experiment, state, train_step, checkpoints, log)
-        result = read_whole(state)
+        result = gather_state(state)
 
     def release() -> None:
         with files.new_directory(released) as partial:
@@ -115,7 +115,7 @@ def train(
     checkpoints: Checkpoints,
     log: MetricsLog,
 ) -> State:
-    """Steps from where `state` is to the end: logs, evaluates, saves."""
+    """Trains from the step of `state` to the last: logs, evaluates, saves."""
     run, start, run_dir = experiment.run, int(state["step"]), log.path.parent
     mesh = experiment.mesh
     shardings = sharding.tree_shardings(experiment.frozen, mesh)
@@ -134,8 +134,8 @@ def train(
         nonlocal pending
         if pending is not None:
             step, metrics = pending
-            jax.block_until_ready(metrics)  # or the clock would tell how fast steps are dispatched
-            if not math.isfinite(metrics["loss"]):  # before a checkpoint that would hold it
+            jax.block_until_ready(metrics)  # or the clock would time the dispatch only
+            if not math.isfinite(metrics["loss"]):  # before it is saved in a checkpoint
                 raise UserError(
                     f"the loss of step {step} is {float(metrics['loss'])}: training has diverged; "
                     "a smaller optimizer.learning-rate or a longer warm-up may help"
@@ -145,12 +145,13 @@ def train(
             pending = None
 
     def evaluate(step: int) -> None:
-        """Of the state after `step` steps, which is saved: a run stopped here makes up for it."""
+        """Evaluates the state after `step` steps. It is saved, so a run stopped here evaluates it
+        when it resumes."""
         if not due(run, step) or hosts.from_first(step in log.evaluated):
             return
         if stop := int(hosts.vote(max(stopped, default=0), mesh)):
             raise Interrupted(f"stopped at step {step} of {run.steps}, state saved", stop)
-        evaluation = hosts.from_first(experiment.evaluate(read_whole(state)))
+        evaluation = hosts.from_first(experiment.evaluate(gather_state(state)))
         log.write(step, evaluation)
         log.flush()
         checkpoints.save_best(step, state, evaluation)
@@ -166,7 +167,7 @@ def train(
             profiler.before(done, state)
             state, metrics = train_step(state, frozen, batch)
             bar.update()
-            write_pending()  # those of the step before: the device is busy meanwhile
+            write_pending()  # of the previous step, while the device computes this one
             clock.count(batch)
             profiler.after(done, state)
             stop, evaluating = int(stop), due(run, done)
@@ -176,8 +177,8 @@ def train(
                 pending = (done, {**metrics, **more})
             if evaluating or stop or done % run.checkpoint_every == 0:
                 write_pending()
-                log.flush()  # a checkpoint must not be there before the rows that lead to it
-            # In front of an evaluation, which may last longer than a machine waits that is taken.
+                log.flush()  # rows must be on disk before the checkpoint that follows them
+            # Before an evaluation, which may outlast the notice period of a preempted machine.
             checkpoints.save(done, state, force=evaluating or bool(stop), wait=bool(stop))
             if stop:
                 raise Interrupted(f"stopped at step {done} of {run.steps}, state saved", stop)
@@ -186,12 +187,12 @@ def train(
 
 
 def due(run: RunConfig, step: int) -> bool:
-    """Whether the state after so many steps is evaluated."""
+    """Whether the state after `step` steps is evaluated."""
     return step > 0 and (step % run.evaluate_every == 0 or step == run.steps)
 
 
-def read_whole(state: State) -> State:
-    """What is evaluated and released; over several processes gathered into each."""
+def gather_state(state: State) -> State:
+    """The part of the state that is evaluated and released, gathered into every process."""
     return hosts.gather({name: state[name] for name in ("step", "params", "stats")})
 
 
@@ -199,8 +200,8 @@ def read_whole(state: State) -> State:
 
 
 def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what may change when a run resumes: where it runs and what it keeps, but
-    nothing of what it learns."""
+    """A config without the fields that may change when a run resumes: where it runs
+    and what it keeps, not what it learns."""
     free = ("mesh", "remat", "attention")
     free_of_run = ("keep", "best", "best_is", "tensorboard", "profile_steps", "compilation_cache")
     fixed = {name: value for name, value in config.items() if name not in free}
@@ -220,15 +221,15 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def check_processes(experiment: Experiment, config: dict[str, Any]) -> None:
-    """UserError where processes were started for different runs, or cannot run this one."""
+    """Raises UserError where configs differ between processes, or several cannot run this one."""
     if len(set(hosts.each(zlib.crc32(configs.to_yaml(config).encode())))) > 1:
         raise UserError("the processes have different configs; start all with the same command")
     if hosts.several() and experiment.mode == "pmap":
-        raise UserError("mesh.mode=pmap is for one process; over several use jit, with data=-1")
+        raise UserError("mesh.mode=pmap is for one process; with several use jit and mesh.data=-1")
 
 
 def check_mode(mode: str, mesh: Mesh) -> None:
-    """UserError where a mesh splits weights that pmap replicates."""
+    """Raises UserError where the mesh would shard weights that pmap replicates."""
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     if mode == "pmap" and fsdp * tensor > 1:
         raise UserError(
@@ -238,7 +239,7 @@ def check_mode(mode: str, mesh: Mesh) -> None:
 
 
 def claim_run_dir(run_dir: AnyPath, config: dict[str, Any]) -> None:
-    """Makes the directory and writes the config, or checks that the same run is there."""
+    """Creates the directory and writes the config, or checks that it holds the same run."""
     path, text = run_dir / "config.yaml", configs.to_yaml(config)
     if path.exists():
         old, new = configs.read_yaml(path), configs.read_yaml_text(text)
@@ -251,7 +252,7 @@ def claim_run_dir(run_dir: AnyPath, config: dict[str, Any]) -> None:
         if old == new or files.is_complete_directory(run_dir / "released"):
             return
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(f"{run_dir} exists and is not a run of ours; choose another --run-dir")
+        raise UserError(f"{run_dir} exists and is not a run directory; choose another --run-dir")
     try:
         files.make_directory(run_dir)
         files.write_text(path, text)
@@ -266,8 +267,8 @@ def open_log(run_dir: AnyPath, run: RunConfig, start: int) -> MetricsLog:
 
 
 def without_paths(value: Any) -> Any:
-    """Plain values, absolute paths and URLs reduced to their last name: what is released names no
-    machine and no bucket."""
+    """Plain values, with absolute paths and URLs reduced to their last component: a released
+    artifact names no machine and no bucket."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, str) and (files.is_url(value) or Path(value).is_absolute()):
@@ -277,7 +278,7 @@ def without_paths(value: Any) -> Any:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM makes non-empty; a second one acts as usual."""
+    """A list that gets the first SIGINT or SIGTERM; a second one has its usual effect."""
     caught: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
     previous = {}

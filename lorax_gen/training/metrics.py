@@ -1,4 +1,4 @@
-"""What a run says of itself: rows of metrics, speed, memory, the router's health, a profile."""
+"""Monitoring of a run: rows of metrics, speed, memory, router health, profiles."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from lorax_gen.training.step import Batch
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl, and to TensorBoard's files where asked.
+    """Appends rows to metrics.jsonl, and optionally to TensorBoard's event files.
 
     Rows after the resumed step are dropped first. With `write=False`, in all processes but the
-    first, rows are made and not written. In a store both lag by up to a minute, but not after
-    `flush`: with one before each checkpoint, a run that is killed and resumed lacks no row.
+    first, rows are built but not written. In a store both lag by up to a minute until `flush`;
+    flushed before each checkpoint, a run that is killed and resumed lacks no row.
 
     Attributes:
-      last: the latest value of everything.
-      evaluated: steps with a row of an evaluation, which is one without a loss.
+      last: the latest value of each metric.
+      evaluated: steps with an evaluation row, which has no loss.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        with suppress(Exception) if kind else nullcontext():  # one failure is told once
+        with suppress(Exception) if kind else nullcontext():  # one failure is reported once
             self.flush()
             if self.board is not None:
                 self.board.close()
@@ -84,7 +84,7 @@ class MetricsLog:
         return row
 
     def flush(self) -> None:
-        """Returns when all rows are where they are kept. Raises UserError where they cannot be."""
+        """Returns after all rows are written. Raises UserError where they cannot be."""
         with self._clear_errors():
             if self.log is not None:
                 self.log.flush()
@@ -124,7 +124,7 @@ def open_tensorboard(directory: Path, start: int) -> Any:
 def read_rows(path: AnyPath) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, without a truncated last one.
 
-    Raises UserError where another line is no row.
+    Raises UserError where another line is not a row.
     """
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     rows = []
@@ -134,7 +134,7 @@ def read_rows(path: AnyPath) -> list[dict[str, Any]]:
             _ = rows[-1]["step"]
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"line {number} of {path} is no row of metrics; repair or remove it"
+                f"line {number} of {path} is not a row of metrics; repair or remove it"
             ) from None
     return rows
 
@@ -152,7 +152,7 @@ def plain(value: Any) -> Any:
 
 
 class Clock:
-    """How fast steps go, between one reading and the next."""
+    """Speed of training, between one reading and the next."""
 
     def __init__(self, work: Callable[[Batch], dict[str, float]], devices: list[jax.Device]):
         self.work = work
@@ -160,17 +160,17 @@ class Clock:
         self.peak = None if peak is None else peak * len(devices)
 
     def restart(self, step: int) -> None:
-        """Starts measuring anew, after an evaluation for example."""
+        """Restarts the measurement, for example after an evaluation."""
         self.since, self.time, self.done = step, time.perf_counter(), Counter()
 
     def count(self, batch: Batch) -> None:
-        """Takes note of a step on a batch."""
+        """Counts a step on a batch."""
         self.done.update(self.work(batch))
 
     def read(self, step: int) -> dict[str, float]:
-        """Seconds per step, examples and tokens per second, MFU; those that are known.
+        """Seconds per step, examples and tokens per second, MFU, where known.
 
-        Call it when the devices are through with `step`, and before the next one is counted.
+        Call it after the devices have finished `step` and before the next step is counted.
         """
         done, steps, seconds = self.done, step - self.since, time.perf_counter() - self.time
         self.restart(step)
@@ -183,7 +183,7 @@ class Clock:
 
 
 def device_memory() -> dict[str, float]:
-    """The most that any device of this process has held, in GiB. CPUs do not tell."""
+    """Peak memory of this process's devices, the largest, in GiB; empty on CPUs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
     return {"memory_gib": max(peaks) / 2**30} if peaks else {}
@@ -191,8 +191,8 @@ def device_memory() -> dict[str, float]:
 
 # --- the router ----------------------------------------------------------------------------------
 
-# A router has collapsed when its gates no longer depend on the prompt. The loss may fall all the
-# same, for what is generated then is one LoRA for all tasks. Two signs:
+# A router has collapsed when its gates no longer depend on the prompt. The loss may still fall,
+# because one LoRA is then generated for all tasks. Two signs:
 # Gates of two prompts differ, in the mean over pairs and layers, by less than 5 % of their mass. In
 # the world they differ by 80 to 93 %, from the first step to the last; from a fresh router without
 # BatchNorm by 60 %.
@@ -200,7 +200,7 @@ SAME_GATES = 0.05
 # One expert carries over 95 % of the mass, in the mean over layers. In the world the most loaded
 # of 32 carries 7 %, and of 8 at K = 2, untrained, 18 %.
 ONE_EXPERT = 0.95
-# One row may come from a batch of similar prompts; this many in a row do not.
+# A single row may come from a batch of similar prompts; this many in succession do not.
 ROWS = 3
 
 
@@ -211,14 +211,14 @@ class RouterWatch:
         self.rows, self.warned = 0, False
 
     def __call__(self, row: dict[str, Any]) -> dict[str, float]:
-        """`{'router_collapsed': 0 or 1}` for a row with gates in it, else nothing."""
+        """`{'router_collapsed': 0 or 1}` for a row with gate metrics, else `{}`."""
         signs = []
         if "gate_distance" in row:
             signs.append(float(row["gate_distance"]) < SAME_GATES)
         load = np.asarray(row.get("expert_load", []))
         if load.ndim == 2 and load.shape[1] > 1:
             signs.append(load.max(1).mean() > ONE_EXPERT)
-        if not signs or load.shape[-1] == 1:  # a pool of one expert knows no other
+        if not signs or load.shape[-1] == 1:  # a pool of one expert cannot collapse
             return {}
         self.rows = self.rows + 1 if any(signs) else 0
         if self.rows >= ROWS and not self.warned and hosts.is_first():
@@ -237,9 +237,9 @@ class RouterWatch:
 
 
 class Profiler:
-    """Traces the steps of a window, and no part of the steps around it.
+    """Traces exactly the steps of a window.
 
-    The trace is for TensorBoard's profile plugin, XProf or Perfetto.
+    The trace can be opened in TensorBoard's profile plugin, XProf or Perfetto.
     """
 
     def __init__(self, window: tuple[int, int] | None, directory: AnyPath):
@@ -269,8 +269,8 @@ class Profiler:
 
 
 def use_compilation_cache(directory: str) -> None:
-    """Keeps compiled programs in a directory; the next run of the same shapes compiles nothing."""
+    """Caches compiled programs in a directory, for later runs with the same shapes."""
     if directory:
         path = files.absolute(files.to_path(os.path.expanduser(directory)))
         jax.config.update("jax_compilation_cache_dir", str(path))
-        compilation_cache.reset_cache()  # or what has been compiled before decides against one
+        compilation_cache.reset_cache()  # an earlier compilation may have disabled it

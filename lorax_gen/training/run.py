@@ -1,4 +1,4 @@
-"""How long a run is and what it writes when."""
+"""Length of a run, and when it logs, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorax_gen.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How long a run is and what it writes when. Every training config holds one as `run`."""
+    """Length of a run, and when it logs, evaluates and saves. Every config has one as `run`."""
 
     steps: int = 1000
     """Optimizer steps of the run."""
@@ -27,20 +27,20 @@ class RunConfig:
     """Latest checkpoints kept."""
     best: str = ""
     """Metric of the evaluations, such as accuracy/unseen, by which the best checkpoint is kept too;
-    a new best is saved whenever it is found."""
+    each new best is saved at once."""
     best_is: Literal["highest", "lowest"] = "highest"
-    """Which value of it is best."""
+    """Whether the highest or the lowest value of `best` is best."""
     tensorboard: bool = False
     """Also write metrics for TensorBoard (pip install 'lorax-gen[tensorboard]')."""
     profile_steps: str = ""
     """First and last step to profile, such as 100-102; the trace goes into the run directory."""
     compilation_cache: str = ""
-    """Directory that keeps compiled programs from run to run."""
+    """Directory that caches compiled programs between runs."""
 
     def __post_init__(self):
         sizes = ("steps", "log_every", "evaluate_every", "checkpoint_every", "keep")
         at_least_one(self, sizes, "run.")
-        window = self.profile_window  # raises where it cannot be read
+        window = self.profile_window  # raises where it cannot be parsed
         if window and window[0] > self.steps:
             raise UserError(
                 f"run.profile_steps is {self.profile_steps!r}, but the run ends at step "
@@ -49,7 +49,7 @@ class RunConfig:
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
-        """`profile_steps` as numbers."""
+        """`profile_steps` as numbers; None if it is empty."""
         if not self.profile_steps:
             return None
         first, _, last = self.profile_steps.partition("-")

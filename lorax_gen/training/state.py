@@ -1,4 +1,4 @@
-"""What training carries from step to step: one dict, no frozen weights in it.
+"""The training state: one dict, without the frozen weights.
 
 {'step', 'key', 'params': trainables, 'stats': BatchNorm statistics, 'opt_state'}
 """
@@ -17,7 +17,7 @@ State = dict[str, Any]
 def init_state(
     params: Any, stats: Any, optimizer: optax.GradientTransformation, seed: int
 ) -> State:
-    """A state at step 0. `key` is the root of all randomness; each step folds its number in."""
+    """A state at step 0. `key` is the root of all randomness; each step folds in its number."""
     return {
         "step": jnp.int32(0),
         "key": jax.random.key_data(jax.random.key(seed)),

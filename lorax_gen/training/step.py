@@ -1,16 +1,13 @@
-"""The train step, and the losses that it differentiates.
+"""The train step and its losses.
 
 A loss is `loss(params, stats, frozen, batch, key, axis_name) -> (scalar, (stats, metrics))`.
 `make_train_step` turns any of them into
 
     train_step(state, frozen, batch, axis_name=None) -> (state, metrics)
 
-for `jax.jit`, where the batch is global and sharded arrays make the collectives, or for
+for `jax.jit`, where the batch is global and XLA inserts the collectives, or for
 `jax.pmap(..., axis_name=...)`, where each device holds a shard. Frozen weights are an argument:
-they are never constants of the program, nor part of the state.
-
-Dims: P prompts, Q queries per prompt, B = P * Q rows, T time, L edge layers, D cloud width,
-N experts, V vocabulary.
+neither constants of the program nor part of the state.
 """
 
 from __future__ import annotations
@@ -47,20 +44,21 @@ def answer_loss(
     axis_name: str | None = None,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """Cross entropy on answer tokens (L_LM), and the share of rows that greedy decoding writes.
+    """Cross entropy on answer tokens (L_LM), and the fraction of rows whose answer greedy decoding
+    gives.
 
     Args:
       batch: `tokens: [B, T]` int32 and `answer: [B, T]` bool, which marks the tokens to predict.
-      axis_name: under pmap. The mean is over the answer tokens of the global batch: a shard's loss
-        is scaled so that the mean over shards is that.
-      options: as of `answer_nll`.
+      axis_name: under pmap. The loss is a mean over the answer tokens of the global batch: each
+        shard's is scaled so that the mean over shards equals it.
+      options: see `answer_nll`.
     """
     nll, correct = answer_nll(params, config, batch, **options)
     return nll.sum() / answer_count(batch, axis_name), correct.mean()
 
 
 def answer_count(batch: Batch, axis_name: str | None) -> Array:
-    """Answer tokens of the batch; under pmap the mean over its shards."""
+    """Number of answer tokens in the batch; under pmap the mean over its shards."""
     count = batch["answer"][:, 1:].sum().astype(jnp.float32)
     return count if axis_name is None else jax.lax.pmean(count, axis_name)
 
@@ -74,20 +72,21 @@ def answer_nll(
     chunk: int = 128,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """Negative log-likelihood `[B]` of each row's answer, and whether greedy decoding writes it.
+    """Negative log-likelihood `[B]` of each row's answer, and whether greedy decoding gives it.
 
     Logits are computed for `answer_length` positions of a row, `chunk` at a time (`score_tokens`).
 
     Args:
-      batch: as of `answer_loss`.
-      answer_length: most answer tokens of a row, if the batch's maker has seen to it; None: T.
-      options: passed on to `decoder.hidden_states`.
+      batch: see `answer_loss`.
+      answer_length: an upper bound on the answer tokens of a row, which the batch must keep;
+        None: T.
+      options: passed to `decoder.hidden_states`.
     """
     tokens, answer = batch["tokens"], batch["answer"][:, 1:]
     hidden = decoder.hidden_states(params, config, tokens[:, :-1], **options)
     targets = tokens[:, 1:]
     if answer_length is not None and answer_length < answer.shape[1]:
-        # Positions of answers first.
+        # Answer positions first.
         indices = jnp.argsort(~answer, axis=1, stable=True)[:, :answer_length]
         hidden = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
         targets = jnp.take_along_axis(targets, indices, axis=1)
@@ -98,9 +97,9 @@ def answer_nll(
 
 
 def pretraining_loss(config: DecoderConfig, **options: Any) -> Loss:
-    """Causal-LM loss on the documents of one or more groups of a batch, groups in equal parts.
+    """Causal-LM loss on the documents of a batch: the mean over its groups, equally weighted.
 
-    Options as of `decoder.hidden_states`.
+    `options` are those of `decoder.hidden_states`.
     """
 
     def loss(params, stats, frozen, batch, key, axis_name):
@@ -125,12 +124,12 @@ def generator_loss(
     """Eq. 10: L = L_LM + L_cv. `frozen` is `{'cloud': params, 'edge': params}`.
 
     The batch holds `prompt: [P, T]`, `prompt_lengths: [P]` and `tokens`, `answer: [P * Q, T']`;
-    row b of the latter is asked under prompt b // Q.
+    row b of the latter belongs to prompt b // Q.
 
     Args:
-      microbatches: parts of the batch that pass through the cloud, and then through the edge, one
-        after the other, each computed again in the backward pass. The router, its BatchNorm and
-        eq. 9 still see the full batch, so the gradients are those of the full batch.
+      microbatches: parts of the batch that pass through the cloud, and then through the edge, in
+        sequence, each recomputed in the backward pass. The router, its BatchNorm and eq. 9 still
+        see the full batch, so the gradients are those of the full batch.
       answer_length: see `answer_nll`.
       execution: see `decoder.Execution`.
     """
@@ -185,11 +184,11 @@ def generator_loss(
 
 
 def in_parts(compute: Callable, batch: Batch, count: int, key: Array) -> Any:
-    """`compute(batch, key)`, or the same in `count` parts one after the other, with the memory of
-    one: each is computed again in the backward pass.
+    """`compute(batch, key)`, or the same in `count` sequential parts with the memory of one: each
+    is recomputed in the backward pass.
 
-    Rows that belong together, the Q of a prompt, stay together. Part i takes every `count`-th
-    prompt, so that each device's shard of the batch gives an equal share to every part.
+    The Q rows of a prompt stay together. Part i takes every `count`-th
+    prompt, so that each device's shard contributes equally to every part.
 
     Raises UserError where the prompts cannot be split evenly.
     """

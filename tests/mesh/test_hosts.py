@@ -226,7 +226,7 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on_with_the_run(found, 
 
 def test_what_is_wrong_is_told_by_both(found, folder):
     for name, message in {
-        "refused": f"lorax-gen: error: {folder} exists and is not a run of ours",
+        "refused": f"lorax-gen: error: {folder} exists and is not a run directory",
         "different": "lorax-gen: error: the processes have different configs",
         "pmap": "lorax-gen: error: mesh.mode=pmap is for one process",
     }.items():

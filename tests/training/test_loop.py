@@ -262,7 +262,7 @@ def test_a_foreign_directory_is_refused_and_untouched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     before = snapshot(tmp_path)
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UserError, match="is not a run of ours"):
+        with pytest.raises(UserError, match="is not a run directory"):
             fit(experiment, path, {"steps": 2})
     assert snapshot(tmp_path) == before
     (tmp_path / "empty").mkdir()
