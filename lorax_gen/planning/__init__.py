@@ -2,7 +2,7 @@
 
 plan       the plan of a recipe for a topology, and whether it fits
 topology   TPU slices and GPUs by name
-memory     bytes of the generator's train step, by arithmetic
+memory     bytes of the generator's train step, estimated
 hlo        collectives of a compiled program, from its HLO
 table      a plan as tables on the terminal
 """

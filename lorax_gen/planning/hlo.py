@@ -1,8 +1,8 @@
-"""What a compiled program sends between devices, read from its HLO text.
+"""Collectives of a compiled program, read from its HLO text.
 
 The text is a list of computations; an instruction may call others, and a `while` calls its body
-once for every trip. `collectives` walks from the entry and multiplies by the trips on the way, so
-that what stands in a scan over layers counts once for each layer.
+once per trip. `collectives` walks from the entry and multiplies by the trip counts on the way, so
+that a collective in a scan over layers counts once per layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass
 class Traffic:
-    """All collectives of one kind, in one run of the program."""
+    """All collectives of one kind, in one execution of the program."""
 
     count: int = 0
     bytes: int = 0
@@ -42,7 +42,7 @@ class Instruction:
     shape: str
     operation: str
     rest: str
-    """Operands and attributes: what follows the opening bracket."""
+    """Operands and attributes: the text after the opening parenthesis."""
     root: bool
 
     @property
@@ -55,7 +55,7 @@ class Instruction:
 
 
 class Program(dict):
-    """`{computation: {name: instruction}}` of an HLO text; `entry` is the one that runs."""
+    """`{computation: {name: instruction}}` of an HLO text; `entry` names the entry computation."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -79,7 +79,7 @@ def collectives(text: str) -> dict[str, Traffic]:
     program, total = Program(text), defaultdict(Traffic)
 
     def walk(computation: str, times: int, seen: set[str] | None = None) -> None:
-        fused: set[str] = set()  # an asynchronous collective stands in several fusions
+        fused: set[str] = set()  # an asynchronous collective appears in several fusions
         for instruction in program.get(computation, {}).values():
             kind = instruction.operation.removesuffix("-start")
             if kind in KINDS:
@@ -101,7 +101,7 @@ def collectives(text: str) -> dict[str, Traffic]:
 
 
 def calls(instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs once; of a conditional all, though one runs."""
+    """Computations that an instruction calls once; all branches of a conditional."""
     branches = BRANCHES.search(instruction.rest)
     named = re.findall(r"[\w.-]+", branches[1]) if branches else []
     return CALLED.findall(instruction.rest) + named
@@ -115,7 +115,7 @@ def sent(kind: str, instruction: Instruction) -> int:
     shapes = [shape for shape in SHAPE.findall(instruction.shape) if shape != ("u32", "")]
     arrays = [size(*shape) for shape in shapes]  # of the result; u32[] are contexts
     if instruction.operation.endswith("-start") and kind != "all-reduce":
-        arrays = arrays[len(arrays) // 2 :]  # operands stand first
+        arrays = arrays[len(arrays) // 2 :]  # operands come first
     total = sum(arrays)
     if kind == "collective-permute":
         return int(total)
@@ -127,7 +127,7 @@ def sent(kind: str, instruction: Instruction) -> int:
 
 
 def size(dtype: str, dims: str) -> float:
-    """Bytes of one array; 0 for what is none."""
+    """Bytes of one array; 0 for an unknown dtype."""
     return BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
 
 
@@ -147,9 +147,9 @@ def group_size(rest: str) -> int:
 
 
 def trips(program: Program, computation: str, loop: Instruction) -> int:
-    """How often a loop's body runs: as XLA says, or counted from start, bound and step.
+    """Trip count of a loop: XLA's own, or computed from start, bound and step.
 
-    A loop whose end depends on data counts once.
+    1 for a loop whose end depends on data.
     """
     if found := TRIPS.search(loop.rest):
         return int(found[1])

@@ -1,10 +1,10 @@
-"""Bytes that a train step of the generator needs on each device, by arithmetic.
+"""Bytes that a train step of the generator needs on each device, estimated without compiling.
 
-What lies in arrays (weights, state, batch) is exact. Activations are an estimate: XLA decides what
-is fused, recomputed or alive at the same time. It is for devices that no compiler is here for.
+Bytes of arrays (weights, state, batch) are exact. Activations are an estimate: XLA decides what
+is fused, recomputed or live at the same time. For devices whose compiler is not available.
 
-Dims: P prompts and B rows of one microbatch on one device, T tokens, D model, F feed-forward,
-H heads, K key/value heads, E head size, L layers, V vocabulary, R rank.
+Dims beyond the legend (`lorax_gen.method`): K key/value heads, E head size; P and B are of one
+microbatch on one device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorax_gen.system import GeneratorSpec
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of arrays or of their shapes, by their shardings."""
+    """Bytes per device of a tree of arrays or shapes, by their shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -42,29 +42,29 @@ def activations(
     sharded: bool,
     microbatches: int = 1,
 ) -> dict[str, int]:
-    """An estimate of the largest moment of a step, in parts.
+    """Estimated peak of the activations in a step, in parts.
 
-        kept      what the forward pass leaves for the backward pass: L B T (D + saved)
+        kept      what the forward pass saves for the backward pass: L B T (D + saved)
         layer     one layer's backward pass, values and gradients: B T (2 inner + scores)
-                  and its weights twice, where they are gathered from shards
+                  and its weights twice, if gathered from shards
         logits    B min(answered, 128) V of 4 bytes, three times: values, softmax, gradient
-                  and the head, where it is gathered
+                  and the head, if gathered
         lora      the generated LoRA and its gradient, 4 bytes: 2 L P R (D_in + D_out)
-                  and the pool and its gradient, where they are gathered
+                  and the pool and its gradient, if gathered
 
         inner     2 D + 2 (H + 2 K) E + 4 F, and 8 D bytes of norms in fp32
         scores    10 H T bytes: twice in fp32 and once rounded; with flash 4 H
         saved     remat=none: inner + scores; dots: 2 D + (H + 2 K) E + 2 F; full: nothing
 
     `kept` and `layer` are those of the cloud's or the edge's backward pass, whichever is more; in
-    the edge's, the cloud's `kept` is there too, but for microbatches, which compute it again.
+    the edge's, the cloud's `kept` is live too, except with microbatches, which recompute it.
 
     Args:
-      prompts: on one device, of all microbatches together.
+      prompts: prompts on one device, of all microbatches together.
       answered: positions of a row that go through the head.
-      bytes_each: of the frozen models' dtype.
-      flash: whether the cloud's and the edge's attention never holds its scores.
-      sharded: whether weights are gathered to be used.
+      bytes_each: item size of the frozen models' dtype.
+      flash: whether the cloud's and the edge's attention kernels never materialise the scores.
+      sharded: whether weights are gathered before use.
     """
     prompts = -(-prompts // microbatches)
     rows = prompts * queries

@@ -1,9 +1,8 @@
-"""What a train step needs on devices that are not here, and whether it fits.
+"""What a train step needs on devices that are not attached, and whether it fits.
 
-For a TPU topology the real step is compiled ahead of time, by the compiler that the TPU would use
-(libtpu), for devices that are only described: memory and collectives are those of the program that
-would run. For GPUs there is no such compiler; for the generator's step the same table is filled by
-arithmetic (see `planning.memory`) and says so.
+For a TPU topology the real step is compiled ahead of time with the TPU's compiler (libtpu) for
+described devices: memory and collectives are those of the program that would run. For GPUs there is
+no such compiler: the generator's step is estimated (see `planning.memory`) and the report says so.
 
     report = make_plan(config, "v5e:4x4", utilisation=0.4)
     print_plan(report)
@@ -77,7 +76,7 @@ def abstract_model(
     in_int8: bool = False,
     shardings: Callable[[Any], Any],
 ) -> Model:
-    """As `models.huggingface.load_model`: a model of shapes with shardings, and no tokenizer."""
+    """Like `models.huggingface.load_model`, but shapes with shardings and no tokenizer."""
     config = read_shape(name)
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(config)
@@ -98,7 +97,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A train step that could be compiled: the run of a config, and its arguments as shapes."""
+    """A train step to compile: the experiment of a config, and its arguments as shapes."""
 
     config: RecipeConfig
     experiment: Experiment
@@ -120,19 +119,19 @@ class Step:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the config says of how the step computes, of those that a recipe has."""
+        """The config's fields, of those that its recipe has, that change how the step computes."""
         names = ("answer_length", "dtype", "cloud_int8", "remat", "microbatches", "attention")
         values = configs.to_dict(self.config)
         return {name: values[name] for name in names if name in values}
 
 
 def abstract_step(config: RecipeConfig, devices: list) -> Step:
-    """The step of the very experiment that `train` would run, of models that are shapes alone.
+    """The step of the experiment that `train` would run, with abstract models.
 
     Raises UserError where the mesh does not fit the devices, or the batch not the mesh.
     """
     if config.mesh.mode != "jit":
-        raise UserError(f"plan knows mesh.mode=jit only, and not {config.mesh.mode}")
+        raise UserError(f"plan supports mesh.mode=jit only, not {config.mesh.mode}")
     experiment = recipe_of(config).experiment(config, abstract_model, devices)
     state, mesh = jax.eval_shape(experiment.fresh_state), experiment.mesh
     split = NamedSharding(mesh, P(BATCH_AXES))
@@ -150,8 +149,8 @@ def abstract_step(config: RecipeConfig, devices: list) -> Step:
 def compile_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | None]:
     """Memory and collectives of the step as compiled for the mesh's devices.
 
-    Where it does not fit, XLA gives no program, only how much it would have needed. No collectives
-    either where libtpu is newer than jaxlib and writes programs that jaxlib cannot read.
+    Where it does not fit, XLA gives no program, only the memory that it would need. Collectives
+    are also None where libtpu is newer than jaxlib and jaxlib cannot read its programs.
     """
     held = arguments(step)["total"]
     jitted = jit_step(step.experiment.train_step(), step.state, step.mesh)
@@ -171,7 +170,7 @@ def compile_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
         "program": sizes.generated_code_size_in_bytes,
         "peak": sizes.peak_memory_in_bytes,
     }
-    # What the step does not read, such as the cloud's head, is no argument of it but lies there.
+    # Arrays that the step does not read, such as the cloud's head, are pruned but stay allocated.
     found["arguments"] = max(found["arguments"], held)
     new_outputs = found["outputs"] - found["aliased"]
     found["needed"] = found["arguments"] + new_outputs + found["temporaries"] + found["program"]
@@ -182,7 +181,7 @@ def compile_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | N
 
 
 def read_out_of_memory(message: str, arguments: int) -> dict[str, Any]:
-    """What XLA says of a program that does not fit.
+    """Memory of a program that does not fit, from XLA's error message.
 
     Raises UserError where the message is about something else.
     """
@@ -205,18 +204,18 @@ def read_out_of_memory(message: str, arguments: int) -> dict[str, Any]:
 
 
 def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
-    """The same by arithmetic, for the generator's step; see `planning.memory` for the formula.
+    """The same estimated, for the generator's step; see `planning.memory` for the formula.
 
-    Collectives are those that weights in shards ask for: they are gathered in the forward and in
-    the backward pass of each microbatch, and where a forward pass is computed again; gradients of
-    what is trained are added up. Sums of activations over `tensor` are not counted.
+    Counted are the collectives of sharded weights: all-gathers in the forward and the backward
+    pass of each microbatch and in recomputed forward passes, and the all-reduce of gradients.
+    All-reduces of activations over `tensor` are not counted.
 
     Raises UserError for the step of another recipe.
     """
     config, mesh, shards = step.config, step.mesh, row_shards(step.mesh)
     if not isinstance(config, LoraGenConfig):
         raise UserError(
-            "for GPUs the generator's step alone is estimated; for this recipe give a TPU, such as "
+            "for GPUs only the generator's step is estimated; for this recipe choose a TPU, as in "
             "--topology v5e:2x2, for which the step is compiled"
         )
     spec = GeneratorSpec(config.generator, **step.models)
@@ -255,7 +254,7 @@ def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
 
 
 def is_flash(config: EdgeConfig, mesh: Mesh, model: DecoderConfig) -> bool:
-    """Whether attention runs in a kernel that never holds the scores; see `mesh.kernels`."""
+    """Whether the attention kernel never materialises the scores; see `mesh.kernels`."""
     if model.attn_logit_softcapping is not None or any(model.windows):
         return False
     name = config.attention
@@ -268,7 +267,7 @@ def is_flash(config: EdgeConfig, mesh: Mesh, model: DecoderConfig) -> bool:
 
 
 def arguments(step: Step) -> dict[str, int]:
-    """Bytes on each device of what the step is given."""
+    """Bytes on each device of the step's arguments."""
     parts = {
         **step.frozen,
         "trained": (step.state["params"], step.state["stats"]),
@@ -289,9 +288,9 @@ def tree_bytes(tree: Any) -> int:
 def estimate_time(
     flops: dict[str, int], chip: Chip, devices: int, utilisation: float, sent: int | None
 ) -> dict[str, float | None]:
-    """Seconds of a step, and its MFU, if it multiplies at `utilisation` of the peak.
+    """Seconds of a step, and its MFU, if it computes at `utilisation` of the peak FLOPs.
 
-    What is sent goes over the links at their peak meanwhile; the step takes as long as the longer.
+    Communication runs at the links' peak and overlaps: the step takes the longer of the two.
     """
     peak = devices * chip.peak_flops
     computing = flops["executed"] / (peak * utilisation)
@@ -313,7 +312,7 @@ def estimate_time(
 def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> dict[str, Any]:
     """The report as plain values; bytes are of one device, FLOPs of one step on all.
 
-    Raises UserError where the topology, the models, the mesh or the batch cannot be.
+    Raises UserError for a topology, model, mesh or batch that is not valid.
     """
     if not 0 < utilisation <= 1:
         raise UserError(f"utilisation is {utilisation}; expected a share of the peak, such as 0.4")
@@ -361,7 +360,7 @@ def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> 
 
 
 def advice(step: Step, needs: dict[str, Any], usable: int) -> list[str]:
-    """What makes a step smaller, the cheapest first, of what its recipe has."""
+    """Settings of the recipe that would reduce the memory of a step, cheapest first."""
     settings, shape, held = step.settings, step.mesh.shape, arguments(step)
     found = []
     if settings.get("dtype") == "float32":
@@ -375,9 +374,9 @@ def advice(step: Step, needs: dict[str, Any], usable: int) -> list[str]:
         auto = dataclasses.replace(step.config, attention="auto")
         role, model = next(iter(step.models.items()))
         if is_flash(auto, step.mesh, model):
-            found.append(f"attention=auto: a kernel that never holds the {role}'s scores")
+            found.append(f"attention=auto: a kernel that never materialises the {role}'s scores")
     if settings.get("remat") in ("none", "dots"):
-        found.append("remat=full: of each layer only its input is kept, for half the FLOPs again")
+        found.append("remat=full: only each layer's input is saved, for half the FLOPs again")
     if "microbatches" in settings:
         own, parts = step.config.prompts // row_shards(step.mesh), settings["microbatches"]
         more = next((n for n in range(parts + 1, own + 1) if not own % n), None)

@@ -66,7 +66,7 @@ def print_plan(report: dict[str, Any]) -> None:
         rows.add_row("program", gib(needs["program"]))
     rows.add_row("needed", gib(needs["needed"]), style="bold")
     if "peak" in needs:
-        rows.add_row("  of it in use at once", gib(needs["peak"]))
+        rows.add_row("  peak in use", gib(needs["peak"]))
     rows.add_row(f"usable of {report['chip']['capacity']:g} GB", gib(needs["usable"]))
     console.print(rows)
 
@@ -78,21 +78,21 @@ def print_plan(report: dict[str, Any]) -> None:
         console.print(sends)
     elif needs["method"] == "compiled":
         console.print(
-            "what it sends is not known: this libtpu writes programs that this jaxlib cannot read; "
+            "collectives are not known: this jaxlib cannot read the programs of this libtpu; "
             "pip install 'lorax-gen\\[plan]' installs the one that fits\n"
         )
 
     time = report["time"]
     work = table("work of a step", "", "")
     work.add_row("FLOPs", f"{report['flops']['useful']:.3e}")
-    work.add_row("  with what is computed again", f"{report['flops']['executed']:.3e}")
+    work.add_row("  with recomputation", f"{report['flops']['executed']:.3e}")
     work.add_row(
         f"seconds at {100 * time['utilisation']:g} % of {time['peak_flops'] / 1e12:,g} TFLOP/s",
         f"{time['computing']:.3g}",
     )
     if time["sending"] is not None:
         work.add_row("seconds on the links, at their peak", f"{time['sending']:.3g}")
-    work.add_row("seconds, one beside the other", f"{time['step']:.3g}", style="bold")
+    work.add_row("seconds, overlapped", f"{time['step']:.3g}", style="bold")
     work.add_row("MFU then", f"{100 * time['mfu']:.1f} %")
     console.print(work)
 

@@ -1,4 +1,4 @@
-"""Devices that are not here: TPU slices as libtpu describes them, GPUs by their data sheets."""
+"""Devices that are not attached: TPU slices described by libtpu, GPUs by their data sheets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """As much of a device as a mesh asks for."""
+    """The attributes of a device that a mesh reads."""
 
     id: int
     device_kind: str
@@ -55,13 +55,13 @@ def find_devices(topology: str) -> tuple[Chip, list]:
 
 
 def tpu_devices(topology: str) -> list:
-    """Descriptions of a TPU slice's devices, from libtpu; no TPU is looked for."""
+    """Descriptions of a TPU slice's devices, from libtpu; no TPU is needed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "planning for a TPU takes its compiler, libtpu: pip install 'lorax-gen[plan]'"
+            "planning for a TPU needs its compiler, libtpu: pip install 'lorax-gen[plan]'"
         )
-    # Read when libtpu is loaded: no question to the cloud which TPU this machine is, no lock file,
-    # no complaints that there is no answer.
+    # Read when libtpu is loaded: do not query the metadata server for this machine's TPU, take no
+    # lock file, and print no warnings about either.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -69,7 +69,7 @@ def tpu_devices(topology: str) -> list:
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     }.items():
         os.environ.setdefault(name, value)
-    # It ends the process at a flag of another backend; its own go into LIBTPU_INIT_ARGS.
+    # libtpu aborts on flags of other backends; its own flags are in LIBTPU_INIT_ARGS.
     os.environ.pop("XLA_FLAGS", None)
     from jax.experimental import topologies
 
@@ -81,5 +81,5 @@ def tpu_devices(topology: str) -> list:
         options["chip_config_name"] = "megacore"
     try:
         return topologies.get_topology_desc(topology, "tpu", **options).devices
-    except Exception as error:  # of libtpu: a shape that it does not know
+    except Exception as error:  # from libtpu: an unsupported shape
         raise UserError(f"no topology {topology}: {str(error).splitlines()[0]}") from None

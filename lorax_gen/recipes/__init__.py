@@ -1,4 +1,4 @@
-"""The methods that can be trained: a config each, and the experiment it makes.
+"""The trainable methods: for each a config and the experiment built from it.
 
 lora_gen   a LoRA-Gen generator
 lora       one LoRA on all seen tasks, the baseline

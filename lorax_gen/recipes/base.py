@@ -1,8 +1,8 @@
-"""What recipes share: the fields of their configs, and how an experiment is put together.
+"""What recipes share: the fields of their configs, and how an experiment is assembled.
 
-A recipe is a config and `experiment(config, load, devices)`, which makes the run of it. With
-`load_model` and the devices of this machine that run is there to be trained; with a `load` that
-gives models of shapes alone, and devices that are only described, the same is there to be planned.
+A recipe is a config and a function `experiment(config, load, devices)`. With `load_model` and the
+devices of this machine the experiment can be trained; with a `load` that returns abstract models
+(shapes only) and described devices, the same experiment can be planned.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from lorax_gen.training.state import State
 from lorax_gen.training.step import Batch, Loss
 
 Load = Callable[..., Model]
-"""`load(name, dtype, in_int8=, shardings=)`, as `models.huggingface.load_model`."""
+"""`load(name, dtype, in_int8=, shardings=)`, like `models.huggingface.load_model`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """What every recipe has."""
+    """Fields of every recipe."""
 
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def over(self, mesh: Mesh) -> Mesh | None:
-        """What frozen weights and evaluations are split over; under pmap, whose weights lie on
-        every device, nothing."""
+        """The mesh that frozen weights and evaluations are sharded over; None under pmap, which
+        replicates the weights."""
         return mesh if self.mesh.mode == "jit" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EdgeConfig(RecipeConfig):
-    """What recipes have that make a frozen edge model answer better."""
+    """Fields of recipes that adapt a frozen edge model."""
 
     edge: str = "world/edge"
     """Edge model: a model directory, or the name of a shipped one."""
     data: WorldConfig | MixtureConfig = dataclasses.field(default_factory=WorldConfig)
     answer_length: int | None = None
-    """Most answer tokens of a row, its end of text included; no logits are computed beyond."""
+    """Most answer tokens of a row, end of text included; logits are computed for these only."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen models; bfloat16 on GPUs and TPUs. What is trained is float32."""
+    """Dtype of the frozen models; bfloat16 on GPUs and TPUs. Trained parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again, per layer: nothing, all but matmuls, everything."""
+    """What the backward pass recomputes per layer: nothing, all but matmuls, everything."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto is splash on TPU, cudnn on GPU, xla elsewhere, and where those do not fit."""
+    """auto is splash on TPU, cudnn on GPU, and xla elsewhere or where these do not apply."""
 
     def __post_init__(self):
         at_least_one(self, ("answer_length",))
 
     def loader(self, mesh: Mesh, load: Load) -> Load:
-        """`load` in the config's dtype, the weights born in their shards."""
+        """`load` in the config's dtype, with weights loaded directly into their shards."""
         over = self.over(mesh)
         shardings = over and partial(tree_shardings, mesh=over)
         return partial(load, dtype=self.dtype, shardings=shardings)
@@ -76,12 +76,12 @@ class EdgeConfig(RecipeConfig):
         return execution_over(mesh, self.attention, self.remat, self.mesh.mode)
 
     def answered(self, length: int) -> int:
-        """Positions of a row of so many tokens that go through the head."""
+        """Positions that go through the head, of a row of `length` tokens."""
         return min(self.answer_length or length, length - 1)
 
 
 class Data(NamedTuple):
-    """What a run is trained on and evaluated by; `recipes.data` opens it.
+    """Training batches and evaluation of a run; `recipes.data` opens it.
 
     Attributes:
       shapes: the largest batch, as `jax.ShapeDtypeStruct`s.
@@ -111,10 +111,10 @@ def assemble(
     """The experiment of a recipe.
 
     Args:
-      answerer: who answers in an evaluation of a state.
+      answerer: the answerer that evaluates a state.
       init, loss, frozen, release, work: see `Experiment`.
 
-    Raises UserError where the batch cannot be split over the mesh.
+    Raises UserError where the batch cannot be sharded over the mesh.
     """
     check_rows(data.shapes, mesh)
     return Experiment(

@@ -1,7 +1,4 @@
-"""The data of a recipe, whatever its kind: batches to train on, questions to be evaluated by.
-
-Dims: P prompts, Q queries per prompt, B = P * Q rows, T time.
-"""
+"""The data of a recipe, of any kind: training batches and evaluation questions."""
 
 from __future__ import annotations
 
@@ -40,15 +37,15 @@ def open_data(
     queries: int = 1,
     full_sequence: bool = False,
 ) -> Data:
-    """The data that a config names; for models of shapes alone, the shapes of a batch alone.
+    """The data that a config names; for abstract models only the shapes of a batch.
 
-    A batch holds `tokens` and `answer: [B, T]`, questions for the edge model; where a model reads
-    prompts also `prompt: [P, T]` and `prompt_lengths: [P]`, row b being asked under prompt b // Q.
+    A batch holds `tokens` and `answer: [B, T]`, questions for the edge model; with a `reader` also
+    `prompt: [P, T]` and `prompt_lengths: [P]`, where row b belongs to prompt b // Q.
 
     Args:
-      reader: the model that reads prompts; None: there are questions alone.
-      samples: P prompts, with Q = `queries` questions under each; without a reader B questions.
-      full_sequence: the loss is on all of a row, not only on its answer.
+      reader: the model that reads prompts; None: a batch has questions only.
+      samples: P prompts, with Q = `queries` questions each; without a reader B questions.
+      full_sequence: the loss is on all tokens of a row, not only on its answer.
 
     Raises UserError where the data cannot be opened.
     """
@@ -88,14 +85,14 @@ def batch_shapes(
 
 
 def closed(*_: Any) -> Any:
-    """What stands where no data are opened."""
-    raise RuntimeError("models of shapes alone are planned, neither trained nor evaluated")
+    """Raises RuntimeError: the data of an abstract experiment cannot be read."""
+    raise RuntimeError("abstract models can be planned, but not trained or evaluated")
 
 
 def world_batches(
     data: WorldConfig, reader: Encoder | None, edge: Encoder, **options: Any
 ) -> Callable[[int], Batch]:
-    """Batches of the embedded world's seen tasks, by their step."""
+    """Batches of the embedded world's seen tasks, as a function of the step."""
     seen = [task for task in data.world().select("seen") if task.family in data.families]
     options |= {"question_length": data.question_length}
     if reader is None:
@@ -106,9 +103,9 @@ def world_batches(
 
 
 def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Evaluate:
-    """Accuracy on the benchmarks that a config names, and means of those seen and unseen.
+    """Accuracy on the benchmarks that a config names, and the means over seen and unseen ones.
 
-    Each question has a prompt of its own, for an answerer that reads prompts.
+    For an answerer that reads prompts, each question has its own prompt.
     """
     records = [find_benchmark(name) for name in data.evaluate_on]
     asked = [load_questions(r, "test", data.root)[: data.evaluate_questions] for r in records]
@@ -129,11 +126,11 @@ def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Ev
 
 
 def warn_without_texts(root: Path | None) -> None:
-    """A line on stderr where the guard against unseen tasks has no texts of some of them."""
+    """Warns on stderr where the guard against unseen tasks lacks the texts of some of them."""
     missing = ", ".join(without_texts(root))
     if missing and hosts.is_first():
         print(
             f"lorax-gen: warning: {root} has no files of {missing}: whether the training data "
-            "holds these unseen tasks is told by names alone, not by texts",
+            "holds these unseen tasks is checked by their names only, not by their texts",
             file=sys.stderr,
         )

@@ -1,8 +1,8 @@
 """The paper's first baseline: one LoRA on the edge model, fine-tuned on all seen tasks.
 
-It reads no prompt: it learns what the tasks have in common and cannot know which one is asked.
-Rank 8 on all seven kernels fits the paper's arithmetic best (Table 13). Once trained it is merged.
-It is released as a PEFT adapter.
+It reads no prompt: it learns what the tasks have in common and cannot know which task a question
+is from. Rank 8 on all seven kernels agrees best with the paper's numbers (Table 13). It is merged
+after training and released as a PEFT adapter.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LoraConfig(EdgeConfig):
 def lora_loss(config: LoraConfig, decoder_config: DecoderConfig, **options: Any) -> Loss:
     """L_LM of the frozen edge with the trained LoRA; `frozen` is `{'edge': params}`.
 
-    Options as of `decoder.hidden_states`.
+    `options` are those of `decoder.hidden_states`.
     """
 
     def loss(params, stats, frozen, batch, key, axis_name):

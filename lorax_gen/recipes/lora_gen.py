@@ -1,4 +1,4 @@
-"""Training of a LoRA-Gen generator: what the config says, assembled into an experiment."""
+"""Training of a LoRA-Gen generator: its config and its experiment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lorax_gen.training.step import Batch, generator_loss
 class LoraGenConfig(EdgeConfig):
     """Train a generator: meta tokens, the cloud model's LoRA, router and pool of experts.
 
-    The cloud and the edge model stay as they are."""
+    The cloud and the edge model stay frozen."""
 
     cloud: str = "world/cloud"
     """Cloud model: a model directory, or the name of a shipped one."""
@@ -43,11 +43,11 @@ class LoraGenConfig(EdgeConfig):
     prompts: int = 32
     """Prompts per batch; each batch mixes tasks."""
     queries_per_prompt: int = 4
-    """Questions asked under each prompt; the cloud reads a prompt once for all of them."""
+    """Questions per prompt; the cloud reads a prompt once for all of them."""
     loss: Literal["answer", "sequence"] = "answer"
     """L_LM on the answer's tokens, or on the full sequence that the edge model reads."""
     microbatches: int = 1
-    """Parts of a batch that run one after the other, to save memory; the gradients are the same."""
+    """Parts of a batch that run in sequence to save memory; the gradients are the same."""
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
 
     def __post_init__(self):
@@ -115,12 +115,12 @@ def experiment(
 
 
 def check_parts(config: LoraGenConfig, mesh: Mesh) -> None:
-    """UserError where devices or microbatches would not have equal shares of the prompts."""
+    """Raises UserError where devices or microbatches would get unequal numbers of prompts."""
     prompts, devices, parts = config.prompts, row_shards(mesh), config.microbatches
     if prompts % devices:
         raise UserError(
             f"{prompts} prompts cannot be split over {devices} devices; make prompts a multiple of "
-            "it, or give devices to mesh.tensor, which does not split the batch"
+            "that, or use mesh.tensor, which does not split the batch"
         )
     if prompts % parts:
         raise UserError(
@@ -130,13 +130,13 @@ def check_parts(config: LoraGenConfig, mesh: Mesh) -> None:
     if own % parts:
         raise UserError(
             f"{own} prompts of a device cannot be split into {parts} microbatches; choose a "
-            "divisor, so that every device has its share of each"
+            "divisor, so that every device has an equal part of each"
         )
 
 
 def end_of_text(cloud: Model) -> Array:
-    """The embedding `[D]` that meta tokens begin as; on the host, for within `init`, which is
-    compiled, all embeddings would become a constant."""
+    """The embedding `[D]` that initialises meta tokens; on the host, because within `init`, which
+    is compiled, all embeddings would become a constant."""
     if cloud.is_abstract:
         return jnp.zeros(cloud.config.hidden_size, cloud.params["embed"].dtype)
     return hosts.gather(embed(cloud.params, cloud.config, cloud.tokenizer.eos_token_id))

@@ -54,7 +54,7 @@ class PretrainConfig(RecipeConfig):
     document_length: int = 48
     """Longest exercise, in tokens."""
     world_seed: int = 0
-    """Which world."""
+    """Seed of the world."""
 
     def __post_init__(self):
         sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
@@ -77,7 +77,7 @@ class PretrainConfig(RecipeConfig):
 def experiment(
     config: PretrainConfig, load: Load = load_model, devices: list | None = None
 ) -> Experiment:
-    """Assembles the run, which loads no model; see `recipes.base` and `training.loop.fit`."""
+    """Assembles the run; `load` is not used. See `recipes.base` and `training.loop.fit`."""
     del load
     mesh = make_mesh(config.mesh, devices)
     world = make_world(config.world_seed)
@@ -88,7 +88,7 @@ def experiment(
         return Model(shape, state["params"], tokenizer)
 
     def answerer(state: State) -> Answerer:
-        # With the system prompt in context, the only way in which a language model knows the task.
+        # With the system prompt in context: a language model learns the task in no other way.
         return Answerer("icl", "prompt in context", trained(state), in_context=True)
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The recipes that `lorax-gen train` and `plan` know: a config class and what assembles its run.
+"""The recipes of `lorax-gen train` and `plan`: a config class and its `experiment` function.
 
-A config file names its recipe as `method:`, for that is what the field calls it; the rest of it are
-that recipe's fields.
+A config file names its recipe as `method:`, the usual word for it; its other keys are that recipe's
+fields.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECIPES = {
 
 
 def recipe_of(config: Any) -> Recipe:
-    """The recipe that a config is of."""
+    """The recipe that a config belongs to."""
     return next(recipe for recipe in RECIPES.values() if type(config) is recipe.config)
 
 
@@ -57,6 +57,6 @@ def load_config(name: str) -> tuple[str, Any]:
         raise UserError(f"no config file {name}; {hint}")
     values = configs.read_yaml(path)
     method = values.pop("method", None)
-    if method not in list(RECIPES):  # a list, for YAML may give what has no hash
+    if method not in list(RECIPES):  # a list, because a YAML value may be unhashable
         raise UserError(f"{path.name}: method is {method!r}; expected one of {', '.join(RECIPES)}")
     return method, configs.from_dict(RECIPES[method].config, values, path.name)
