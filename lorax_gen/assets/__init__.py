@@ -1,4 +1,4 @@
-"""Models shipped with the package: the world's cloud and edge LM, and what was trained on them."""
+"""Models shipped with the package: the world's cloud and edge LM, their generator and LoRA."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ ASSETS = Path(__file__).parent
 
 
 def resolve(name: str | files.AnyPath) -> files.AnyPath:
-    """A directory as given, or that of a shipped model such as `world/cloud`."""
+    """The path as given, or if it does not exist that of a shipped model such as `world/cloud`."""
     path, shipped = files.to_path(name), ASSETS / str(name)
     return shipped if shipped.is_dir() and not path.exists() else path

@@ -1,6 +1,6 @@
-"""The command line: a file for each command, with its options and what it prints.
+"""The command line: one file per command, with its options and its output.
 
-What needs jax is imported when a command runs, so that `--help` is quick.
+Modules that need jax are imported when a command runs, so that `--help` is fast.
 """
 
 from lorax_gen.cli.main import main

@@ -1,4 +1,4 @@
-"""What the commands about artifacts share."""
+"""Helpers of the commands on artifacts."""
 
 from __future__ import annotations
 

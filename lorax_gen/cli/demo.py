@@ -10,16 +10,16 @@ from lorax_gen.cli.parse import UserPath
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """See the method work: specialise a small model to tasks that it never met, in minutes.
+    """See the method work: specialise a small model to unseen tasks, in minutes.
 
     Uses the shipped models. Prints answers before and after, a table of methods, and writes
     report.json and pictures into the run directory.
     """
 
     run_dir: UserPath = Path("runs/demo")
-    """Where the report and the pictures go."""
+    """Directory of the report and the pictures."""
     questions: int = 16
-    """Questions asked per task."""
+    """Questions per task."""
     seed: int = 0
     """Seed of wordings and questions."""
 

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Score models on tasks and print a table: methods by tasks, and what a question costs.
+    """Score models on tasks and print a table: methods by tasks, and the cost of a question.
 
     TASK is world (the shipped world's tasks, the default), reasoning (the paper's eight
     benchmarks), the name of one of them such as arc_easy or hellaswag, or gpt4tools. With --run-dir
-    the results of single items are kept as they come: an interrupted evaluation resumes with the
+    the result of each item is saved as it is computed: an interrupted evaluation resumes with the
     same command.
 
-    Modes: plain (the edge reads the question alone), icl (after its prompt: solved shots, or all of
-    an instruction), lora_gen (alone, specialised by a LoRA of the prompt) and its controls shuffled
-    (another task's prompt), empty and random; cloud_icl (the cloud answers, after the prompt); with
-    --card, card; with --lora, lora.
+    Modes: plain (the edge reads only the question), icl (the prompt before it: solved shots, or the
+    full instruction), lora_gen (only the question, with the LoRA generated from the prompt) and its
+    controls shuffled (another task's prompt), empty and random; cloud_icl (icl by the cloud model);
+    with --card, card; with --lora, lora.
 
     Examples:
       lorax-gen evaluate
@@ -44,7 +44,7 @@ class Evaluate:
         "world",
     )
     modes: tuple[str, ...] = ()
-    """Who answers; default plain, icl and lora_gen, in the world all but empty and random."""
+    """Modes to evaluate; default plain, icl and lora_gen, for world all but empty and random."""
     cloud: str = "world/cloud"
     """Cloud model: a directory or a hub name."""
     edge: str = "world/edge"
@@ -54,39 +54,40 @@ class Evaluate:
     card: UserPath | None = None
     """A task card or PEFT adapter directory, merged into the edge for mode card."""
     lora: str | None = None
-    """A PEFT adapter of all tasks, merged into the edge for mode lora; in the world the shipped one
-    where the edge is the shipped one."""
+    """A PEFT adapter for all tasks, merged into the edge for mode lora; for world with the shipped
+    edge, default the shipped one."""
     shots: int = 5
-    """Solved examples in a prompt, for modes that have any."""
+    """Solved examples in a prompt, for modes with a prompt."""
     limit: int | None = None
-    """Questions of each benchmark, the first ones; all where it is not given."""
+    """Evaluate the first so many questions of each benchmark; default all."""
     data_dir: UserPath | None = None
-    """Where data files lie, at any depth; else benchmarks are loaded from the hub."""
+    """Directory of data files, at any depth; without it benchmarks are loaded from the hub."""
     run_dir: UserPath | None = None
-    """Where results are kept: report.json, a CSV, and a JSONL of single items for each mode."""
+    """Directory of the results: report.json, a CSV, and a JSONL of items for each mode."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters; bfloat16 on GPUs and TPUs."""
+    """Dtype of the parameters; bfloat16 on GPUs and TPUs."""
     cloud_int8: bool = False
     """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
     'lorax-gen[int8]')."""
     tokens_per_batch: int = 4096
-    """Tokens that the device works on at a time; more on GPUs and TPUs."""
+    """Tokens processed at a time; use more on GPUs and TPUs."""
     max_new_tokens: int = 512
-    """gpt4tools only: longest answer."""
+    """gpt4tools only: most tokens of an answer."""
     bos: Literal["tokenizer", "yes", "no"] = "tokenizer"
-    """Whether what the edge reads begins with BOS: as its tokenizer does it, or not. The paper's
-    scores, by lm-evaluation-harness 0.4.3, have none for LLaMA."""
+    """Whether the edge's input begins with BOS; tokenizer follows the edge's tokenizer. The paper's
+    scores, from lm-evaluation-harness 0.4.3, have none for LLaMA."""
     fsdp: int = 1
-    """Devices that weights are split over; questions are split over these and what is left."""
+    """Devices that weights are sharded over; questions are sharded over these and the remaining
+    devices."""
     tensor: int = 1
-    """Devices that heads and feed-forward width are split over."""
+    """Devices that heads and feed-forward width are sharded over."""
     split: Literal["unseen", "seen"] = "unseen"
-    """The world only: tasks to ask about."""
+    """world only: tasks to evaluate."""
     questions: int = 16
-    """The world only: questions asked per task."""
+    """world only: questions per task."""
     seed: int | None = None
-    """Of shots, of wordings and of the controls; default: that of lm-evaluation-harness's shots,
-    and 0 in the world."""
+    """Seed of shots, wordings and controls; default that of lm-evaluation-harness for shots, and 0
+    for world."""
 
     def run(self) -> int:
         world, run_dir = self.tasks == ("world",), self.run_dir
@@ -99,12 +100,12 @@ class Evaluate:
         if run_dir is not None and run_dir.exists():
             ours = is_report(run_dir / "report.json") if world else (run_dir / "items").is_dir()
             if not ours and not (run_dir.is_dir() and not any(run_dir.iterdir())):
-                raise UserError(f"{run_dir} exists and is no evaluation to resume; choose another")
+                raise UserError(f"{run_dir} exists and is not an evaluation; choose another")
         return evaluate_world(self) if world else evaluate_real(self)
 
 
 def is_report(path: files.AnyPath) -> bool:
-    """Whether a file is a report of an evaluation; it may be anything else, or missing."""
+    """Whether a file is a report of an evaluation; False for other files and missing ones."""
     try:
         return str(files.read_json(path).get("format")).startswith("lorax-gen report ")
     except (UserError, OSError):
@@ -112,7 +113,7 @@ def is_report(path: files.AnyPath) -> bool:
 
 
 def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> System:
-    """The models that the answerers of some names are made of."""
+    """The models that the named answerers need."""
     import lorax_gen
     from lorax_gen.artifacts.export import is_adapter, lora_of
     from lorax_gen.evaluation.answerers import ANSWERERS, System

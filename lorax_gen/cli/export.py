@@ -13,9 +13,9 @@ from lorax_gen.cli.parse import UserPath
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write a task card, or a PEFT adapter, as what other programs load.
+    """Convert a task card or a PEFT adapter to a format that other programs load.
 
-    merged: a model directory for transformers, vLLM and others, no LoRA left. peft: an adapter
+    merged: a model directory for transformers, vLLM and others, without a LoRA. peft: an adapter
     directory for peft, vLLM and others. gguf-lora: an adapter file for llama.cpp's --lora.
 
     Example: lorax-gen export task.card.safetensors --format peft --output adapter
@@ -24,15 +24,15 @@ class Export:
     artifact: Annotated[UserPath, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
     """A task card, or a PEFT adapter directory."""
     format: Literal["merged", "peft", "gguf-lora"]
-    """What to write."""
+    """Format to write."""
     output: UserPath
-    """Where: a new directory, or for gguf-lora a new file."""
+    """A new directory, or for gguf-lora a new file."""
     edge: str = "world/edge"
     """Edge model that the artifact was made for."""
     generator: str = "world/generator"
     """Generator that the card was made with."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of a merged model's tensors; merged in float32, rounded once."""
+    """Dtype of a merged model's tensors; merged in float32, then rounded once."""
     max_shard_size: str = "5GB"
     """Largest file of a merged model's tensors."""
 

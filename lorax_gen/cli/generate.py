@@ -14,8 +14,8 @@ from lorax_gen.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue texts: with a task card, with a prompt in context, or with neither. A single text
-    is shown as it is written.
+    """Continue texts: with a task card, with a prompt in context, or with neither. The answer to a
+    single text is streamed.
 
     Examples:
       lorax-gen generate --card task.card.safetensors "apple :" "bell :"
@@ -29,27 +29,27 @@ class Generate:
     card: UserPath | None = None
     """A task card or a PEFT adapter directory, merged into the model first."""
     context: str = ""
-    """A prompt put before every question, in the model's context; with --chat the system's turn."""
+    """A prompt that precedes every question; with --chat the system message."""
     chat: bool = False
-    """Put each question into the tokenizer's chat template."""
+    """Wrap each question in the tokenizer's chat template."""
     edge: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "world/edge"
     """The model that answers: a directory or a hub name."""
     generator: str = "world/generator"
     """Generator that the card was made with."""
     max_new_tokens: int = 16
-    """Longest answer."""
+    """Most tokens of an answer."""
     temperature: float = 0.0
     """0 is greedy; higher is more varied."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
+    """Sample from the k most likely tokens."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens that hold this probability."""
+    """Sample from the smallest set of most likely tokens with this total probability."""
     seed: int = 0
-    """Seed of what is drawn."""
+    """Seed of sampling."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer; it ends at the model's end of text in any case."""
+    """Strings that end an answer, besides the model's end of text."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters; bfloat16 on GPUs and TPUs."""
+    """Dtype of the parameters; bfloat16 on GPUs and TPUs."""
 
     def run(self) -> int:
         if not self.questions:

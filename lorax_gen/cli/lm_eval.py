@@ -1,4 +1,4 @@
-"""`lorax-gen lm-eval`: the arguments are lm-eval's own."""
+"""`lorax-gen lm-eval`, with the arguments of lm-eval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import dataclasses
 class LmEval:
     """Run lm-evaluation-harness (pip install 'lorax-gen[harness]') on our models.
 
-    All arguments are its own; the model is called lorax_gen, and --model_args knows edge, card,
+    All arguments are those of lm-eval; the model is lorax_gen, and --model_args takes edge, card,
     prompt, cloud, generator, dtype and others.
 
     Example: lorax-gen lm-eval --model lorax_gen --model_args edge=org/name --tasks piqa
@@ -20,7 +20,7 @@ class LmEval:
 
 
 def run(arguments: list[str]) -> int:
-    """Hands the arguments to lm-eval's own command line."""
+    """Passes the arguments to lm-eval's command line."""
     from lorax_gen.evaluation.harness import main
 
     return main(arguments)

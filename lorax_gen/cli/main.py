@@ -1,4 +1,4 @@
-"""The `lorax-gen` command: parse, call, print. Bad input is one line on stderr, exit code 2."""
+"""The `lorax-gen` command. An error of the user's is one line on stderr, with exit code 2."""
 
 from __future__ import annotations
 
@@ -40,38 +40,38 @@ COMMANDS = {
     "evaluate": evaluate.Evaluate,
     "lm-eval": lm_eval.LmEval,
 }
-# Commands that pass on what follows their first argument: a config has options of its own.
+# Commands whose options depend on the config that is their first argument.
 PASSED_ON = {"train": train.run_config, "plan": plan.run_config}
 
 ABOUT = """LoRA-Gen in JAX: specialise a small language model from a task's prompt.
 
-lorax-gen COMMAND --help explains a command, lorax-gen --version says which version this is."""
+lorax-gen COMMAND --help explains a command, lorax-gen --version prints the version."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # orbax narrates every save, and a failed one in tracebacks of its threads; it also raises it.
-    # So does gcsfs with each request that fails.
+    # orbax logs every save, and a failed one with the tracebacks of its threads, though it raises
+    # too. gcsfs does the same for failed requests.
     for name in ("absl", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         sys.exit(run(arguments))
     except UserError as error:
-        # Threads of a save that failed still report to an event loop that has ended.
+        # Threads of a failed save still report to a closed event loop.
         sys.excepthook = lambda *_: None
         print(f"lorax-gen: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes it at exit
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:  # a full disk, a directory where nothing may be written
-        print(f"lorax-gen: error: {error}; choose another place", file=sys.stderr)
+    except OSError as error:  # a full disk, or a directory without write permission
+        print(f"lorax-gen: error: {error}; choose another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except Exception as error:  # of a store: no sign-in, no connection, no such bucket
+    except Exception as error:  # from a store: no credentials, no connection, no such bucket
         if (reason := files.store_error(error)) is None:
             raise
         print(f"lorax-gen: error: the store cannot be used ({reason})", file=sys.stderr)
@@ -79,9 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Parses and calls; returns the exit code.
+    """Parses the arguments and runs the command; returns the exit code.
 
-    Raises UserError where something is wrong, SystemExit after `--help`.
+    Raises UserError for bad input, SystemExit after `--help`.
     """
     if arguments == ["--version"]:
         print(f"lorax-gen {__version__}")
@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int:
         return PASSED_ON[name](rest[0], rest[1:])
     if name == "lm-eval":
         return lm_eval.run(rest)
-    if name in COMMANDS:  # parsed alone, so that what it suggests is an option of this command
+    if name in COMMANDS:  # parsed alone, so that suggestions are options of this command
         return parse(COMMANDS[name], rest, f"lorax-gen {name}").run()
     if not name.startswith("-"):
         near = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -1,4 +1,4 @@
-"""Options from words: tyro makes the parser and `--help` of dataclasses; an error is one line."""
+"""Command-line options: parsers and `--help` from dataclasses by tyro; errors in one line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from lorax_gen.errors import UserError
 
 
 class BadPath(Exception):
-    """A path is refused. Not a ValueError, which tyro would put into a box, or take as a hint to
-    try another type."""
+    """A path is refused. Not a ValueError, which tyro would frame, or catch to try another type."""
 
 
 def _to_path(words: list[str]) -> files.AnyPath:
@@ -29,8 +28,8 @@ def _to_path(words: list[str]) -> files.AnyPath:
         raise BadPath(str(error)) from None
 
 
-# A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash.
-# What is made is a `files.AnyPath`; of a union within `UserPath | None` tyro knows no instance.
+# A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash. Parsed as
+# a `files.AnyPath`; the annotation is PathLike, as tyro does not accept that union in an Optional.
 UserPath = Annotated[
     os.PathLike,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -47,12 +46,12 @@ def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any
     """An instance of a dataclass of options; `--help` prints and exits.
 
     Args:
-      prog: the words before the arguments, for `--help` and errors; more: of `tyro.cli`.
+      prog: the command, for `--help` and errors; more: options of `tyro.cli`.
 
     Raises UserError for unknown or missing options and for wrong values.
     """
-    # tyro frames its errors for the terminal. It has no public way to word them otherwise (the
-    # hooks of tyro._errors are private and say so), so what it prints is read and retold.
+    # tyro frames its errors for the terminal. It has no public way to change their wording (the
+    # hooks of tyro._errors are private), so its output is parsed and reworded.
     said = io.StringIO()
     wide = contextlib.nullcontext() if {"-h", "--help"} & set(arguments) else unwrapped()
     try:
@@ -71,25 +70,26 @@ def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any
 def parse_config(
     config: Any, arguments: Sequence[str], prog: str, about: str, **more: tuple[Any, Any]
 ) -> Any:
-    """As `parse`, of a training config's fields, its values the defaults, and others beside them.
+    """Like `parse`, with the fields of a training config as options, and further ones.
 
     Args:
+      config: gives the defaults.
       about: the description in `--help`; more: name -> its annotation and default.
 
-    Returns an object of `config` and the names of `more`.
+    Returns an object with the fields `config` and the names of `more`.
     """
     named = [(name, kind, dataclasses.field(default=value)) for name, (kind, value) in more.items()]
     fields = [("config", Annotated[type(config), tyro.conf.arg(name="")]), *named]
     options = dataclasses.make_dataclass("Options", fields, frozen=True)
     options.__doc__ = about
-    # the config's file says which data it has, so there is nothing to choose among
+    # the config's file determines the kind of data, so there is no subcommand to choose
     markers = (tyro.conf.AvoidSubcommands,)
     return parse(options, arguments, prog, default=options(config), config=markers)
 
 
 @contextlib.contextmanager
 def unwrapped() -> Iterator[None]:
-    """Shows tyro a terminal so wide that it breaks no line, which it would do within words."""
+    """Makes the terminal so wide that tyro wraps no lines, which it would do within words."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"
     try:
@@ -101,10 +101,10 @@ def unwrapped() -> Iterator[None]:
 
 
 def one_line(said: str, prog: str) -> str:
-    """tyro's framed error as a line: what is wrong, and the options that may have been meant.
+    """tyro's framed error as one line: the error, and the options that may have been meant.
 
-    Within the frame, rules separate the error from hints; names of options are indented by 4, what
-    they mean by 8.
+    Within the frame, rules separate the error from hints; option names are indented by 4, their
+    help by 8.
     """
     lines = re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()
     lines = lines[1:-1] if "╭" in said else lines[2:]  # without UTF-8 only the title is underlined

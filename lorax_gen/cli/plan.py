@@ -12,19 +12,19 @@ from lorax_gen.cli.parse import UserPath, parse_config
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices that are not here."""
+    """Devices to plan for."""
 
     topology: str = "v5e:4x4"
     """TPU slice (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4) or GPUs (gpu:8, gpu-a100:8, gpu-h200:8)."""
     utilisation: float = 0.4
-    """Share of the devices' peak FLOPs at which the step is assumed to multiply."""
+    """Assumed fraction of the devices' peak FLOPs."""
     output: UserPath | None = None
     """Also write the report as JSON to this new file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Tell whether a training run fits devices that are not here, and how long a step takes.
+    """Check whether a training run fits devices that are not attached, and how long a step takes.
 
     For a TPU the real step is compiled for it (pip install 'lorax-gen[plan]'), for GPUs the memory
     is estimated. CONFIG and overrides are those of train; models are presets, such as llama3_8b, or
@@ -42,7 +42,7 @@ class Plan:
 
 
 def run_config(name: str, overrides: list[str], target: Target = Target()) -> int:
-    """Plans the run of a config, with options that override its fields."""
+    """Plans the run of a named config, with options that override its fields."""
     import jax
 
     from lorax_gen import files
@@ -50,7 +50,7 @@ def run_config(name: str, overrides: list[str], target: Target = Target()) -> in
     from lorax_gen.planning.table import print_plan
     from lorax_gen.recipes.registry import load_config
 
-    jax.config.update("jax_platforms", "cpu")  # whatever this machine has is left alone
+    jax.config.update("jax_platforms", "cpu")  # leave this machine's accelerators alone
     _, config = load_config(name)
     parsed = parse_config(
         config,

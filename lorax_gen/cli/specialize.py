@@ -15,7 +15,7 @@ from lorax_gen.cli.parse import UserPath
 @dataclasses.dataclass(frozen=True)
 class Specialize:
     """Read a task's prompt once and write a task card: a few hundred bytes that, merged into the
-    edge model, stand for the prompt.
+    edge model, replace the prompt.
 
     Example: lorax-gen specialize "Look at the color of each thing : red=alpha , else=beta ."
     """
@@ -33,14 +33,14 @@ class Specialize:
     generator: str = "world/generator"
     """Generator directory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the cloud model's parameters; bfloat16 on GPUs and TPUs."""
+    """Dtype of the cloud model's parameters; bfloat16 on GPUs and TPUs."""
     cloud_int8: bool = False
     """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
     'lorax-gen[int8]')."""
     fsdp: int = 1
-    """Devices that the cloud model's weights are split over, so that it need not fit into one."""
+    """Devices that the cloud model's weights are sharded over, so that it need not fit on one."""
     tensor: int = 1
-    """Devices that heads and feed-forward width are split over."""
+    """Devices that heads and feed-forward width are sharded over."""
 
     def run(self) -> int:
         import lorax_gen

@@ -16,28 +16,28 @@ from lorax_gen.cli.parse import UserPath, parse_config
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a generator, a baseline or a language model, as a config says.
+    """Train a generator, a baseline or a language model from a config.
 
     CONFIG is a YAML file or a shipped config: world (the generator), world-lora (the baseline),
     world-cloud and world-edge (the language models). Any field can be overridden:
-    lorax-gen train CONFIG --help shows them. An interrupted run resumes with the same command, on
-    another mesh too. Over several hosts, start the same command on each.
+    lorax-gen train CONFIG --help shows them. An interrupted run resumes with the same command, also
+    on another mesh. With several hosts, start the same command on each.
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """A YAML file, or the name of a shipped config."""
     run_dir: UserPath | None = None
-    """Where the run lives; default runs/<name of the config>."""
+    """Run directory; default runs/<name of the config>."""
 
     def run(self) -> int:
         return run_config(self.config, [], self.run_dir)
 
 
-RunDir = Annotated[UserPath, tyro.conf.arg(help="Where the run lives.")]
+RunDir = Annotated[UserPath, tyro.conf.arg(help="Run directory.")]
 
 
 def run_config(name: str, overrides: list[str], run_dir: files.AnyPath | None = None) -> int:
-    """Trains as the config of a name says, with options that override its fields."""
+    """Trains a named config, with options that override its fields."""
     from lorax_gen import config as configs
     from lorax_gen.mesh.hosts import Hosts, initialize, is_first
     from lorax_gen.recipes.registry import RECIPES, load_config

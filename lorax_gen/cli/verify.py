@@ -13,10 +13,10 @@ from lorax_gen.cli.parse import UserPath
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Check that an artifact says the same in all its forms: gates, LoRA, merged, read again.
+    """Check that an artifact gives the same logits in all its forms: gates, LoRA, merged, reloaded.
 
-    Prints the largest difference of logits from the unmerged LoRA and the share of positions with
-    the same likeliest token. Exit code 1 when a difference is beyond what the dtype explains.
+    Prints the largest difference of logits from the unmerged LoRA and the fraction of positions
+    with the same argmax. Exit code 1 when a difference is larger than the dtype explains.
 
     Example: lorax-gen verify task.card.safetensors
     """
@@ -28,7 +28,7 @@ class Verify:
     generator: str = "world/generator"
     """Generator that the card was made with."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the edge model's parameters."""
+    """Dtype of the edge model's parameters."""
 
     def run(self) -> int:
         from rich import box
@@ -40,7 +40,8 @@ class Verify:
         edge = lorax_gen.load_model(self.edge, self.dtype)
         generator = generator_of(self.artifact, self.generator)
         comparisons = lorax_gen.verify(self.artifact, edge, generator)
-        table = Table(title="beside the unmerged LoRA", title_justify="left", box=box.SIMPLE_HEAD)
+        title = "compared with the unmerged LoRA"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("form", "logits differ by", "allowed", "same argmax", ""):
             table.add_column(name, justify="left" if name == "form" else "right")
         for row in comparisons:

@@ -12,7 +12,7 @@ def test_evaluate_refuses_a_directory_that_holds_something_else(refused, tmp_pat
     (tmp_path / "mine" / "report.json").write_text("mine")
     for task in ("world", "arc_easy"):
         message = refused("evaluate", task, "--run-dir", "mine")
-        assert "mine exists and is no evaluation to resume" in message
+        assert "mine exists and is not an evaluation" in message
     assert (tmp_path / "mine" / "report.json").read_text() == "mine"
 
 
