@@ -1,18 +1,17 @@
 """Reading and writing files so that nothing is overwritten and nothing is left half-written.
 
 A path is a local one (`pathlib.Path`) or, where a user wrote a URL such as `gs://bucket/run`, one
-in an object store (`epath.Path`, orbax's own type). `to_path` makes either. Of a store:
+in an object store (`epath.Path`, the type that orbax uses). `to_path` returns either. In a store:
 
-* An object is uploaded in one piece under its own name, and until that is done there is none: what
-  a disk needs a temporary name and a rename for.
-* A directory is nothing but objects whose names begin alike; it cannot be renamed at once. While
-  one is being written it holds an object `.incomplete`, the first that comes and the last that
-  goes. Readers refuse such a directory, and the next writer removes it. Foreign readers know a
-  directory by its `config.json`, so that comes last of all files.
-* Libraries want local files: they read from `local_copy` and write into what `new_file`,
-  `new_directory` and `replaced_file` yield, which is local and is uploaded when the block ends
-  well.
-* Nothing can be appended to: see `Log`.
+* The upload of an object is atomic; a disk needs a temporary name and a rename for that.
+* A directory is only a common prefix of object names and cannot be renamed atomically. While one is
+  being written it holds an object `.incomplete`, created first and deleted last. Readers refuse
+  such a directory, and the next writer removes it. Other programs recognise a directory by its
+  `config.json`, so that is uploaded last.
+* Libraries need local files: they read from `local_copy` and write into the local paths that
+  `new_file`, `new_directory` and `replaced_file` yield, which are uploaded when the block ends
+  without an error.
+* Objects cannot be appended to: see `Log`.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from etils import epath
 
 from lorax_gen.errors import UserError
 
-# Where tensorflow is installed, epath would import all of it to reach a store, as slow as it is.
+# Where tensorflow is installed, epath would import it to reach a store, which is slow.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 AnyPath = pathlib.Path | epath.Path
 
-# The schemes of stores: the package that knows each, and what to install.
+# Schemes of stores: the package that each needs, and the extra that installs it.
 STORES = {"gs": ("gcsfs", "'lorax-gen[gcs]'"), "s3": ("s3fs", "'lorax-gen[s3]'")}
-# Whose errors are those of a store: its own, its sign-in's and its connection's.
+# Packages whose errors are a store's: of the store, of authentication and of the connection.
 LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs"}
 INCOMPLETE = ".incomplete"
 
@@ -53,9 +52,9 @@ INCOMPLETE = ".incomplete"
 
 
 def to_path(name: str | os.PathLike) -> AnyPath:
-    """The path that a user wrote: a URL in a store, anything else on this machine.
+    """The path for a user's string: a URL is in a store, anything else is local.
 
-    Raises UserError where the store is of no known kind, or its package is not installed.
+    Raises UserError where the store is not supported, or its package is not installed.
     """
     if isinstance(name, epath.Path) and not is_url(name):
         return Path(name)
@@ -67,8 +66,8 @@ def to_path(name: str | os.PathLike) -> AnyPath:
             raise UserError(f"{name} was a URL before pathlib took a slash from it; pass a string")
         return Path(name)
     if scheme not in STORES:
-        known = " and ".join(f"{known}://" for known in STORES)
-        raise UserError(f"{text}: no such kind of store; known are {known}, and local paths")
+        known = " or ".join(f"{known}://" for known in STORES)
+        raise UserError(f"{text}: unsupported store; expected {known}, or a local path")
     package, install = STORES[scheme]
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{text} needs {package}: pip install {install}")
@@ -84,12 +83,12 @@ def is_url(path: str | os.PathLike) -> bool:
 
 
 def scheme(path: AnyPath) -> str:
-    """`gs`, `s3`, or nothing for a local path."""
+    """`gs`, `s3`, or `''` for a local path."""
     return os.fspath(path).partition("://")[0] if is_url(path) else ""
 
 
 def file_system(path: AnyPath) -> fsspec.AbstractFileSystem:
-    """fsspec's for a path in a store, which epath uses too."""
+    """The fsspec file system of a path in a store, which epath uses too."""
     return _open_store(scheme(path))
 
 
@@ -99,14 +98,14 @@ def absolute(path: AnyPath) -> AnyPath:
 
 @functools.cache
 def _open_store(scheme: str) -> fsspec.AbstractFileSystem:
-    # What is there is asked anew each time: other processes, and orbax's own client, write too.
+    # Listings are not cached: other processes, and orbax's own client, write too.
     for name in {"gs": ("gs", "gcs")}.get(scheme, (scheme,)):
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem(scheme)
 
 
 def store_error(error: BaseException) -> str | None:
-    """What a store's library has to say, in one line; None for an error of another kind."""
+    """The message of a store's error, in one line; None for any other error."""
     kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if not kinds & LIBRARIES:
         return None
@@ -117,7 +116,7 @@ def store_error(error: BaseException) -> str | None:
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """The object in a JSON file; UserError where it is missing, broken or no object."""
+    """The object in a JSON file; raises UserError where it is missing, invalid or not an object."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -125,7 +124,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object, which it should")
+        raise UserError(f"{path} must hold a JSON object")
     return value
 
 
@@ -139,13 +138,13 @@ def read_prompt(text: str) -> str:
             return path.read_text()
         except (OSError, UnicodeDecodeError):
             raise UserError(
-                f"cannot read the prompt file {path}; after @ stands the name of a text file"
+                f"cannot read the prompt file {path}; @ is followed by the name of a text file"
             ) from None
     return text
 
 
 def find(directory: AnyPath, pattern: str) -> list[AnyPath]:
-    """The files and directories in or below a directory whose name fits a pattern, sorted."""
+    """The files and directories in or below a directory whose name matches a pattern, sorted."""
     if not is_url(directory):
         return sorted(directory.rglob(pattern))
     found = file_system(directory).find(os.fspath(directory), withdirs=True)
@@ -154,15 +153,15 @@ def find(directory: AnyPath, pattern: str) -> list[AnyPath]:
 
 
 def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
-    """The path itself, or for one in a store a copy of it, of the same name.
+    """The path itself, or for one in a store a local copy with the same name.
 
-    A process downloads what has not changed once, into a temporary directory (in `$TMPDIR`) that
-    is removed when it ends.
+    A process downloads an unchanged path once, into a temporary directory (in `$TMPDIR`) that is
+    removed when the process ends.
 
     Args:
       patterns: of a directory, the files to copy.
 
-    Raises UserError where a directory was never finished; FileNotFoundError where nothing is there.
+    Raises UserError where a directory is incomplete; FileNotFoundError where the path is missing.
     """
     if not is_url(path):
         return path
@@ -172,7 +171,7 @@ def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
         raise FileNotFoundError(f"no such file or directory: {path}")
     names = {name: _inside(name, path) for name in sorted(infos)}  # '' for a file
     if INCOMPLETE in names.values():
-        raise UserError(f"{path} is incomplete: what wrote it was interrupted; write it again")
+        raise UserError(f"{path} is incomplete: its writer was interrupted; write it again")
     wanted = {
         name: inner
         for name, inner in names.items()
@@ -191,7 +190,7 @@ def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
 
 
 def _inside(name: str, directory: AnyPath) -> str:
-    """A store's name of an object, relative to the directory."""
+    """An object's name in the store, relative to the directory."""
     return name.removeprefix(os.fspath(directory).partition("://")[2]).strip("/")
 
 
@@ -211,14 +210,14 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 
 def must_be_new(path: str | os.PathLike) -> None:
-    """UserError where something is at `path`; what was left incomplete in a store is nothing."""
+    """Raises UserError where `path` exists; an incomplete directory in a store does not count."""
     path = to_path(path)
     if path.exists() and not is_incomplete(path):
         raise UserError(f"{path} already exists; choose another name or remove it first")
 
 
 def is_incomplete(path: AnyPath) -> bool:
-    """Whether it is a directory in a store that was never finished."""
+    """Whether it is a directory in a store whose writing was interrupted."""
     return is_url(path) and (path / INCOMPLETE).exists()
 
 
@@ -234,7 +233,7 @@ def make_directory(path: AnyPath) -> None:
 
 @contextmanager
 def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary local path that replaces `path` when the block ends well."""
+    """A temporary local path that replaces `path` when the block ends without an error."""
     path = to_path(path)
     if is_url(path):
         with tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
@@ -263,8 +262,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary local path that becomes `path` when the block ends well. `path` must not
-    exist."""
+    """A temporary local path that becomes `path` when the block ends without an error. `path`
+    must not exist."""
     path = to_path(path)
     must_be_new(path)
     make_directory(path.parent)
@@ -274,7 +273,7 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary local directory that becomes `path` when the block ends well.
+    """A temporary local directory that becomes `path` when the block ends without an error.
 
     `path` must not exist, or be an empty directory, or one left incomplete in a store.
     """
@@ -301,14 +300,14 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def staging(path: AnyPath) -> Path:
-    """The local directory to write into where `path` is one: itself, or one that `upload` takes
-    there, as often as is wanted."""
+    """The local directory to write into: `path` itself if local, else a temporary one, to be
+    copied by `upload` as often as needed."""
     return Path(tempfile.mkdtemp(dir=_scratch().name)) if is_url(path) else path
 
 
 def upload(local: Path, path: AnyPath) -> None:
-    """Copies a local file, or the files in and below a local directory, to names in a store; what
-    was there is replaced. Nothing to do where both are the same."""
+    """Copies a local file, or the files in and below a local directory, to a store, replacing
+    objects of the same name. Does nothing if both paths are the same."""
     if local == path:
         return
     store = file_system(path)
@@ -319,7 +318,7 @@ def upload(local: Path, path: AnyPath) -> None:
 
 
 def _upload_new(local: Path, path: AnyPath) -> None:
-    """The complete directory, or one that counts as none."""
+    """Uploads a directory completely, or leaves it marked incomplete."""
     if is_incomplete(path):
         path.rmtree()
     (path / INCOMPLETE).write_text("")
@@ -327,21 +326,21 @@ def _upload_new(local: Path, path: AnyPath) -> None:
         upload(local, path)
         (path / INCOMPLETE).unlink()
     except BaseException:
-        with suppress(Exception):  # what has failed may be the store; then it stays incomplete
+        with suppress(Exception):  # the store itself may have failed; then it stays incomplete
             path.rmtree()
         raise
 
 
 class Log:
-    """A text file that grows.
+    """A text file that is appended to.
 
-    On a disk, what `write` was given is there when it returns. A store can only replace an object,
-    so there what is written gathers on this machine, and the object is written again by `flush`,
-    and by `write` where that was a minute ago or more. A process that is killed loses what has come
-    since, so a writer flushes before anything that counts on it.
+    On a disk, `write` returns after the text is synced. A store can only replace an object, so text
+    is buffered in memory, and the object is replaced by `flush`, and by `write` if the last flush
+    was a minute ago or more. A killed process loses the buffered text, so a writer flushes before
+    anything that depends on it.
 
     Args:
-      text: what the file begins with; it replaces what is there.
+      text: the initial content; it replaces an existing file.
     """
 
     EVERY = 60.0  # seconds
@@ -363,7 +362,7 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """Returns when all that was written is there."""
+        """Returns after all text is written."""
         if self.pending:
             text = "".join([self.written, *self.pending])
             write_text(self.path, text)

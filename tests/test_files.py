@@ -125,7 +125,7 @@ def test_what_is_no_url_is_a_local_path(name):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("ftp://host/run", "ftp://host/run: no such kind of store; known are gs:// and s3://"),
+        ("ftp://host/run", "ftp://host/run: unsupported store; expected gs:// or s3://"),
         ("gs:///run", "gs:///run names no bucket"),
         ("gs://", "gs:// names no bucket"),
         (Path("gs://bucket/run"), "gs:/bucket/run was a URL before pathlib took a slash"),
@@ -225,7 +225,7 @@ def test_a_killed_upload_is_no_directory_and_is_made_anew(folder, monkeypatch):
     monkeypatch.undo()
     assert set(objects(folder)) == {"half", files.INCOMPLETE}
     assert not files.is_complete_directory(folder)
-    with pytest.raises(UserError, match="is incomplete: what wrote it was interrupted"):
+    with pytest.raises(UserError, match="is incomplete: its writer was interrupted"):
         files.local_copy(folder)
     files.must_be_new(folder)
     with files.new_directory(folder) as temporary:
