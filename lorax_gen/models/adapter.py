@@ -1,18 +1,16 @@
-"""The seam through which whatever adapts a frozen decoder enters it. The decoder knows none of it.
+"""The interface between a frozen decoder and its adapters. The decoder depends on no adapter.
 
-An adapter is two trees and a function that says what they do:
+An adapter is two trees and the function that applies them:
 
     shared    [L, ...]       one for the entire batch; sharded like the weights
     rows      [L, B, ...]    one for each row, sharded like the batch; [L, P, ...] with B = P Q is
-                             one for each Q rows that follow each other
+                             one for each Q consecutive rows
     apply     static and hashable: what is added at a kernel, what the feed-forward network becomes
 
 The decoder scans both trees together with its layers and calls `apply` with the slices of one
 layer. The default is the LoRA of eq. 1: `Adapter(shared=tree)` for all rows, `Adapter(rows=tree)`
-for a LoRA of each row's own. An `Apply` of its own makes anything else, such as gates over a pool
+for one LoRA per row. A subclass of `Apply` implements any other adapter, such as gates over a pool
 of experts or a mixture that routes tokens.
-
-Dims: B batch, T time, D input width, F output width, L layers, P groups of rows, Q rows of a group.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ Delta = Callable[[str, Array], "Array | None"]
 
 class Apply:
     """What an adapter does in one layer; this one does nothing. Subclasses are frozen dataclasses:
-    they are static arguments of compiled programs."""
+    static arguments of compiled programs."""
 
     def kernel(
         self, name: str, x: Array, shared: Tree, rows: Tree, key: Array | None
@@ -59,7 +57,7 @@ class Apply:
 
         Args:
           mlp: `mlp(x, delta)`, the frozen network with `delta` added at its kernels. It may be
-            called several times, as by a mixture whose experts are entire networks.
+            called several times, as in a mixture whose experts are full networks.
         """
         return mlp(x, lambda name, h: self.kernel(name, h, shared, rows, key)), {}
 
@@ -69,7 +67,7 @@ class LowRank(Apply):
     """LoRA, eq. 1: (x A) B at every kernel that a tree names, `{name: {'a', 'b'}}`."""
 
     dropout: float = 0.0
-    """On the input of the LoRA branch, where a key is given; the frozen branch sees `x` itself."""
+    """Rate on the input of the LoRA branch, if a key is given; the frozen branch has none."""
 
     def kernel(self, name, x, shared, rows, key):
         pairs = [tree[name] for tree in (shared, rows) if name in tree]
@@ -92,22 +90,22 @@ def drop(x: Array, rate: float, key: Array | None) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """See the module's docstring. A pytree, whose `apply` is static."""
+    """See the module's docstring. A pytree with static `apply`."""
 
     shared: Tree = dataclasses.field(default_factory=dict)
     rows: Tree = dataclasses.field(default_factory=dict)
     apply: Apply = dataclasses.field(default=LowRank(), metadata={"static": True})
 
     def kernel(self, name: str, x: Array, key: Array | None) -> Array | None:
-        """See `Apply.kernel`; of an adapter that holds one layer."""
+        """See `Apply.kernel`; for an adapter sliced to one layer."""
         return self.apply.kernel(name, x, self.shared, self.rows, key)
 
     def feed_forward(
         self, x: Array, mlp: Callable[[Array, Delta], Array], key: Array | None
     ) -> tuple[Array, dict[str, Array]]:
-        """See `Apply.feed_forward`; of an adapter that holds one layer."""
+        """See `Apply.feed_forward`; for an adapter sliced to one layer."""
         return self.apply.feed_forward(x, mlp, self.shared, self.rows, key)
 
     def take_rows(self, indices: Any) -> Adapter:
-        """The adapter of some rows, in their order, repeated where an index is."""
+        """The adapter of the rows at `indices`, which may repeat."""
         return dataclasses.replace(self, rows=jax.tree.map(lambda x: x[:, indices], self.rows))

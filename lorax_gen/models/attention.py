@@ -1,6 +1,7 @@
 """Causal attention with grouped heads, for every family: soft-caps, windows, caches.
 
-Dims: B batch, T queries, S keys, H heads, K key/value heads, G = H / K, E head size.
+Dims beyond the legend (`lorax_gen.method`): T queries, S keys, K key/value heads, G = H / K,
+E head size.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def attend(
 
     Args:
       scale: of the scores q k.
-      softcap: c, where scores pass through c tanh(score / c) before the softmax (Gemma 2).
-      mask: bool, to be broadcast to `[B, 1, T, S]`; True is seen. None: causal, S = T.
-      implementation: `xla`, or `cudnn` on a GPU, for what has neither soft-cap nor mask.
+      softcap: c; scores become c tanh(score / c) before the softmax (Gemma 2).
+      mask: bool, broadcastable to `[B, 1, T, S]`; True is attended to. None: causal, S = T.
+      implementation: `xla`, or `cudnn` on a GPU; with a soft-cap or a mask always `xla`.
     """
     if softcap is None:
         plain = mask is None
@@ -54,14 +55,14 @@ def attend(
 
 
 def softcapped(x: Array, cap: float | None) -> Array:
-    """c tanh(x / c), which keeps x within +-c; x itself where there is no cap."""
+    """c tanh(x / c), which bounds x by +-c; x itself without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def visible(queries: Array, keys: Array, window: Array | int | None = None) -> Array:
-    """`[B, 1, T, S]` bool: which keys at positions `[S]` or `[B, S]` queries at `[B, T]` see.
+    """`[B, 1, T, S]` bool: which keys at positions `[S]` or `[B, S]` queries at `[B, T]` attend to.
 
-    All up to their own, or the last `window` of these, their own among them.
+    All up to their own position, or the last `window` of these, their own included.
     """
     queries, keys = queries[:, None, :, None], jnp.atleast_2d(keys)[:, None, None, :]
     seen = keys <= queries

@@ -1,11 +1,12 @@
 """Decoding with a key/value cache: prefill, then token by token, greedily or by sampling.
 
-Pure functions of arrays, to be jitted as one (`generate_tokens`) or in the two steps of streaming
+Pure functions of arrays, to be jitted as one (`generate_tokens`) or as two for streaming
 (`prefill`, `advance`). Layers are unrolled here, from one dict per layer: scanning over stacked
 weights would copy every layer's slice for every token. `params['layers']` may be that list
-(`Model.decoding_params`) or the stacked tree, of which each call then makes the list.
+(`Model.decoding_params`) or the stacked tree, which each call then unstacks.
 
-Dims: B batch, T prompt length, N new tokens, S cache slots, L layers, V vocabulary.
+Dims beyond the legend (`lorax_gen.method`): T prompt length, N new tokens, S cache slots and prefix
+length, K key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ from lorax_gen.models.decoder import (
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn; None instead is greedy decoding.
+    """How a token is sampled; greedy decoding has None instead.
 
-    The values are arguments of the compiled program; whether `top_k` and `top_p` are None or not
-    is part of it.
+    The values are arguments of the compiled program; it is recompiled if `top_k` or `top_p` become
+    None or a value.
     """
 
     temperature: Any = 1.0  # above 0; logits are divided by it
-    top_k: Any = None  # only the k likeliest tokens
-    top_p: Any = None  # of these, the fewest that hold this probability
+    top_k: Any = None  # only the k most likely tokens
+    top_p: Any = None  # of these, the fewest with this total probability
 
 
 class DecodingState(NamedTuple):
-    """What decoding carries from token to token."""
+    """The loop state of decoding."""
 
-    token: Array  # [B] int32, written last and not yet read
+    token: Array  # [B] int32, the latest, not yet in the cache
     position: Array  # [B] int32, of that token
     finished: Array  # [B] bool; a finished row repeats its last token
-    step: Array  # [] int32, tokens written so far
+    step: Array  # [] int32, tokens generated so far
     cache: list[dict[str, Array]]  # of each layer
 
 
@@ -74,10 +75,10 @@ def forward_with_cache(
     prefix: Array | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Array, list]:
-    """Hidden states `[B, T, D]` of tokens `[B, T]`, and the cache with them in it.
+    """Hidden states `[B, T, D]` of tokens `[B, T]`, and the updated cache.
 
-    They stand at `positions: [B, T]`, or, where there are none, at the beginning of an empty cache,
-    after a prefix of embeddings `[B, S, D]` where there is one.
+    The tokens are at `positions: [B, T]`, or without them at the beginning of an empty cache, after
+    an optional prefix of embeddings `[B, S, D]`.
     """
     layers, count = params["layers"], config.num_hidden_layers
     layers = layers if isinstance(layers, list) else unstack(layers, count)
@@ -98,10 +99,10 @@ def forward_with_cache(
 
 
 def restrict(scores: Array, top_k: Array | None = None, top_p: Array | None = None) -> Array:
-    """Logits `[..., V]` with -inf for all but the likeliest tokens.
+    """Logits `[..., V]` with -inf for all but the most likely tokens.
 
-    Kept are the `top_k` likeliest and of these, with their probabilities made to sum to 1, the
-    fewest whose sum reaches `top_p`; at least one. Ties with the last one kept stay too.
+    Kept are the `top_k` most likely and of these, with renormalised probabilities, the fewest
+    whose sum reaches `top_p`; at least one. Ties with the last one kept are kept too.
     """
     if top_k is None and top_p is None:
         return scores
@@ -117,7 +118,7 @@ def restrict(scores: Array, top_k: Array | None = None, top_p: Array | None = No
 
 
 def choose(scores: Array, sampling: Sampling | None, key: Array | None, step: Array) -> Array:
-    """The next tokens `[B]` int32 of logits `[B, V]`; what a row draws depends on no other row."""
+    """The next tokens `[B]` int32 from logits `[B, V]`; each row is sampled independently."""
     if sampling is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
     scores = restrict(scores / sampling.temperature, sampling.top_k, sampling.top_p)
@@ -140,17 +141,17 @@ def prefill(
     prefix: Array | None = None,
     execution: Execution = Execution(),
 ) -> DecodingState:
-    """Reads prompts and chooses the first new token of each; see `generate_tokens`.
+    """Fills the cache with prompts and chooses the first new token of each; see `generate_tokens`.
 
     Args:
-      slots: S, prefix, prompt and new tokens together.
-      execution: of which decoding uses `constrain`.
+      slots: S, for prefix, prompt and new tokens together.
+      execution: decoding uses only its `constrain`.
     """
     batch, _ = tokens.shape
     before = 0 if prefix is None else prefix.shape[1]
     cache = init_cache(config, batch, slots, params["embed"].dtype)
-    # Padding fills cache slots too, but a row's own new tokens overwrite them before any query
-    # can see that far.
+    # Padding fills cache slots too, but a row's new tokens overwrite them before any query attends
+    # to them.
     hidden, cache = forward_with_cache(
         params, config, tokens, cache, adapter, prefix=prefix, execution=execution
     )
@@ -174,7 +175,7 @@ def advance(
 ) -> tuple[DecodingState, Array]:
     """Up to `steps` more tokens `[B, steps]`; stops early when all rows are finished.
 
-    Rows that are finished repeat their last token; what is left when all are is filled with it.
+    Finished rows repeat their last token, up to `steps` tokens.
     """
 
     if steps == 0:
@@ -234,13 +235,13 @@ def generate_tokens(
 
     Args:
       tokens: `[B, T]` int32, right-padded; `lengths: [B]` int32, each at least 1.
-      max_new_tokens: N; the cache holds them, the prompt and the prefix.
+      max_new_tokens: N; the cache has slots for the prefix, the prompt and these.
       stop_ids: tokens that end a row.
-      sampling: None is greedy; otherwise `key` is the root of what is drawn.
+      sampling: None is greedy; otherwise `key` is the root of all randomness.
       adapter, prefix: see `decoder.hidden_states`.
 
     Returns:
-      `[B, N]` int32; a row's stop token is repeated after it. Stops as soon as all rows have ended.
+      `[B, N]` int32; a row's stop token is repeated after it. Stops once all rows are finished.
     """
     options = {"stop_ids": stop_ids, "sampling": sampling, "key": key, "adapter": adapter}
     slots = tokens.shape[1] + max_new_tokens + (0 if prefix is None else prefix.shape[1])

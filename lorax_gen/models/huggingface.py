@@ -1,12 +1,12 @@
-"""Model directories as Hugging Face writes them, in and out.
+"""Reading and writing model directories in Hugging Face's format.
 
-    config.json                   the shape, in the names of `families`
+    config.json                   the shape, with the keys of `families`
     model.safetensors             one tensor per layer and kernel, or several files and an index
     tokenizer.json and others     read and written by `transformers`
     generation_config.json        the tokens that end a text
 
-Layers are stacked on the way in and unstacked on the way out, one leaf at a time: the host never
-holds more than a leaf beside what lies on the devices.
+Layers are stacked when read and unstacked when written, one leaf at a time: the host holds at most
+one leaf besides the arrays on the devices.
 """
 
 from __future__ import annotations
@@ -55,18 +55,19 @@ def load_model(
 
     Args:
       dtype: of the parameters; None keeps the checkpoint's.
-      in_int8: keep the kernels in int8 (see `models.int8`): to be read, not merged or saved.
-      shardings: a tree of shardings for the abstract parameters, such as
-        `partial(training.sharding.tree_shardings, mesh=mesh)`; None: the default device.
+      in_int8: keep the kernels in int8 (see `models.int8`); they cannot be merged or saved.
+      shardings: maps the abstract parameters to a tree of shardings, such as
+        `partial(mesh.sharding.tree_shardings, mesh=mesh)`; None: the default device.
       revision: branch, tag or commit on the hub.
-      bos: whether texts begin with BOS; None: as the tokenizer does it by itself.
+      bos: whether texts begin with BOS; None: the tokenizer's default.
 
-    Raises UserError where the directory, a file or a tensor is missing, foreign or misshapen.
+    Raises UserError where the directory, a file or a tensor is missing, unknown or has a
+    wrong shape.
     """
     directory = find_directory(name_or_dir, revision=revision)
     config = read_config(directory / "config.json")
     params = read_params(directory, config, dtype, in_int8=in_int8, shardings=shardings)
-    # No path and no URL may enter what is made of the model.
+    # No path and no URL may enter artifacts made with the model.
     on_hub = not (files.is_url(name_or_dir) or assets.resolve(name_or_dir).is_dir())
     name = str(name_or_dir) if on_hub else directory.resolve().name
     return Model(config, params, load_tokenizer(directory), read_stop_ids(directory), name, bos)
@@ -81,16 +82,16 @@ def save_model(
     max_shard_size: str = "5GB",
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a model directory that `transformers` and `load_model` read; replaces nothing.
+    """Writes a model directory that `transformers` and `load_model` read; never overwrites.
 
     Args:
-      provenance: where given, goes into `provenance.json`.
-      dtype: of the tensors; None keeps the dtype that they have.
-      max_shard_size: of a file of tensors, such as `500MB`; more than one get an index.
-      extra: writes whatever else belongs into the directory, before it gets its name.
+      provenance: if given, written to `provenance.json`.
+      dtype: of the tensors; None keeps theirs.
+      max_shard_size: of a file of tensors, such as `500MB`; several files get an index.
+      extra: writes further files into the temporary directory, before it is renamed.
 
-    Raises UserError where something is at `directory`, the kernels are in int8, or no family has a
-    place for what the config asks for.
+    Raises UserError where `directory` exists, the kernels are in int8, or no family supports the
+    config.
     """
     int8.refuse(model.params, "save")
     with files.new_directory(directory) as partial:
@@ -113,7 +114,7 @@ def save_model(
 
 
 def read_stop_ids(directory: Path) -> tuple[int, ...]:
-    """The tokens that end a text; generation_config.json knows better than config.json."""
+    """The tokens that end a text; generation_config.json has precedence over config.json."""
     for name in ("generation_config.json", "config.json"):
         if (directory / name).is_file():
             ids = files.read_json(directory / name).get("eos_token_id")
@@ -126,7 +127,7 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
 
 
 class Checkpoint:
-    """The tensors of a directory, by name, in whichever of its files they lie. Read when asked."""
+    """The tensors of a directory by name, from one or more files; read on demand."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -182,7 +183,7 @@ def read_params(
 
 
 def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    """UserError that names the first tensor that is missing, unknown or misshapen."""
+    """Raises UserError that names the first tensor that is missing, unknown or of a wrong shape."""
     expected, source = tensor_shapes(config), checkpoint.source
     for key, shape in expected.items():
         if key not in checkpoint.file_of:
@@ -210,15 +211,15 @@ def read_leaf(
     dtype: Any,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """One leaf, its layers stacked; each device's part is read by itself, onto that device.
+    """One leaf, its layers stacked; each device's shard is read separately.
 
-    Without a sharding it is on the default device and free to move with what it is used with.
+    Without a sharding it is on the default device and uncommitted.
     """
     stacked, transposed = ours.startswith("layers/"), is_transposed(ours)
-    if dtype is None:  # layers of several dtypes: the one that holds them all
+    if dtype is None:  # layers of several dtypes: promote to a common one
         dtype = functools.reduce(jnp.promote_types, {checkpoint.dtype(key) for key in keys})
     dtype = np.dtype(dtype)
-    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it
+    parts: dict[str, np.ndarray] = {}  # devices with equal shards share it
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if str(index) not in parts:
@@ -242,7 +243,7 @@ def read_leaf(
 def write_params(
     directory: Path, params: Params, config: DecoderConfig, dtype: Any, max_shard_size: str
 ) -> None:
-    """The files of tensors, one held at a time, and their index where there are several."""
+    """Writes the files of tensors, one in memory at a time, and an index if there are several."""
     leaves = {
         key: (ours, leaf_at(params, ours), i)
         for ours, keys in tensor_names(config).items()

@@ -23,11 +23,11 @@ Params = dict[str, Any]
 
 
 def quantize(kernel: Array) -> dict[str, Array]:
-    """The pair of a kernel `[..., D, F]`; no value moves by more than half of max |w| / 127.
+    """The pair of a kernel `[..., D, F]`; no value changes by more than half of max |w| / 127.
 
     Raises UserError where qwix is not installed.
     """
-    shared = kernel.ndim - 2  # D; all other axes have scales of their own
+    shared = kernel.ndim - 2  # D; scales are per index of all other axes
     found = import_qwix().quantize(
         kernel.astype(jnp.float32),  # a quotient in bfloat16 would be rounded twice
         jnp.int8,
@@ -50,16 +50,16 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def refuse(params: Params, what: str) -> None:
-    """UserError where a decoder's kernels are in int8."""
+    """Raises UserError where a decoder's kernels are in int8."""
     if any(map(is_quantized, params["layers"].values())):
-        raise UserError(f"cannot {what} a model whose kernels are in int8; load it without that")
+        raise UserError(f"cannot {what} a model whose kernels are in int8; load it without int8")
 
 
 def matmul(x: Array, kernel: Array | Mapping[str, Array]) -> Array:
-    """x W `[..., F]` in the dtype of `x: [..., D]`, whichever of the two forms the kernel has.
+    """x W `[..., F]` in the dtype of `x: [..., D]`, for a kernel in int8 or not.
 
-    The scales come after the product: so a sharded kernel is gathered as int8, in half the bytes
-    of a product with `qvalue * scale`, for which XLA gathers what is multiplied out.
+    The scales are applied after the product, so that a sharded kernel is gathered as int8: half the
+    bytes of a product with `qvalue * scale`, for which XLA gathers the dequantised kernel.
     """
     if not is_quantized(kernel):
         return x @ kernel.astype(x.dtype)
@@ -67,7 +67,7 @@ def matmul(x: Array, kernel: Array | Mapping[str, Array]) -> Array:
 
 
 def import_qwix() -> Any:
-    """qwix, which only int8 needs; UserError where it is not installed."""
+    """The module qwix, which only int8 needs; raises UserError where it is not installed."""
     try:
         import qwix
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A language model as the rest of the package holds it: shape, parameters, tokenizer."""
+"""A language model: its config, parameters and tokenizer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorax_gen.tensors import tree_hash
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A language model: its shape, its parameters and its tokenizer.
+    """A language model: its config, its parameters and its tokenizer.
 
     Attributes:
-      stop_ids: tokens that end a text; the tokenizer's end of text where none are given.
+      stop_ids: tokens that end a text; default the tokenizer's end of text.
       bos: whether a text begins with BOS, the one rule for training, scoring, decoding, prompts and
-        requests; None is resolved to what the tokenizer does by itself.
-      name: what it was loaded as: a hub name, or the last part of a directory's.
+        requests; None is resolved to the tokenizer's default.
+      name: a hub name, or the last component of the directory it was loaded from.
     """
 
     config: DecoderConfig
@@ -44,27 +44,27 @@ class Model:
 
     @property
     def is_abstract(self) -> bool:
-        """Whether it is shapes alone, to be planned with: neither numbers nor a tokenizer."""
+        """Whether it has only shapes, for planning: no values and no tokenizer."""
         return isinstance(self.params["embed"], jax.ShapeDtypeStruct)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the parameters, whatever directory they lie in, and in fp32 as in bf16."""
+        """Identifies the parameters: equal for every directory, and in fp32 and bf16."""
         return tree_hash(self.params, jnp.bfloat16)
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Identifies what turns a text into ids."""
+        """Identifies the tokenizer."""
         return tokenizers.fingerprint(self.tokenizer)
 
     @functools.cached_property
     def decoding_params(self) -> Params:
-        """The parameters with `layers` as a list, as decoding wants them: a copy, made once."""
+        """The parameters with `layers` as a list, for decoding: a copy, made once."""
         layers = decoder.unstack(self.params["layers"], self.config.num_hidden_layers)
         return {**self.params, "layers": layers}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as this model reads it."""
+        """Token ids of a text, with BOS if `bos`."""
         return tokenizers.encode(self.tokenizer, text, bos=self.bos)
 
     def merged(self, lora: Tree) -> Model:

@@ -1,7 +1,7 @@
 """The shapes of published checkpoints, for planning, benchmarks and abstract evaluation.
 
-A preset needs no download: with `jax.eval_shape` it gives every shape of a model without its
-memory. Each is what `read_config` makes of the checkpoint's own `config.json`.
+A preset needs no download: with `jax.eval_shape` it gives every shape of a model without allocating
+it. Each equals what `read_config` returns for the checkpoint's `config.json`.
 """
 
 from __future__ import annotations

@@ -319,7 +319,7 @@ def test_a_stretched_rope_without_one_of_its_fields_is_refused(field, write):
 
 @pytest.mark.parametrize(
     "text, message",
-    [('{"architectures": [', "is not valid JSON"), ("[]", "holds no JSON object")],
+    [('{"architectures": [', "is not valid JSON"), ("[]", "must hold a JSON object")],
 )
 def test_a_broken_config_is_named(text, message, tmp_path):
     path = tmp_path / "config.json"

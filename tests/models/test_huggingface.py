@@ -462,7 +462,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded_copy, no_reading):
     "text, message",
     [
         ('{"weight_map": {', "is not valid JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "must hold a JSON object"),
         ('{"metadata": {}}', "has no weight_map"),
         ('{"weight_map": ["model.safetensors"]}', "has no weight_map"),
         ('{"weight_map": {"model.norm.weight": 5}}', "has no weight_map"),
