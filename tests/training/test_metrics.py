@@ -53,7 +53,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     text = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
     path.write_text(text)
-    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl is no row"):
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl is not a row"):
         MetricsLog(path, 3)
     assert path.read_text() == text
 
