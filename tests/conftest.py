@@ -69,7 +69,7 @@ def random_params(config: DecoderConfig, seed: int = 0) -> decoder.Params:
         elif name.endswith("bias"):
             value = 0.5 * noise
         else:
-            value = noise * leaf.shape[-1 if name == "embed" else -2] ** -0.5
+            value = noise * leaf.shape[-1 if name in ("embed", "positions") else -2] ** -0.5
         return jnp.asarray(value, leaf.dtype)
 
     shapes = jax.eval_shape(lambda: decoder.init_params(jax.random.key(0), config))

@@ -36,6 +36,7 @@ KERNELS = {
     "up": ("fsdp", "tensor"),
     "down": ("tensor", "fsdp"),
     "embed": ("tensor", "fsdp"),
+    "positions": (None, "fsdp"),
     "lm_head": ("fsdp", "tensor"),
     "w1": ("fsdp", "tensor"),
     "w2": ("tensor", None),

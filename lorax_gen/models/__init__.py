@@ -1,8 +1,10 @@
-"""Decoder language models: LLaMA, Gemma, Gemma 2 and Qwen2.
+"""Decoder language models: LLaMA, Qwen2, Qwen3, Gemma and Gemma 2.
 
 model         a model with its config, parameters and tokenizer
+config        the shape of a decoder, and the switches that families differ in
 decoder       the decoder as pure functions over parameters
 attention     causal attention with grouped heads
+rope          rotary position embeddings
 decoding      prefill and decoding with a key/value cache
 adapter       how a LoRA or another adapter enters the decoder
 scoring       log-likelihoods of tokens, in training and evaluation

@@ -1,11 +1,12 @@
-"""The decoder: one Flax module for LLaMA, Gemma, Gemma 2 and Qwen2, as pure functions over params.
+"""The decoder: one Flax module for all families, as pure functions over parameters.
 
 Parameters are a plain dict, layers stacked on a leading axis and scanned:
 
     {'embed': [V, D], 'layers': {'attn_norm': [L, D], 'q': [L, D, H*E], ...}, 'final_norm': [D]}
 
-with `'lm_head': [D, V]` where the head is not tied to the embeddings. Kernels are `[in, out]`, or
-pairs of int8 values and scales (`models.int8`).
+with `'lm_head': [D, V]` where the head is not tied to the embeddings, `'positions': [P, D]` where
+positions are learned, and biases and further norms where the config has them. Kernels are
+`[in, out]`, or pairs of int8 values and scales (`models.int8`).
 A family is a set of switches in `DecoderConfig`; no code asks for one by name. What adapts the
 decoder comes in as an `Adapter` (`models.adapter`), how it runs as an `Execution`.
 
@@ -20,17 +21,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from lorax_gen.errors import UserError
 from lorax_gen.models import int8
 from lorax_gen.models.adapter import Adapter, Delta
 from lorax_gen.models.attention import attend, softcapped, visible
+from lorax_gen.models.config import ACTIVATIONS, DecoderConfig, kernel_shapes
+from lorax_gen.models.rope import Tables, rope_tables, rotate
 
 Array = jax.Array
 # Variance 1 / fan-in. LLaMA's fixed 0.02 is about that at its width of some thousands; in models a
@@ -38,139 +40,11 @@ Array = jax.Array
 INIT = nn.initializers.lecun_normal()
 Params = dict[str, Any]
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Rotary frequencies stretched to longer texts, `rope_type: llama3` (LLaMA 3.1 and later)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder, in the field names of Hugging Face's `config.json` where it has them.
-
-    The switches below `hidden_act` are what families differ in; their defaults are LLaMA's.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
-    biases: tuple[str, ...] = ()
-    """Kernels that a bias is added to (Qwen2: q, k and v)."""
-    rms_norm_offset: bool = False
-    """Norms multiply by 1 + weight (Gemma)."""
-    embedding_scale: bool = False
-    """Input embeddings are multiplied by sqrt(D) (Gemma)."""
-    post_norms: bool = False
-    """Norms after attention and feed-forward as well as before (Gemma 2)."""
-    query_pre_attn_scalar: float | None = None
-    """Scores are divided by its root; None: head_dim (Gemma 2)."""
-    attn_logit_softcapping: float | None = None
-    """Scores stay within this, by tanh (Gemma 2)."""
-    final_logit_softcapping: float | None = None
-    """Logits stay within this, by tanh (Gemma 2)."""
-    sliding_window: int | None = None
-    """Positions that a `sliding_attention` layer sees, its own among them (Gemma 2, Qwen2)."""
-    layer_types: tuple[str, ...] = ()
-    """`sliding_attention` or `full_attention` for each layer; empty: all full."""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.default is dataclasses.MISSING and getattr(self, field.name) < 1:
-                raise UserError(f"{field.name}={getattr(self, field.name)}; expected 1 or more")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}; grouped attention needs one"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd; rotary embeddings need it even")
-        if unknown := set(self.biases) - set(kernel_shapes(self)):
-            raise UserError(
-                f"biases names {min(unknown)!r}; the kernels are {[*kernel_shapes(self)]}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(
-                f"unknown hidden_act {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}"
-            )
-        unknown = set(self.layer_types) - {"sliding_attention", "full_attention"}
-        if unknown or len(self.layer_types) not in (0, self.num_hidden_layers):
-            raise UserError(
-                f"layer_types has {len(self.layer_types)} entries {sorted(set(self.layer_types))}; "
-                f"expected sliding_attention or full_attention for {self.num_hidden_layers} layers"
-            )
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise UserError("layer_types has sliding_attention, but there is no sliding_window")
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """For each layer the positions that a query sees; None: all before it."""
-        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
-        return tuple(self.sliding_window if t == "sliding_attention" else None for t in types)
-
-
-def kernel_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """`{name: (d_in, d_out)}` of one layer's kernels: what a LoRA of this decoder can sit on."""
-    d, f = config.hidden_size, config.intermediate_size
-    h = config.num_attention_heads * config.head_dim
-    k = config.num_key_value_heads * config.head_dim
-    return {
-        "q": (d, h), "k": (d, k), "v": (d, k), "o": (h, d),
-        "gate": (d, f), "up": (d, f), "down": (f, d),
-    }  # fmt: skip
-
-
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """`[E/2]` fp32: angles per position of rotary embeddings."""
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    # Rounded where torch rounds: at position 100,000 a last bit is an angle of 0.01.
-    frequencies = np.float32(1) / (config.rope_theta**exponents).astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Turns over the original context: many are kept, few are slowed by `factor`, blended between.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
-    return (frequencies * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
-
-
-def rope_tables(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines `[..., T, 1, E/2]` (fp32) of rotary embeddings at integer positions."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-
-
-def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotary embedding of `x: [B, T, heads, E]`, halves paired as in Hugging Face's LLaMA."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def unconstrained(x: Array) -> Array:
@@ -195,15 +69,10 @@ class Execution:
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: attention, then a gated feed-forward network."""
+    """One pre-norm transformer layer: attention, then a feed-forward network."""
 
     config: DecoderConfig
     execution: Execution = Execution()
-
-    def norm(self, name: str, x: Array) -> Array:
-        initial = nn.initializers.zeros if self.config.rms_norm_offset else nn.initializers.ones
-        weight = self.param(name, initial, (x.shape[-1],)).astype(jnp.float32)
-        return rms_norm(x, weight, self.config)
 
     def linear(self, name: str) -> Callable[[Array, Delta], Array]:
         """The frozen kernel as a function, with what a `delta` adds."""
@@ -221,9 +90,21 @@ class Block(nn.Module):
         return project
 
     @nn.compact
-    def __call__(self, x, adapter, key, rope, window=None, cache=None, positions=None, mask=None):
+    def __call__(
+        self,
+        x,
+        adapter,
+        key,
+        rope,
+        window=None,
+        cache=None,
+        positions=None,
+        mask=None,
+        which=None,
+    ):
         """`x: [B, T, D]` -> (`[B, T, D]`, (cache, auxiliary losses of the adapter)).
 
+        `rope` is the layer's of `rope_of_layers`, or with `which` that entry of stacked ones.
         `window` limits the positions that a query sees. With a cache `{'k','v': [B, S, K, E]}`, new
         keys and values are written into it: at `positions: [B, T]`, where a query sees every slot
         up to its own, or, where there are none, into the first T slots of an empty one. Without
@@ -234,10 +115,14 @@ class Block(nn.Module):
         heads = lambda y: y.reshape(batch, time, -1, config.head_dim)  # noqa: E731
         delta = lambda name, h: adapter.kernel(name, h, key)  # noqa: E731
 
-        h = self.norm("attn_norm", x)
+        h = norm(self, "attn_norm", x)
         q, k, v, o = map(self.linear, "qkvo")
-        q, k = rotate(heads(q(h, delta)), rope), rotate(heads(k(h, delta)), rope)
-        v = heads(v(h, delta))
+        q, k, v = (heads(project(h, delta)) for project in (q, k, v))
+        if config.qk_norm:
+            q, k = norm(self, "q_norm", q), norm(self, "k_norm", k)
+        if which is not None:
+            rope = jax.tree.map(lambda tables: tables[which], rope)
+        q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             cache = {name: write(cache[name], new, positions) for name, new in (("k", k), ("v", v))}
         if cache is not None and positions is not None:
@@ -256,16 +141,19 @@ class Block(nn.Module):
             mask=mask,
         )
         attended = o(attended.reshape(batch, time, -1), delta)
-        x = x + (self.norm("attn_post_norm", attended) if config.post_norms else attended)
+        x = x + (norm(self, "attn_post_norm", attended) if config.post_norms else attended)
 
-        h = self.norm("mlp_norm", x)
-        gate, up, down = map(self.linear, ("gate", "up", "down"))
+        h = norm(self, "mlp_norm", x)
+        gate = self.linear("gate") if config.mlp == "gated" else None
+        up, down, act = self.linear("up"), self.linear("down"), ACTIVATIONS[config.hidden_act]
 
         def mlp(h: Array, delta: Delta) -> Array:
-            return down(ACTIVATIONS[config.hidden_act](gate(h, delta)) * up(h, delta), delta)
+            if gate is None:
+                return down(act(up(h, delta)), delta)
+            return down(act(gate(h, delta)) * up(h, delta), delta)
 
         h, aux = adapter.feed_forward(h, mlp, key)
-        x = x + (self.norm("mlp_post_norm", h) if config.post_norms else h)
+        x = x + (norm(self, "mlp_post_norm", h) if config.post_norms else h)
         return self.execution.constrain(x), (cache, aux)
 
 
@@ -300,10 +188,14 @@ class Decoder(nn.Module):
         table = self.param("embed", nn.initializers.normal(d**-0.5), (v, d))
         if not config.tie_word_embeddings:
             self.param("lm_head", INIT, (d, v))
+        learned = None
+        if config.positions == "learned":
+            rows = config.max_position_embeddings + config.position_offset
+            learned = self.param("positions", nn.initializers.normal(d**-0.5), (rows, d))
         x = scale_embeddings(table[tokens], config) if embeddings is None else embeddings
         if prefix is not None:
             x, positions, mask = prepend(prefix, x, positions, mask)
-        x = execution.constrain(x)
+        x = execution.constrain(add_positions(x, learned, config, positions))
 
         block = Block
         if execution.remat != "none":
@@ -313,7 +205,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, 0, *[nn.broadcast] * 3),
+            in_axes=(0, 0, nn.broadcast, 0, *[nn.broadcast] * 3, 0),
             length=config.num_hidden_layers,
         )(config, execution, name="layers")
         keys = None
@@ -322,11 +214,14 @@ class Decoder(nn.Module):
         windows = None
         if any(config.windows):  # scanned, so layers without one get one that holds everything
             windows = jnp.array([window or x.shape[1] for window in config.windows], jnp.int32)
-        rope = rope_tables(config, jnp.arange(x.shape[1]) if positions is None else positions)
-        x, (_, aux) = layers(x, adapter, keys, rope, windows, None, positions, mask)
-
-        initial = nn.initializers.zeros if config.rms_norm_offset else nn.initializers.ones
-        x = rms_norm(x, self.param("final_norm", initial, (d,)), config)
+        ropes, which = rope_of_layers(config, x.shape[1], positions), None
+        rope, kinds = ropes[0], list(dict.fromkeys(config.ropes))
+        if rope is not None and len(kinds) > 1:  # scanned is which of them, not the tables
+            distinct = (ropes[config.ropes.index(kind)] for kind in kinds)
+            rope = jax.tree.map(lambda *tables: jnp.stack(tables), *distinct)
+            which = jnp.array([kinds.index(kind) for kind in config.ropes], jnp.int32)
+        x, (_, aux) = layers(x, adapter, keys, rope, windows, None, positions, mask, which)
+        x = norm(self, "final_norm", x)
         return x if prefix is None else x[:, prefix.shape[1] :], aux
 
 
@@ -348,17 +243,64 @@ def prepend(
     return x, positions, mask
 
 
-def rms_norm(x: Array, weight: Array, config: DecoderConfig) -> Array:
-    """RMSNorm over the last axis, computed in fp32 and returned in `x.dtype`."""
+def norm(module: Block | Decoder, name: str, x: Array) -> Array:
+    """A module's norm over the last axis of `x`; its parameters are `name` and, of a LayerNorm,
+    `{name}_bias`."""
+    config, bias = module.config, None
+    initial = nn.initializers.zeros if config.rms_norm_offset else nn.initializers.ones
+    weight = module.param(name, initial, x.shape[-1:])
+    if config.norm == "layer":
+        bias = module.param(f"{name}_bias", nn.initializers.zeros, x.shape[-1:])
+    return normalize(x, config, weight, bias)
+
+
+def normalize(x: Array, config: DecoderConfig, weight: Array, bias: Array | None = None) -> Array:
+    """RMSNorm or LayerNorm over the last axis, computed in fp32 and returned in `x.dtype`."""
     y = x.astype(jnp.float32)
+    if config.norm == "layer":
+        y -= jnp.mean(y, axis=-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.rms_norm_eps)
     weight = weight.astype(jnp.float32)
-    return (y * (1.0 + weight if config.rms_norm_offset else weight)).astype(x.dtype)
+    y *= 1.0 + weight if config.rms_norm_offset else weight
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def scale_embeddings(x: Array, config: DecoderConfig) -> Array:
     """Gemma's sqrt(D) on the input embeddings; others pass through."""
     return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.embedding_scale else x
+
+
+def add_positions(
+    x: Array, table: Array | None, config: DecoderConfig, positions: Array | None
+) -> Array:
+    """Embeddings `[B, T, D]` plus the rows of a learned table `[P, D]`; None: as they are.
+
+    Without `positions` a sequence longer than the table raises UserError. Those given are not
+    known yet when this is compiled: beyond the table they take its last row.
+    """
+    if table is None:
+        return x
+    if positions is None:
+        if x.shape[1] > config.max_position_embeddings:
+            raise UserError(
+                f"a sequence of {x.shape[1]} positions, padding included, does not fit the "
+                f"{config.max_position_embeddings} learned positions of the model; shorten it"
+            )
+        positions = jnp.arange(x.shape[1])
+    rows = jnp.take(table, positions + config.position_offset, axis=0, mode="clip")
+    return x + rows.astype(x.dtype)
+
+
+def rope_of_layers(
+    config: DecoderConfig, time: int, positions: Array | None = None
+) -> list[Tables | None]:
+    """For each layer the tables of `time` positions from 0, or of `positions`; equal ropes share
+    them. None where positions are learned."""
+    if config.positions == "learned":
+        return [None] * config.num_hidden_layers
+    positions = jnp.arange(time) if positions is None else positions
+    tables = {rope: rope_tables(rope, config.head_dim, positions) for rope in set(config.ropes)}
+    return [tables[rope] for rope in config.ropes]
 
 
 # --- the decoder as pure functions ---------------------------------------------------------------
@@ -375,7 +317,7 @@ def unstack(tree: Mapping | None, layers: int) -> list:
 
 
 def embed(params: Params, config: DecoderConfig, tokens: Array) -> Array:
-    """Input embeddings `[..., D]` of token ids `[...]`, as the first layer wants them."""
+    """Input embeddings `[..., D]` of token ids `[...]`; learned positions are added later."""
     return scale_embeddings(params["embed"][tokens], config)
 
 
@@ -428,6 +370,11 @@ def hidden_and_aux(
 ) -> tuple[Array, dict[str, Array]]:
     """`hidden_states`, and the adapter's auxiliary losses by name, `[L]` each."""
     return Decoder(config, execution).apply({"params": params}, tokens, **options)
+
+
+def final_norm(params: Params, config: DecoderConfig, x: Array) -> Array:
+    """The norm after the last layer."""
+    return normalize(x, config, params["final_norm"], params.get("final_norm_bias"))
 
 
 def logits(params: Params, config: DecoderConfig, hidden: Array) -> Array:

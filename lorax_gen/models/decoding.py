@@ -25,11 +25,12 @@ from lorax_gen.models.decoder import (
     DecoderConfig,
     Execution,
     Params,
+    add_positions,
     embed,
+    final_norm,
     logits,
     prepend,
-    rms_norm,
-    rope_tables,
+    rope_of_layers,
     unstack,
 )
 
@@ -85,15 +86,16 @@ def forward_with_cache(
     x = embed(params, config, tokens)
     if prefix is not None:
         x, _, _ = prepend(prefix, x)
-    rope = rope_tables(config, jnp.arange(x.shape[1]) if positions is None else positions)
+    x = add_positions(x, params.get("positions"), config, positions)
+    ropes = rope_of_layers(config, x.shape[1], positions)
     new_cache, block, constrain = [], Block(config, execution), execution.constrain
     x, cache = constrain(x), jax.tree.map(constrain, cache)
-    for layer, own, window, slots in zip(
-        layers, unstack(adapter, count), config.windows, cache, strict=True
+    for layer, own, rope, window, slots in zip(
+        layers, unstack(adapter, count), ropes, config.windows, cache, strict=True
     ):
         x, (slots, _) = block.apply({"params": layer}, x, own, None, rope, window, slots, positions)
         new_cache.append(slots)
-    x = rms_norm(x, params["final_norm"], config)
+    x = final_norm(params, config, x)
     x = x if prefix is None else x[:, prefix.shape[1] :]
     return x, jax.tree.map(constrain, new_cache)
 

@@ -15,7 +15,8 @@ from typing import Any
 from lorax_gen import files
 from lorax_gen.config import from_dict
 from lorax_gen.errors import UserError
-from lorax_gen.models.decoder import DecoderConfig, RopeScaling, abstract_params
+from lorax_gen.models.decoder import DecoderConfig, abstract_params
+from lorax_gen.models.rope import RopeScaling
 
 LLAMA_NAMES = {
     "embed": "model.embed_tokens.weight",

@@ -6,7 +6,8 @@ it. Each equals what `read_config` returns for the checkpoint's `config.json`.
 
 from __future__ import annotations
 
-from lorax_gen.models.decoder import DecoderConfig, RopeScaling
+from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.models.rope import RopeScaling
 
 
 def llama3_8b() -> DecoderConfig:

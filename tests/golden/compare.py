@@ -20,13 +20,14 @@ def logits(params: Params, config: DecoderConfig, tokens) -> jax.Array:
 @partial(jax.jit, static_argnames="config")
 def hidden_states(params: Params, config: DecoderConfig, tokens) -> list[jax.Array]:
     """The L+1 states `[B, T, D]` that `output_hidden_states` names, one layer after the other."""
-    states = [decoder.embed(params, config, tokens)]
-    rope = decoder.rope_tables(config, np.arange(tokens.shape[1]))
+    embeddings = decoder.embed(params, config, tokens)
+    states = [decoder.add_positions(embeddings, params.get("positions"), config, None)]
+    ropes = decoder.rope_of_layers(config, tokens.shape[1])
     layers = unstack(params["layers"], config.num_hidden_layers)
-    for layer, window in zip(layers, config.windows, strict=True):
+    for layer, rope, window in zip(layers, ropes, config.windows, strict=True):
         state, _ = Block(config).apply({"params": layer}, states[-1], None, None, rope, window)
         states.append(state)
-    return [*states[:-1], decoder.rms_norm(states[-1], params["final_norm"], config)]
+    return [*states[:-1], decoder.final_norm(params, config, states[-1])]
 
 
 def assert_matches(params: Params, config: DecoderConfig, expected: dict[str, np.ndarray]) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from lorax_gen.models.decoder import DecoderConfig, RopeScaling
+from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.models.rope import RopeScaling
 
 LLAMA = DecoderConfig(
     vocab_size=30,

@@ -13,6 +13,7 @@ from lorax_gen.method import compose, merge, take_example
 from lorax_gen.models import decoder
 from lorax_gen.models.adapter import Adapter, LowRank, drop
 from lorax_gen.models.decoder import DecoderConfig, Execution, kernel_shapes
+from lorax_gen.models.rope import rope_tables, rotate
 from tests.tiny import adapter_of
 
 B, T, V, R, N, K = 3, 7, 40, 3, 4, 2
@@ -182,7 +183,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
     @jax.jit
     def turned(x, position):
-        return decoder.rotate(x, decoder.rope_tables(LLAMA, position[None]))
+        return rotate(x, rope_tables(LLAMA.ropes[0], LLAMA.head_dim, position[None]))
 
     def score(q_position, k_position):
         return float((turned(q, np.int32(q_position)) * turned(k, np.int32(k_position))).sum())
@@ -303,7 +304,7 @@ def test_bf16_parameters_give_fp32_logits_close_to_the_exact_ones(params, tokens
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4 .* num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"hidden_act": "relu"}, "'relu'; expected one of silu, gelu_pytorch_tanh"),
+        ({"hidden_act": "tanh"}, "'tanh'; expected one of silu, gelu_pytorch_tanh, relu"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):

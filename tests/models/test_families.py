@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from lorax_gen.errors import UserError
-from lorax_gen.models.decoder import DecoderConfig, RopeScaling, abstract_params
+from lorax_gen.models.decoder import DecoderConfig, abstract_params
 from lorax_gen.models.families import (
     family_of,
     read_config,
@@ -16,6 +16,7 @@ from lorax_gen.models.families import (
     tensor_shapes,
     write_config,
 )
+from lorax_gen.models.rope import RopeScaling
 from tests.models.configs import CONFIGS, LLAMA
 
 FULL, SLIDING = "full_attention", "sliding_attention"

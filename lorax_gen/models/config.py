@@ -1,0 +1,143 @@
+"""The shape of a decoder: sizes, and the switches that families differ in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from lorax_gen.errors import UserError
+from lorax_gen.models.rope import Rope, RopeScaling
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+CHOICES = {
+    "hidden_act": tuple(ACTIVATIONS),
+    "mlp": ("gated", "plain"),
+    "norm": ("rms", "layer"),
+    "positions": ("rotary", "learned"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder, in the field names of Hugging Face's `config.json` where it has them.
+
+    The switches below `hidden_act` are what families differ in; their defaults are LLaMA's.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    hidden_act: Literal["silu", "gelu_pytorch_tanh", "relu"] = "silu"
+    biases: tuple[str, ...] = ()
+    """Kernels that a bias is added to (Qwen2: q, k and v)."""
+    mlp: Literal["gated", "plain"] = "gated"
+    """down(act(gate x) * up x), or without a gate down(act(up x)) (OPT)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm: centred, and with a bias (OPT)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """Queries and keys are rotated, or a learned table is added to the embeddings (OPT)."""
+    position_offset: int = 0
+    """The row of that table for the first position (OPT: 2)."""
+    sliding_rope: Rope | None = None
+    """Of `sliding_attention` layers, if not `rope_theta` and `rope_scaling` (Gemma 3)."""
+    rope_layers: tuple[bool, ...] = ()
+    """Whether each layer rotates; empty: all do (SmolLM3)."""
+    qk_norm: bool = False
+    """Norms over the heads of q and of k, before they are rotated (Qwen3, Gemma 3)."""
+    rms_norm_offset: bool = False
+    """Norms multiply by 1 + weight (Gemma)."""
+    embedding_scale: bool = False
+    """Input embeddings are multiplied by sqrt(D) (Gemma)."""
+    post_norms: bool = False
+    """Norms after attention and feed-forward as well as before (Gemma 2)."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by its root; None: head_dim (Gemma 2)."""
+    attn_logit_softcapping: float | None = None
+    """Scores stay within this, by tanh (Gemma 2)."""
+    final_logit_softcapping: float | None = None
+    """Logits stay within this, by tanh (Gemma 2)."""
+    sliding_window: int | None = None
+    """Positions that a `sliding_attention` layer sees, its own among them (Gemma 2, Qwen2)."""
+    layer_types: tuple[str, ...] = ()
+    """`sliding_attention` or `full_attention` for each layer; empty: all full."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.default is dataclasses.MISSING and getattr(self, field.name) < 1:
+                raise UserError(f"{field.name}={getattr(self, field.name)}; expected 1 or more")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}; grouped attention needs one"
+            )
+        if self.head_dim % 2 and self.positions == "rotary":
+            raise UserError(f"head_dim={self.head_dim} is odd; rotary embeddings need it even")
+        if unknown := set(self.biases) - set(kernel_shapes(self)):
+            raise UserError(
+                f"biases names {min(unknown)!r}; the kernels are {[*kernel_shapes(self)]}"
+            )
+        in_order = tuple(name for name in kernel_shapes(self) if name in self.biases)
+        object.__setattr__(self, "biases", in_order)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}"
+                )
+        unknown = set(self.layer_types) - {"sliding_attention", "full_attention"}
+        if unknown or len(self.layer_types) not in (0, self.num_hidden_layers):
+            raise UserError(
+                f"layer_types has {len(self.layer_types)} entries {sorted(set(self.layer_types))}; "
+                f"expected sliding_attention or full_attention for {self.num_hidden_layers} layers"
+            )
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise UserError("layer_types has sliding_attention, but there is no sliding_window")
+        if len(self.rope_layers) not in (0, self.num_hidden_layers):
+            raise UserError(
+                f"rope_layers has {len(self.rope_layers)} entries for {self.num_hidden_layers} "
+                "layers; expected one each, or none"
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer the positions that a query sees; None: all before it."""
+        return tuple(self.sliding_window if sliding else None for sliding in self._sliding)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary embedding of each layer."""
+        full = Rope(self.rope_theta, self.rope_scaling)
+        rotates = self.rope_layers or (True,) * self.num_hidden_layers
+        return tuple(
+            Rope(None) if not turns else self.sliding_rope or full if sliding else full
+            for turns, sliding in zip(rotates, self._sliding, strict=True)
+        )
+
+    @property
+    def _sliding(self) -> tuple[bool, ...]:
+        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
+        return tuple(kind == "sliding_attention" for kind in types)
+
+
+def kernel_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """`{name: (d_in, d_out)}` of one layer's kernels: what a LoRA of this decoder can sit on."""
+    d, f = config.hidden_size, config.intermediate_size
+    h = config.num_attention_heads * config.head_dim
+    k = config.num_key_value_heads * config.head_dim
+    attention = {"q": (d, h), "k": (d, k), "v": (d, k), "o": (h, d)}
+    gate = {"gate": (d, f)} if config.mlp == "gated" else {}
+    return attention | gate | {"up": (d, f), "down": (f, d)}
