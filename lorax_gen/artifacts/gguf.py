@@ -1,7 +1,7 @@
 """LoRA trees as GGUF adapters, which llama.cpp loads with `--lora`.
 
     general.type            'adapter'
-    general.architecture    the model's: 'llama', 'gemma', 'gemma2' or 'qwen2'
+    general.architecture    the model's: such as 'llama', see `Family.neighbours`
     general.name            any
     adapter.type            'lora'
     adapter.lora.alpha      fp32
@@ -29,16 +29,12 @@ from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.method.lora import Tree, check_fits
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
-from lorax_gen.models.families import family_of
+from lorax_gen.models.families import FAMILIES, family_of
 
 KERNELS = {
     "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
     "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
 }  # fmt: skip
-
-# llama.cpp names these families as Hugging Face does. The value is whether its rotary embedding
-# pairs neighbouring features, as Meta's LLaMA did, not halves: q and k are then permuted to that.
-NEIGHBOURS = {"llama": True, "gemma": False, "gemma2": False, "qwen2": False}
 
 
 def save_gguf_lora(
@@ -66,11 +62,11 @@ def save_gguf_lora(
         import gguf
     except ImportError:
         raise UserError("GGUF files need one more package: pip install 'lorax-gen[gguf]'") from None
-    architecture = family_of(config).model_type
-    if architecture not in NEIGHBOURS:
-        raise UserError(
-            f"no GGUF adapter for the family {architecture!r}; known are {', '.join(NEIGHBOURS)}"
-        )
+    family = family_of(config)
+    architecture = family.model_type
+    if family.neighbours is None:
+        known = ", ".join(other.model_type for other in FAMILIES if other.neighbours is not None)
+        raise UserError(f"no GGUF adapter for the family {architecture!r}; known are {known}")
     check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
     alpha = max((pair["a"].shape[-1] for pair in tree.values()), default=1)
     with (
@@ -86,7 +82,7 @@ def save_gguf_lora(
         for ours, pair in tree.items():
             a, b = (np.asarray(pair[factor], np.float32) for factor in ("a", "b"))
             b = b * np.float32(a.shape[-1] / alpha)
-            if NEIGHBOURS[architecture] and ours in ("q", "k"):
+            if family.neighbours and ours in ("q", "k"):
                 b = pair_neighbours(b, config.head_dim)
             for layer in range(config.num_hidden_layers):
                 kernel = f"blk.{layer}.{KERNELS[ours]}.weight"

@@ -8,17 +8,17 @@ names it. Supporting one more family is one more record.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorax_gen import files
 from lorax_gen.config import from_dict
 from lorax_gen.errors import UserError
-from lorax_gen.models.decoder import DecoderConfig, abstract_params
+from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
 from lorax_gen.models.rope import RopeScaling
 
-LLAMA_NAMES = {
+BASE_NAMES = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "lm_head": "lm_head.weight",
@@ -32,10 +32,15 @@ LLAMA_NAMES = {
     "layers/up": "model.layers.{i}.mlp.up_proj.weight",
     "layers/down": "model.layers.{i}.mlp.down_proj.weight",
 }
-QWEN2_NAMES = LLAMA_NAMES | {
-    "layers/q_bias": "model.layers.{i}.self_attn.q_proj.bias",
-    "layers/k_bias": "model.layers.{i}.self_attn.k_proj.bias",
-    "layers/v_bias": "model.layers.{i}.self_attn.v_proj.bias",
+# Biases are named like their kernels; a model has those that its config asks for.
+LLAMA_NAMES = BASE_NAMES | {
+    f"{ours}_bias": theirs.replace(".weight", ".bias")
+    for ours, theirs in BASE_NAMES.items()
+    if theirs.endswith("_proj.weight")
+}
+QWEN3_NAMES = LLAMA_NAMES | {
+    "layers/q_norm": "model.layers.{i}.self_attn.q_norm.weight",
+    "layers/k_norm": "model.layers.{i}.self_attn.k_norm.weight",
 }
 GEMMA2_NAMES = LLAMA_NAMES | {
     "layers/attn_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
@@ -56,8 +61,6 @@ COMMON = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-# What families differ in beyond these fields: each family sets them once for all of its models.
-SWITCHES = ("biases", "rms_norm_offset", "embedding_scale", "post_norms")
 
 Raw = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -69,11 +72,16 @@ class Family:
 
     Attributes:
       names: our path of a tensor -> their name.
-      switches: the values of `SWITCHES` in every model of the family; others are at their defaults.
+      switches: fields of `DecoderConfig` that every model of the family has at another value than
+        the default.
       fields: fields of its config.json that `DecoderConfig` has too, and their defaults.
+      biases: fields of its config.json that, where true, add biases -> the kernels that get one.
       constants: written into config.json for its readers, not read by us.
-      read: `(raw config.json, fields) -> fields`, where it says something in a way of its own.
+      read: `(raw config.json, fields) -> fields`, where it says something in a way of its own. Its
+        UserError is the rest of a sentence that begins with the file's name.
       write: `(config, raw) -> raw`, the same in the other direction.
+      neighbours: whether llama.cpp, in its architecture of the name `model_type`, rotates pairs of
+        neighbouring features, as Meta's LLaMA did, not halves; None: it has no such architecture.
     """
 
     architecture: str
@@ -81,12 +89,30 @@ class Family:
     names: Mapping[str, str]
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: COMMON)
+    biases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read: Callable[[Raw, Fields], Fields] = lambda raw, fields: fields
     write: Callable[[DecoderConfig, Fields], Fields] = lambda config, raw: raw
+    neighbours: bool | None = None
+
+    def expresses(self, config: DecoderConfig) -> bool:
+        """Whether all that a config asks for can be written down in the family's config.json."""
+        free = {*REQUIRED, *self.fields, "rope_scaling", "biases"}
+        on = [name for name, kernels in self.biases.items() if set(kernels) <= set(config.biases)]
+        return set(config.biases) == set(self.kernels_with_bias(on)) and all(
+            getattr(config, field.name) == self.switches.get(field.name, field.default)
+            for field in dataclasses.fields(config)
+            if field.name not in free
+        )
+
+    def kernels_with_bias(self, on: Iterable[str]) -> tuple[str, ...]:
+        """Where those fields of `biases` are true."""
+        always = self.switches.get("biases", ())
+        return sum((self.biases[name] for name in on), always)
 
 
-NO_BIAS = {"attention_bias": False, "attention_dropout": 0.0}
+ATTENTION_BIAS = {"attention_bias": ("q", "k", "v", "o")}
+NO_DROPOUT = {"attention_dropout": 0.0}
 
 # --- LLaMA ---------------------------------------------------------------------------------------
 
@@ -94,18 +120,21 @@ LLAMA = Family(
     "LlamaForCausalLM",
     "llama",
     LLAMA_NAMES,
-    constants=NO_BIAS | {"mlp_bias": False},
+    biases=ATTENTION_BIAS | {"mlp_bias": ("gate", "up", "down")},
+    constants=NO_DROPOUT,
+    neighbours=True,
 )
 
-# --- Qwen2 ---------------------------------------------------------------------------------------
+# --- Qwen2, Qwen3 --------------------------------------------------------------------------------
 
 
 def _read_qwen2(raw: Raw, fields: Fields) -> Fields:
     """Windows only where `use_sliding_window`, in the layers above `max_window_layers`."""
-    layers = raw["num_hidden_layers"]
+    layers, lowest = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
+    if not isinstance(lowest, int):
+        raise UserError(f"has max_window_layers={lowest!r}; expected an integer")
     if not raw.get("use_sliding_window") or raw.get("sliding_window", 0) is None:
         return fields | {"layer_types": ()}
-    lowest = raw.get("max_window_layers", 28)
     return fields | {"layer_types": _layer_types(raw, [i >= lowest for i in range(layers)])}
 
 
@@ -131,12 +160,25 @@ def _write_layer_types(config: DecoderConfig, raw: Fields) -> Fields:
 QWEN2 = Family(
     "Qwen2ForCausalLM",
     "qwen2",
-    QWEN2_NAMES,
+    LLAMA_NAMES,
     switches={"biases": ("q", "k", "v")},
     fields=COMMON | {"max_position_embeddings": 32768, "sliding_window": 4096, "layer_types": ()},
-    constants={"attention_dropout": 0.0},
+    constants=NO_DROPOUT,
     read=_read_qwen2,
     write=_write_qwen2,
+    neighbours=False,
+)
+QWEN3 = Family(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    QWEN3_NAMES,
+    switches={"qk_norm": True},
+    fields=QWEN2.fields | {"head_dim": 128},
+    biases=ATTENTION_BIAS,
+    constants=NO_DROPOUT,
+    read=_read_qwen2,
+    write=_write_qwen2,
+    neighbours=False,
 )
 
 # --- Gemma, Gemma 2 ------------------------------------------------------------------------------
@@ -178,9 +220,11 @@ GEMMA = Family(
     LLAMA_NAMES,
     switches={"rms_norm_offset": True, "embedding_scale": True},
     fields=GEMMA_FIELDS,
-    constants=NO_BIAS,
+    biases=ATTENTION_BIAS,
+    constants=NO_DROPOUT,
     read=_read_gemma,
     write=_write_gemma,
+    neighbours=False,
 )
 GEMMA2 = Family(
     "Gemma2ForCausalLM",
@@ -195,23 +239,23 @@ GEMMA2 = Family(
         "sliding_window": 4096,
         "layer_types": (),
     },
-    constants=NO_BIAS,
+    biases=ATTENTION_BIAS,
+    constants=NO_DROPOUT,
     read=_read_gemma2,
     write=_write_gemma2,
+    neighbours=False,
 )
 
-FAMILIES = (LLAMA, QWEN2, GEMMA, GEMMA2)
+FAMILIES = (LLAMA, QWEN2, QWEN3, GEMMA, GEMMA2)
 
 
 def family_of(config: DecoderConfig) -> Family:
     """The family that can express a config; UserError where none can."""
+    for family in FAMILIES:
+        if family.expresses(config):
+            return family
     defaults = {f.name: f.default for f in dataclasses.fields(DecoderConfig)}
     used = {name for name, default in defaults.items() if getattr(config, name) != default}
-    switches = {name: getattr(config, name) for name in used & set(SWITCHES)}
-    for family in FAMILIES:
-        known = {*REQUIRED, *family.fields, *SWITCHES, "rope_scaling"}
-        if family.switches == switches and used <= known:
-            return family
     raise UserError(
         f"no Hugging Face family has {', '.join(sorted(used - {*REQUIRED, *COMMON}))} together; "
         f"known are {', '.join(family.architecture for family in FAMILIES)}"
@@ -248,14 +292,19 @@ def read_config(path: Path) -> DecoderConfig:
     missing = [name for name in REQUIRED if raw.get(name) is None]
     if missing:
         raise UserError(f"{path} is incomplete: it lacks {', '.join(missing)}")
-    for name in (*REQUIRED, "max_window_layers"):
-        if not isinstance(raw.get(name, 0), int):
+    for name in REQUIRED:
+        if not isinstance(raw[name], int):
             raise UserError(f"{path} has {name}={raw[name]!r}; expected an integer")
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(name) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path} has {name}={rope!r}; expected one rope for all layers")
+    for name in family.biases:
+        if raw.get(name) not in (None, False, True):
+            raise UserError(f"{path} has {name}={raw[name]!r}; expected true or false")
     for name, harmless in UNSUPPORTED.items():
+        if name in family.biases:
+            continue
         for section in (raw, rope):
             if section.get(name) not in harmless:
                 raise UserError(f"{path} has {name}={section[name]!r}, which is not supported")
@@ -271,8 +320,12 @@ def read_config(path: Path) -> DecoderConfig:
         fields["head_dim"] = raw["hidden_size"] // max(heads, 1)
     fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
     fields["rope_scaling"] = read_rope_scaling(rope, path)
-    fields = family.read(raw, fields)
-    config = from_dict(DecoderConfig, fields | dict(family.switches), str(path))
+    try:
+        fields = family.read(raw, fields) | family.switches
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    fields["biases"] = family.kernels_with_bias(name for name in family.biases if raw.get(name))
+    config = from_dict(DecoderConfig, fields, str(path))
     if "sliding_attention" not in config.layer_types:
         config = dataclasses.replace(config, layer_types=(), sliding_window=None)
     return config
@@ -283,13 +336,22 @@ def read_rope_scaling(rope: Mapping[str, Any], path: Path) -> dict[str, Any] | N
     kind = rope.get("rope_type", rope.get("type", "default"))  # older ones: `type`
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise UserError(f"{path} has rope_type {kind!r}; supported are 'default' and 'llama3'")
+    if kind not in ("linear", "llama3"):
+        raise UserError(
+            f"{path} has rope_type {kind!r}; supported are 'default', 'linear' and 'llama3'"
+        )
     names = [field.name for field in dataclasses.fields(RopeScaling)]
-    missing = [name for name in names if name not in rope]
+    names = names[:1] if kind == "linear" else names
+    missing = [name for name in names if rope.get(name) is None]
     if missing:
-        raise UserError(f"{path} has rope_type 'llama3' without {', '.join(missing)}")
+        raise UserError(f"{path} has rope_type {kind!r} without {', '.join(missing)}")
     return {name: rope[name] for name in names}
+
+
+def write_rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """The fields that its `rope_type` has."""
+    fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value}
+    return {"rope_type": scaling.rope_type, **fields}
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
@@ -297,9 +359,10 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     family = family_of(config)
     raw = {"architectures": [family.architecture], "model_type": family.model_type}
     raw |= {name: getattr(config, name) for name in (*REQUIRED, *family.fields)}
-    raw |= family.constants
+    biases = {name: set(kernels) <= set(config.biases) for name, kernels in family.biases.items()}
+    raw |= dict(sorted((biases | family.constants).items()))
     if config.rope_scaling is not None:
-        raw["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+        raw["rope_scaling"] = write_rope_scaling(config.rope_scaling)
     return family.write(config, raw)
 
 
@@ -308,7 +371,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
 
 def is_transposed(ours: str) -> bool:
     """Whether they store a tensor the other way round: kernels, theirs being `[out, in]`."""
-    return not ours.endswith(("embed", "norm", "bias"))
+    return not ours.endswith(("embed", "positions", "norm", "bias"))
 
 
 def leaf_at(tree: Mapping, path: str) -> Any:
@@ -319,9 +382,10 @@ def leaf_at(tree: Mapping, path: str) -> Any:
 
 def tensor_names(config: DecoderConfig) -> dict[str, list[str]]:
     """Our path of each leaf -> their names of its tensors: one, or one for each layer."""
-    names = dict(family_of(config).names)
+    absent = {f"layers/{name}_bias" for name in set(kernel_shapes(config)) - set(config.biases)}
     if config.tie_word_embeddings:
-        del names["lm_head"]
+        absent.add("lm_head")
+    names = {ours: name for ours, name in family_of(config).names.items() if ours not in absent}
     layers = range(config.num_hidden_layers)
     return {
         ours: [theirs.format(i=i) for i in layers] if ours.startswith("layers/") else [theirs]

@@ -42,7 +42,8 @@ GEMMA2 = dataclasses.replace(
     layer_types=("sliding_attention", "full_attention"),
 )
 QWEN2 = dataclasses.replace(LLAMA, biases=("q", "k", "v"))
-ARCHITECTURES = {"llama": LLAMA, "gemma": GEMMA, "gemma2": GEMMA2, "qwen2": QWEN2}
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True)
+ARCHITECTURES = {"llama": LLAMA, "gemma": GEMMA, "gemma2": GEMMA2, "qwen2": QWEN2, "qwen3": QWEN3}
 RANKS = {"q": 3, "k": 5, "v": 2, "o": 4, "gate": 5, "up": 1, "down": 3}
 
 
@@ -202,7 +203,7 @@ def test_a_tree_that_does_not_fit_is_refused(tree, message, tmp_path):
 
 
 def test_a_family_that_llama_cpp_lacks_is_refused(monkeypatch, tmp_path):
-    other = dataclasses.replace(family_of(LLAMA), model_type="other")
+    other = dataclasses.replace(family_of(LLAMA), model_type="other", neighbours=None)
     monkeypatch.setattr("lorax_gen.artifacts.gguf.family_of", lambda config: other)
     with pytest.raises(UserError, match="no GGUF adapter for the family 'other'"):
         save_gguf_lora(tmp_path / "lora.gguf", random_tree(), LLAMA)

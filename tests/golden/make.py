@@ -83,6 +83,8 @@ CASES = {
     "qwen2-window": case(
         "qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1
     ),
+    "qwen3": case("qwen3", head_dim=16, tie_word_embeddings=True, rope_parameters=rope(1000.0)),
+    "llama-biases": case("llama", attention_bias=True, mlp_bias=True),
 }
 
 

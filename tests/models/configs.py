@@ -40,6 +40,8 @@ CONFIGS = {
         sliding_window=5,
         layer_types=("sliding_attention", "full_attention", "sliding_attention"),
     ),
+    "llama-biases": dataclasses.replace(LLAMA, biases=("q", "k", "v", "o", "gate", "up", "down")),
+    "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling(8.0)),
     "qwen2": QWEN2,
     "qwen2-window": dataclasses.replace(
         QWEN2,
@@ -47,4 +49,6 @@ CONFIGS = {
         sliding_window=5,
         layer_types=("full_attention", "sliding_attention", "sliding_attention"),
     ),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
+    "qwen3-biases": dataclasses.replace(LLAMA, qk_norm=True, biases=("q", "k", "v", "o")),
 }

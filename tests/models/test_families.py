@@ -16,7 +16,7 @@ from lorax_gen.models.families import (
     tensor_shapes,
     write_config,
 )
-from lorax_gen.models.rope import RopeScaling
+from lorax_gen.models.rope import Rope, RopeScaling
 from tests.models.configs import CONFIGS, LLAMA
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -67,8 +67,13 @@ def as_transformers_reads(path) -> DecoderConfig:
     theirs = AutoConfig.from_pretrained(path.parent)
     gemma2, gemma = theirs.model_type == "gemma2", theirs.model_type.startswith("gemma")
     rope, scaling = theirs.rope_parameters, None
+    if rope["rope_type"] == "linear":
+        scaling = RopeScaling(rope["factor"])
     if rope["rope_type"] == "llama3":
         scaling = RopeScaling(**{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)})
+    biases = ("q", "k", "v") if theirs.model_type == "qwen2" else ()
+    biases += ("q", "k", "v", "o") if getattr(theirs, "attention_bias", False) else ()
+    biases += ("gate", "up", "down") if getattr(theirs, "mlp_bias", False) else ()
     types = tuple(getattr(theirs, "layer_types", None) or ())
     heads = theirs.num_attention_heads
     return DecoderConfig(
@@ -85,7 +90,8 @@ def as_transformers_reads(path) -> DecoderConfig:
         rms_norm_eps=theirs.rms_norm_eps,
         tie_word_embeddings=theirs.tie_word_embeddings,
         hidden_act=theirs.hidden_activation if gemma2 else theirs.hidden_act,
-        biases=("q", "k", "v") if theirs.model_type == "qwen2" else (),
+        biases=biases,
+        qk_norm=theirs.model_type == "qwen3",
         rms_norm_offset=gemma,
         embedding_scale=gemma,
         post_norms=gemma2,
@@ -147,6 +153,17 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ABSENT
         ("llama", {"rope_scaling": LLAMA3}, STRETCHED),
         ("llama", {"rope_scaling": {"type": "llama3", **STRETCH}}, STRETCHED),
         ("llama", {"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 5.0}}, STRETCHED),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}},
+         {"rope_scaling": RopeScaling(2.0)}),
+        # Biases.
+        ("llama", {"attention_bias": True}, {"biases": ("q", "k", "v", "o")}),
+        ("llama", {"mlp_bias": True}, {"biases": ("gate", "up", "down")}),
+        ("gemma2", {"attention_bias": True}, {"biases": ("q", "k", "v", "o")}),
+        ("qwen3-biases", {"attention_bias": ABSENT}, {"biases": ()}),
+        ("llama", {"hidden_act": "relu"}, {"hidden_act": "relu"}),
+        ("qwen3", {"head_dim": ABSENT}, {"head_dim": 128}),
+        ("qwen3", WINDOW | {"max_window_layers": 2},
+         {"layer_types": (FULL, FULL, SLIDING), "sliding_window": 5}),
         # What older configs leave out follows from other fields, or is what it was then.
         ("llama", {"head_dim": ABSENT, "num_key_value_heads": ABSENT},
          {"head_dim": 4, "num_key_value_heads": 4}),
@@ -216,7 +233,8 @@ def test_every_parameter_has_a_name_and_every_name_is_its_own(name):
 @pytest.mark.parametrize(
     "name, architecture",
     [("llama", "Llama"), ("llama3", "Llama"), ("gemma", "Gemma"), ("gemma2", "Gemma2"),
-     ("qwen2", "Qwen2"), ("qwen2-window", "Qwen2")],
+     ("llama-biases", "Llama"), ("qwen2", "Qwen2"), ("qwen2-window", "Qwen2"), ("qwen3", "Qwen3"),
+     ("qwen3-biases", "Qwen3")],
 )  # fmt: skip
 def test_a_family_is_told_by_its_switches(name, architecture):
     family = family_of(CONFIGS[name])
@@ -232,6 +250,14 @@ def test_a_family_is_told_by_its_switches(name, architecture):
         ("llama", {"post_norms": True}),
         ("gemma", {"biases": ("q", "k", "v")}),
         ("gemma2", {"biases": ("q", "k", "v")}),
+        ("llama", {"biases": ("q",)}),
+        ("qwen2", {"biases": ("q", "k", "v", "gate", "up", "down")}),
+        ("llama", {"norm": "layer"}),
+        ("llama", {"positions": "learned", "position_offset": 2}),
+        ("llama", {"mlp": "plain"}),
+        ("llama", {"rope_layers": (True, True, False)}),
+        ("gemma2", {"qk_norm": True}),
+        ("gemma2", {"sliding_rope": Rope(10.0)}),
         ("qwen2", {"post_norms": True}),
         ("llama", {"sliding_window": 5, "layer_types": (SLIDING,) * 3}),
         ("gemma", {"final_logit_softcapping": 30.0}),
@@ -261,18 +287,19 @@ def test_what_no_family_has_together_is_named(name, changes):
         ("llama", {"vocab_size": None}, "incomplete: it lacks vocab_size"),
         # Beyond the decoder.
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' without factor"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
          "rope_type 'dynamic'"),
         ("gemma2", {"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 5.0}}},
          "rope_parameters"),
-        ("llama", {"attention_bias": True}, "attention_bias=True"),
-        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("qwen2", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"attention_bias": "some"}, "attention_bias='some'; expected true or false"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("llama", {"hidden_act": "relu"}, "hidden_act.*relu"),
+        ("llama", {"hidden_act": "tanh"}, "hidden_act.*tanh"),
         ("gemma2", {"layer_types": ["chunked_attention", FULL, FULL]}, "layer_types"),
         ("gemma2", {"layer_types": [FULL]}, "layer_types"),
         ("gemma2", {"layer_types": [SLIDING]}, "layer_types"),
