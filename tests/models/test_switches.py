@@ -245,7 +245,7 @@ def test_int8_kernels_give_the_logits_of_the_values_they_hold(config, params, to
         for name, leaf in pairs["layers"].items()
     }
     expected = hidden_states({**params, "layers": layers}, config, tokens)
-    np.testing.assert_allclose(hidden_states(pairs, config, tokens), expected, atol=1e-4)
+    np.testing.assert_allclose(hidden_states(pairs, config, tokens), expected, atol=1e-5)
 
 
 def test_merged_weights_give_the_states_of_a_lora_on_every_kernel(config, params, tokens):
@@ -260,7 +260,7 @@ def test_merged_weights_give_the_states_of_a_lora_on_every_kernel(config, params
     applied = hidden_states(params, config, tokens, adapter=Adapter(lora))
     assert np.abs(applied - hidden_states(params, config, tokens)).max() > 0.1
     merged = {**params, "layers": merge(params["layers"], lora)}
-    np.testing.assert_allclose(hidden_states(merged, config, tokens), applied, atol=1e-4)
+    np.testing.assert_allclose(hidden_states(merged, config, tokens), applied, atol=1e-5)
 
 
 # --- errors --------------------------------------------------------------------------------------
