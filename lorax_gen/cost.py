@@ -101,7 +101,7 @@ def prefill_macs(
 ) -> Macs:
     """One forward pass over B rows of T tokens.
 
-        kernels     B T L (2 D H E + 2 D K E + 3 D F)
+        kernels     B T L (2 D H E + 2 D K E + 3 D F), without a gate 2 D F
         attention   2 B H E pairs, the pairs of query and position summed over layers
         head        B logits D V
         lora        B T L R (D_in + D_out), summed over the kernels that have one

@@ -22,7 +22,14 @@ from lorax_gen.cost import (
 )
 from lorax_gen.method import GeneratorConfig, generate, init_generator, init_lora, merge
 from lorax_gen.models import presets
-from lorax_gen.models.decoder import REMAT_POLICIES, Execution, init_params, kernel_shapes, logits
+from lorax_gen.models.decoder import (
+    REMAT_POLICIES,
+    DecoderConfig,
+    Execution,
+    init_params,
+    kernel_shapes,
+    logits,
+)
 from lorax_gen.models.decoding import forward_with_cache, init_cache
 from lorax_gen.system import GeneratorSpec, meta_states
 from lorax_gen.training.step import answer_loss, generator_loss
@@ -36,12 +43,19 @@ PUBLISHED = {
     "gemma2_2b": 2_614_341_888,
     "qwen2_1_5b": 1_543_714_304,
 }
+# OPT-1.3B's sizes, for what no preset has.
+LEARNED = DecoderConfig(
+    vocab_size=50272, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
+    num_attention_heads=32, num_key_value_heads=32, head_dim=64, tie_word_embeddings=True,
+    biases=("q", "k", "v", "o", "up", "down"), mlp="plain", norm="layer", positions="learned",
+    position_offset=2, hidden_act="relu",
+)  # fmt: skip
 RANKS = {"q": 64, "down": 128}  # large, so that a LoRA is no rounding error
 
 
-@pytest.fixture(params=PUBLISHED)
+@pytest.fixture(params=[*PUBLISHED, "learned"])
 def config(request):
-    return getattr(presets, request.param)()
+    return LEARNED if request.param == "learned" else getattr(presets, request.param)()
 
 
 @pytest.fixture
@@ -129,6 +143,15 @@ def test_the_flops_of_table_13_are_multiply_accumulates():
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
 def test_parameters_are_the_published_ones(name, count):
     assert parameters(getattr(presets, name)()) == count
+
+
+def test_learned_positions_biases_and_norms_are_parameters():
+    d, f, layers = 2048, 8192, 24
+    kernels, biases, norms = 4 * d * d + 2 * d * f, 4 * d + f + d, 4 * d
+    assert parameters(LEARNED) == (50272 + 2050) * d + layers * (kernels + biases + norms) + 2 * d
+    heads = dataclasses.replace(LEARNED, norm="rms", qk_norm=True)
+    fewer = (2 * layers + 1) * d - 2 * layers * 64
+    assert parameters(heads) == parameters(LEARNED) - fewer
 
 
 # --- beside XLA, at the published widths ---------------------------------------------------------

@@ -52,9 +52,9 @@ def activations(
         lora      the generated LoRA and its gradient, 4 bytes: 2 L P R (D_in + D_out)
                   and the pool and its gradient, if gathered
 
-        inner     2 D + 2 (H + 2 K) E + 4 F, and 8 D bytes of norms in fp32
+        inner     2 D + 2 (H + 2 K) E + 4 F, without a gate 2 F; 8 D bytes of norms in fp32
         scores    10 H T bytes: twice in fp32 and once rounded; with flash 4 H
-        saved     remat=none: inner + scores; dots: 2 D + (H + 2 K) E + 2 F; full: nothing
+        saved     remat=none: inner + scores; dots: 2 D + (H + 2 K) E + 2 F or F; full: nothing
 
     `kept` and `layer` are those of the cloud's or the edge's backward pass, whichever is more; in
     the edge's, the cloud's `kept` is live too, except with microbatches, which recompute it.
@@ -73,11 +73,12 @@ def activations(
     edge_tokens = rows * (length - 1)
 
     def passes(config: DecoderConfig, tokens: int, time: int, flash: bool) -> tuple[int, int]:
-        d, f = config.hidden_size, config.intermediate_size
+        d, gated = config.hidden_size, config.mlp == "gated"
+        wide = config.intermediate_size * (2 if gated else 1)  # outputs of gate and up
         qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         scores = config.num_attention_heads * (4 if flash else 10 * time)
-        inner = bytes_each * (2 * d + 2 * qkv + 4 * f) + 8 * d
-        saved = {"none": inner + scores, "dots": bytes_each * (2 * d + qkv + 2 * f), "full": 0}
+        inner = bytes_each * (2 * d + 2 * qkv + 2 * wide) + 8 * d
+        saved = {"none": inner + scores, "dots": bytes_each * (2 * d + qkv + wide), "full": 0}
         weights = bytes_each * sum(d_in * d_out for d_in, d_out in kernel_shapes(config).values())
         kept = config.num_hidden_layers * tokens * (bytes_each * d + saved[remat])
         return kept, tokens * (2 * inner + scores) + (2 * weights if sharded else 0)

@@ -17,6 +17,7 @@ from lorax_gen.mesh.sharding import (
     put_batch,
     tree_shardings,
 )
+from lorax_gen.models.decoder import DecoderConfig, abstract_params
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer
 from lorax_gen.training.state import init_state
 
@@ -55,6 +56,24 @@ def test_a_decoders_kernels_are_split_and_its_norms_are_not(mesh, tiny_world_sys
         assert found[f"layers/{name}"] == by_rows
     for name in ("layers/attn_norm", "layers/mlp_norm", "final_norm"):
         assert found[name] == ()
+
+
+def test_learned_positions_are_split_by_their_width_and_biases_are_not(mesh):
+    config = DecoderConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=62, position_offset=2,
+        mlp="plain", norm="layer", positions="learned", qk_norm=True,
+        biases=("q", "o", "up", "down"),
+    )  # fmt: skip
+    found = specs(abstract_params(config), mesh)
+    assert found["positions"] == (None, "fsdp")
+    assert found["embed"] == ("tensor", "fsdp")  # what they are added to is split alike
+    small = [name for name in found if name.endswith(("norm", "bias"))]
+    assert {"layers/q_bias", "layers/down_bias", "layers/attn_norm_bias", "final_norm_bias"} <= {
+        *small
+    }
+    assert {found[name] for name in small} == {()}
 
 
 def test_an_axis_that_does_not_divide_a_dimension_is_left_out(devices):
