@@ -5,127 +5,118 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import dacite
-import yaml
+from msgspec import Meta
 
+from lorax_gen import documents
 from lorax_gen.errors import UserError
-from lorax_gen.files import AnyPath
 
 T = TypeVar("T")
 
+# Types of fields with a range; `check` enforces it.
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
+"""Also a dropout rate: a number from 0 and below 1."""
 
-def at_least_one(config: Any, names: tuple[str, ...], prefix: str = "") -> None:
-    """Raises UserError if one of a config's fields is below 1; `prefix` is that of the keys."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{prefix}{name} is {value}; it must be at least 1")
+
+def check(config: Any, prefix: str = "") -> None:
+    """Raises UserError where a field of a config has another type than declared or is out of range.
+
+    Called by the `__post_init__` of a config, so it holds for YAML, options and Python alike.
+
+    Args:
+      prefix: of the keys, such as `run.`.
+    """
+    for name, hint in _hints(type(config)).items():
+        if not _classes(hint):
+            _convert(getattr(config, name), hint, f"{prefix}{name}")
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = "") -> T:
     """A config dataclass from plain values, nested ones included.
 
     Where a field may be one of several dataclasses, its key `kind` selects one: each class has a
-    field `kind` whose default names the class.
+    field `kind` whose default names the class. A single name may stand for a list of one.
 
     Args:
       where: source of the values, for messages; `prefix` is that of the keys, such as `data.`.
 
     Raises UserError for an unknown key (naming the nearest known one), an unknown or missing kind,
-    or a value of a wrong type.
+    or a value of a wrong type or out of range.
     """
-    _reject_unknown(cls, values, where, prefix)
-    for name, classes in _choices(cls).items():
-        if name in values:
-            inner = f"{prefix}{name}."
-            chosen = _choose(classes, values[name], where, inner)
-            values = {**values, name: from_dict(chosen, values[name], where, inner)}
-    hooks = {float: _to_float, tuple[str, ...]: _to_names, tuple[int, ...]: _to_tuple}
     try:
-        return dacite.from_dict(cls, values, dacite.Config(type_hooks=hooks, strict=True))
-    except (dacite.DaciteError, TypeError, ValueError) as error:
-        if prefix and isinstance(error, dacite.DaciteFieldError):
-            error.update_path(prefix.rstrip("."))
+        return _build(cls, values, prefix)
+    except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _choices(cls: type) -> dict[str, list[type]]:
-    """The fields of a dataclass that may be one of several dataclasses, with those classes."""
-    unions = {
-        name: [c for c in typing.get_args(hint) if dataclasses.is_dataclass(c)]
-        for name, hint in typing.get_type_hints(cls).items()
-    }
-    return {name: classes for name, classes in unions.items() if len(classes) > 1}
+def _build(cls: type[T], values: Any, prefix: str) -> T:
+    if not isinstance(values, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'the file'} must map names to values")
+    hints, fields = _hints(cls), {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise UserError(f"unknown key {prefix}{key}; {hint}")
+        classes, name = _classes(hints[key]), f"{prefix}{key}"
+        if classes and value is None and type(None) in typing.get_args(hints[key]):
+            fields[key] = None
+        elif classes:
+            chosen = classes[0] if len(classes) == 1 else _choose(classes, value, f"{name}.")
+            fields[key] = _build(chosen, value, f"{name}.")
+        else:
+            single = isinstance(value, str) and hints[key] == tuple[str, ...]
+            fields[key] = _convert((value,) if single else value, hints[key], name)
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in fields
+        and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{', '.join(prefix + name for name in missing)} is missing")
+    return cls(**fields)
 
 
-def _choose(classes: list[type], values: dict[str, Any], where: str, prefix: str) -> type:
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+        known = ", ".join(map(str, typing.get_args(hint)))
+        raise UserError(f"{name} is {value!r}; choose one of {known}")
+    try:
+        return documents.convert(value, hint)
+    except UserError as error:
+        raise UserError(f"{name} is {value!r}; {error}") from None
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with their ranges."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _classes(hint: Any) -> list[type]:
+    """The dataclasses that a field may be."""
+    return [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+
+
+def _choose(classes: list[type], values: Any, prefix: str) -> type:
     """The class selected by the `kind` of the values."""
+    if not isinstance(values, dict):
+        raise UserError(f"{prefix.rstrip('.')} must map names to values")
     kinds = {cls.kind: cls for cls in classes}
     if "kind" not in values:
-        raise UserError(f"{where}: {prefix}kind is missing; choose one of {', '.join(kinds)}")
+        raise UserError(f"{prefix}kind is missing; choose one of {', '.join(kinds)}")
     kind = values["kind"]
     if kind not in list(kinds):  # a list, as YAML may give an unhashable value
-        raise UserError(f"{where}: {prefix}kind is {kind!r}; choose one of {', '.join(kinds)}")
+        raise UserError(f"{prefix}kind is {kind!r}; choose one of {', '.join(kinds)}")
     return kinds[kind]
-
-
-def _to_float(value: Any) -> Any:
-    """A float from a YAML integer or from text, as YAML reads 2e-5; other values unchanged."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
-
-
-def _to_names(value: Any) -> Any:
-    """A tuple from a YAML list or from a single name."""
-    if isinstance(value, str):
-        return (value,)
-    return _to_tuple(value)
-
-
-def _reject_unknown(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
-    _must_map(values, where, prefix)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        nested = fields[key].default_factory
-        if key in _choices(cls):
-            _must_map(value, where, f"{prefix}{key}.")
-        elif dataclasses.is_dataclass(nested):
-            _reject_unknown(nested, value, where, f"{prefix}{key}.")
-
-
-def _to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _must_map(values: Any, where: str, prefix: str) -> None:
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must map names to values")
-
-
-def read_yaml(path: AnyPath) -> dict[str, Any]:
-    """Reads a YAML mapping. Raises UserError if the file is missing or not one."""
-    try:
-        values = read_yaml_text(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no such config file: {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML: {line}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must map names to values")
-    return values
-
-
-def read_yaml_text(text: str) -> Any:
-    return yaml.safe_load(text)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -134,8 +125,3 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(
         config, dict_factory=lambda items: {key: plain(value) for key, value in items}
     )
-
-
-def to_yaml(values: dict[str, Any]) -> str:
-    """YAML text in the order of the fields."""
-    return yaml.safe_dump(values, sort_keys=False)

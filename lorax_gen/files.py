@@ -115,19 +115,6 @@ def store_error(error: BaseException) -> str | None:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_json(path: AnyPath) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError where it is missing, invalid or not an object."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
-
-
 def read_prompt(text: str) -> str:
     """The prompt itself, or the text of standard input (`-`) or of a file (`@FILE`)."""
     if text == "-":

@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 
 from lorax_gen import config as configs
+from lorax_gen import documents
 from lorax_gen.errors import UserError
 
 
@@ -44,7 +45,7 @@ class Outer:
 
 
 def read(text):
-    return configs.from_dict(Outer, configs.read_yaml_text(text), "my.yaml")
+    return configs.from_dict(Outer, documents.parse_yaml(text, "the resolved config"), "my.yaml")
 
 
 def test_what_is_left_out_keeps_its_default():
@@ -63,7 +64,7 @@ def test_the_kind_tells_which_of_several_dataclasses_a_field_is():
     assert read("place: {kind: here, length: 3}").place == Here(length=3)
     assert read("place: {kind: here, path: a}").place == Here(path="a")
     assert read("place: {kind: there, host: b, length: 3}").place == There(host="b", length=3)
-    again = configs.to_yaml(configs.to_dict(Outer(place=There())))
+    again = documents.to_yaml(configs.to_dict(Outer(place=There())))
     assert read(again) == Outer(place=There())
 
 
@@ -91,11 +92,11 @@ def test_names_are_a_tuple():
         ),
         ("place: {kind: here, host: b}", "unknown key place.host; known: kind, path, length"),
         ("place: 3", "place must map names to values"),
-        ("place: {kind: there, host: 3}", 'field "place.host"'),
-        ("steps: many", "steps"),
+        ("place: {kind: there, host: 3}", "place.host is 3; expected str, got int"),
+        ("steps: many", "steps is 'many'; expected int, got str"),
         ("steps: 1.5", "steps"),
         ("steps: '3'", "steps"),
-        ("kind: three", "kind"),
+        ("kind: three", "kind is 'three'; choose one of one, two"),
         ("fast: 1", "fast"),
         ("inner: {rate: much}", "inner.rate"),
         ("inner: {rate: [1]}", "inner.rate"),
@@ -115,12 +116,13 @@ def test_what_is_wrong_is_named_in_one_line(text, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no such config file"),
+        (None, "no such file"),
         (b"steps: [1", "not valid YAML"),
         (b"\tsteps: 1", "not valid YAML"),
         (b"\xff\xfe\x00", "not valid YAML"),
         (b"- steps", "must map names to values"),
         (b"", "must map names to values"),
+        (b"a: 1\na: 2", "twice"),
     ],
 )
 def test_a_missing_or_broken_yaml_file_is_named_in_one_line(content, message, tmp_path):
@@ -128,7 +130,7 @@ def test_a_missing_or_broken_yaml_file_is_named_in_one_line(content, message, tm
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        configs.read_yaml(path)
+        documents.read_yaml(path)
     assert "my.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -139,9 +141,9 @@ def test_a_config_survives_yaml(tmp_path):
         "steps": 7, "kind": "two", "fast": True, "inner": {"rate": 2e-5, "names": ["x"]},
         "place": {"kind": "here", "path": "", "length": 1},
     }  # fmt: skip
-    text = configs.to_yaml(values)
+    text = documents.to_yaml(values)
     assert text.startswith("steps: 7\nkind: two\n")
     path = tmp_path / "my.yaml"
     path.write_text(text)
-    assert configs.read_yaml(path) == values
-    assert configs.from_dict(Outer, configs.read_yaml(path), "my.yaml") == config
+    assert documents.read_yaml(path) == values
+    assert configs.from_dict(Outer, documents.read_yaml(path), "my.yaml") == config

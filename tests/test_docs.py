@@ -25,7 +25,7 @@ from typing import NamedTuple
 import pytest
 
 from lorax_gen import cli
-from lorax_gen.files import read_json
+from lorax_gen.documents import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

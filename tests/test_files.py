@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax_gen import files
+from lorax_gen import documents, files
 from lorax_gen.errors import UserError
 from tests.stores import bucket  # noqa: F401
 
@@ -98,7 +98,7 @@ def test_a_text_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
 def test_json_comes_back(tmp_path):
     value = {"a": [1, 2.5, None], "b": {"c": "text"}}
     files.write_json(tmp_path / "value.json", value)
-    assert files.read_json(tmp_path / "value.json") == value
+    assert documents.read_json(tmp_path / "value.json") == value
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"a": ', b"\xff\xfe\x00"])
@@ -107,7 +107,7 @@ def test_a_missing_or_broken_json_file_is_named_in_one_line(content, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"value\.json") as error:
-        files.read_json(path)
+        documents.read_json(path)
     assert "\n" not in str(error.value)
 
 

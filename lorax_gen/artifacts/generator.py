@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_gen import config as configs
-from lorax_gen import files
+from lorax_gen import documents, files
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
@@ -110,7 +110,7 @@ def load_generator(directory: str | AnyPath) -> Generator:
     Raises UserError if a file is missing, truncated or of another kind.
     """
     directory = find_directory(directory, "generator")
-    metadata = files.read_json(directory / "config.json")
+    metadata = documents.read_json(directory / "config.json")
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{directory} is not a generator (format {metadata.get('format')!r}, expected "

@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_gen import files
+from lorax_gen import documents, files
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
@@ -116,7 +116,7 @@ def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:
     Raises UserError if the adapter is not a plain LoRA of this model's kernels.
     """
     directory = find_directory(name_or_dir, "adapter")
-    raw = files.read_json(directory / CONFIG)
+    raw = documents.read_json(directory / CONFIG)
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{directory} is a {raw.get('peft_type')} adapter; expected LORA")
     for name, harmless in UNSUPPORTED.items():

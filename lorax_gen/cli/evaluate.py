@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from lorax_gen import files
+from lorax_gen import documents, files
 from lorax_gen.cli.parse import UserPath
 from lorax_gen.errors import UserError
 
@@ -107,7 +107,7 @@ class Evaluate:
 def is_report(path: files.AnyPath) -> bool:
     """Whether a file is a report of an evaluation; False for other files and missing ones."""
     try:
-        return str(files.read_json(path).get("format")).startswith("lorax-gen report ")
+        return str(documents.read_json(path).get("format")).startswith("lorax-gen report ")
     except (UserError, OSError):
         return False
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lorax_gen.config import Count, Seed, Size, check
 from lorax_gen.data.agent import AgentSource, load_agent
 from lorax_gen.data.benchmarks import BENCHMARKS, find_benchmark, load_questions
 from lorax_gen.data.instructions import NaturalSource, TripleSource, load_tasks, load_triples
@@ -28,23 +29,24 @@ class WorldConfig:
 
     kind: Literal["world"] = "world"
     """Which kind of data this is."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the world; the shipped models are trained on world 0."""
     families: tuple[str, ...] = FAMILIES
     """Families of tasks to train and evaluate on."""
-    max_shots: int = 0
+    max_shots: Count = 0
     """Most solved examples in a prompt; each prompt draws from 0 to this many."""
-    prompt_length: int = 32
+    prompt_length: Size = 32
     """Longest system prompt, in tokens of the cloud model."""
-    question_length: int = 5
+    question_length: Size = 5
     """Longest question with its answer, in tokens of the edge model."""
 
     def __post_init__(self):
+        check(self, "data.")
+        if not self.families:
+            raise UserError(f"data.families is empty; choose from {', '.join(FAMILIES)}")
         for family in self.families:
             if family not in FAMILIES:
                 raise UserError(f"unknown family {family!r}; the world has {', '.join(FAMILIES)}")
-        if self.max_shots < 0:
-            raise UserError(f"data.max_shots is {self.max_shots}; it must be at least 0")
 
     def world(self) -> World:
         return make_world(self.seed)
@@ -63,40 +65,39 @@ class MixtureConfig:
     leave_out: tuple[str, ...] = ()
     """Tasks of Natural Instructions to leave out, as glob patterns: *winogrande*. Those made from
     an unseen benchmark must be left out, since they are refused."""
-    per_task: int | None = 1000
+    per_task: Size | None = 1000
     """Most instances of a task of Natural Instructions, evenly spaced; None: all, so that the
     largest tasks dominate."""
     directory: str = ""
     """Directory of the data files, at any depth; empty: they are loaded from the hub."""
-    shots: int = 5
+    shots: Count = 5
     """Most solved examples in a prompt."""
-    min_shots: int | None = None
+    min_shots: Count | None = None
     """Fewest; each sample draws between the two. None: always `shots`."""
-    prompt_length: int = 2048
+    prompt_length: Size = 2048
     """Longest system prompt, in tokens of the cloud model; shots are left out of longer ones."""
-    question_length: int = 512
+    question_length: Size = 512
     """Longest question with its answer, in tokens of the edge model; longer ones are dropped."""
-    prompt_buckets: tuple[int, ...] = ()
+    prompt_buckets: tuple[Size, ...] = ()
     """Lengths that prompts are padded to, in increasing order up to prompt_length; one program is
     compiled for each. Empty: a quarter, a half and all of prompt_length."""
-    question_buckets: tuple[int, ...] = ()
+    question_buckets: tuple[Size, ...] = ()
     """The same for questions."""
     evaluate_on: tuple[str, ...] = ("arc_challenge", "boolq", "hellaswag", "winogrande")
     """Benchmarks to evaluate on during training, each question with a prompt of its own."""
-    evaluate_questions: int = 200
+    evaluate_questions: Size = 200
     """How many questions of each; the first ones are taken."""
-    evaluate_shots: int = 1
+    evaluate_shots: Count = 1
     """Solved examples in those prompts."""
 
     def __post_init__(self):
+        check(self, "data.")
         if not self.sources:
             raise UserError("data.sources is empty; name two or more")
         for entry in self.sources:
             split_weight(entry)
         for name in self.evaluate_on:
             find_benchmark(name)
-        if self.evaluate_questions < 1:
-            raise UserError(f"data.evaluate_questions is {self.evaluate_questions}; at least 1")
 
     @property
     def root(self) -> AnyPath | None:

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_gen import files
+from lorax_gen import documents, files
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.latency import measure_latency, peak_memory
@@ -67,7 +67,7 @@ def new_report(
     }
     if path is None or not path.exists():
         return report
-    old = files.read_json(path)
+    old = documents.read_json(path)
     for name in report.keys() - {"device", "versions", "rows"}:
         if name == "cloud" and None in (old.get(name), report[name]):
             continue  # not every answerer needs one

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax_gen import files
+from lorax_gen import documents
 from lorax_gen.config import from_dict
 from lorax_gen.errors import UserError
 from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
@@ -280,7 +280,7 @@ def read_config(path: Path) -> DecoderConfig:
     Raises UserError that names an unknown architecture or `rope_type`, and whatever the file lacks
     or asks for beyond the decoder.
     """
-    raw = files.read_json(path)
+    raw = documents.read_json(path)
     named = raw.get("architectures") or "none"
     architecture = named[0] if isinstance(named, list) else named
     family = next((family for family in FAMILIES if family.architecture == architecture), None)

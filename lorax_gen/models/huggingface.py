@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from lorax_gen import assets, files
+from lorax_gen import assets, documents, files
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
@@ -117,7 +117,7 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
     """The tokens that end a text; generation_config.json has precedence over config.json."""
     for name in ("generation_config.json", "config.json"):
         if (directory / name).is_file():
-            ids = files.read_json(directory / name).get("eos_token_id")
+            ids = documents.read_json(directory / name).get("eos_token_id")
             if ids is not None:
                 return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
@@ -133,7 +133,7 @@ class Checkpoint:
         self.directory = directory
         single, index = directory / "model.safetensors", directory / INDEX
         if index.is_file() and not single.is_file():
-            weight_map = files.read_json(index).get("weight_map")
+            weight_map = documents.read_json(index).get("weight_map")
             names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
             if not all(isinstance(name, str) for name in names):
                 raise UserError(f"{index} has no weight_map of tensors to files; get it again")

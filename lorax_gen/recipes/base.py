@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
-from lorax_gen.config import at_least_one
+from lorax_gen.config import Size, check
 from lorax_gen.data.config import MixtureConfig, WorldConfig
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.mesh.kernels import execution_over
@@ -53,7 +53,7 @@ class EdgeConfig(RecipeConfig):
     edge: str = "world/edge"
     """Edge model: a model directory, or the name of a shipped one."""
     data: WorldConfig | MixtureConfig = dataclasses.field(default_factory=WorldConfig)
-    answer_length: int | None = None
+    answer_length: Size | None = None
     """Most answer tokens of a row, end of text included; logits are computed for these only."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen models; bfloat16 on GPUs and TPUs. Trained parameters are float32."""
@@ -63,7 +63,7 @@ class EdgeConfig(RecipeConfig):
     """auto is splash on TPU, cudnn on GPU, and xla elsewhere or where these do not apply."""
 
     def __post_init__(self):
-        at_least_one(self, ("answer_length",))
+        check(self)
 
     def loader(self, mesh: Mesh, load: Load) -> Load:
         """`load` in the config's dtype, with weights loaded directly into their shards."""

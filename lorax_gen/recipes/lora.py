@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lorax_gen.artifacts.peft import save_adapter
-from lorax_gen.config import at_least_one
+from lorax_gen.config import Decay, Positive, Size
 from lorax_gen.cost import tuning_step_macs
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer
@@ -34,18 +34,12 @@ from lorax_gen.training.step import Batch, Loss, answer_loss
 class LoraConfig(EdgeConfig):
     """Fine-tune one LoRA on the edge model, on all seen tasks and without their prompts."""
 
-    rank: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.05
+    rank: Size = 8
+    alpha: Positive = 8.0
+    dropout: Decay = 0.05
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    batch_size: int = 128
+    batch_size: Size = 128
     """Questions per batch, of mixed tasks."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least_one(self, ("rank", "batch_size"))
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; choose a number at least 0 and below 1")
 
     @property
     def scale(self) -> float:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lorax_gen.artifacts.generator import Generator, make_generator, save_generator
-from lorax_gen.config import at_least_one
+from lorax_gen.config import Size
 from lorax_gen.cost import generated_ranks, generator_macs, prefill_macs, train_step_macs
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import LoraGen
@@ -40,19 +40,15 @@ class LoraGenConfig(EdgeConfig):
     cloud_int8: bool = False
     """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
     'lorax-gen[int8]')."""
-    prompts: int = 32
+    prompts: Size = 32
     """Prompts per batch; each batch mixes tasks."""
-    queries_per_prompt: int = 4
+    queries_per_prompt: Size = 4
     """Questions per prompt; the cloud reads a prompt once for all of them."""
     loss: Literal["answer", "sequence"] = "answer"
     """L_LM on the answer's tokens, or on the full sequence that the edge model reads."""
-    microbatches: int = 1
+    microbatches: Size = 1
     """Parts of a batch that run in sequence to save memory; the gradients are the same."""
     generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least_one(self, ("prompts", "queries_per_prompt", "microbatches"))
 
 
 def experiment(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.config import at_least_one
+from lorax_gen.config import Seed, Size, check
 from lorax_gen.cost import tuning_step_macs
 from lorax_gen.data.tokens import Encoder
 from lorax_gen.data.world import FAMILIES, World, make_world, vocabulary
@@ -35,30 +35,29 @@ class PretrainConfig(RecipeConfig):
     """Pretrain a small LLaMA on documents of the world: lessons (one fact, a short cue) and
     exercises (a seen task's system prompt with questions and answers)."""
 
-    hidden_size: int = 64
+    hidden_size: Size = 64
     """Width D."""
-    intermediate_size: int = 256
+    intermediate_size: Size = 256
     """Feed-forward width F."""
-    layers: int = 4
+    layers: Size = 4
     """Decoder layers."""
-    heads: int = 4
+    heads: Size = 4
     """Attention heads."""
-    kv_heads: int = 2
+    kv_heads: Size = 2
     """Key/value heads."""
-    lessons: int = 128
+    lessons: Size = 128
     """Lessons per batch."""
-    exercises: int = 16
+    exercises: Size = 16
     """Exercises per batch."""
-    questions: int = 6
+    questions: Size = 6
     """Questions per exercise."""
-    document_length: int = 48
+    document_length: Size = 48
     """Longest exercise, in tokens."""
-    world_seed: int = 0
+    world_seed: Seed = 0
     """Seed of the world."""
 
     def __post_init__(self):
-        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-        at_least_one(self, (*sizes, "lessons", "exercises", "questions", "document_length"))
+        check(self)
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
         return DecoderConfig(

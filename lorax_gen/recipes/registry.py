@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorax_gen import config as configs
-from lorax_gen import files
+from lorax_gen import documents, files
 from lorax_gen.errors import UserError
 from lorax_gen.recipes import lora, lora_gen, pretrain
 from lorax_gen.training.experiment import Experiment
@@ -55,7 +55,7 @@ def load_config(name: str) -> tuple[str, Any]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"shipped configs: {', '.join(known)}"
         raise UserError(f"no config file {name}; {hint}")
-    values = configs.read_yaml(path)
+    values = documents.read_yaml(path)
     method = values.pop("method", None)
     if method not in list(RECIPES):  # a list, because a YAML value may be unhashable
         raise UserError(f"{path.name}: method is {method!r}; expected one of {', '.join(RECIPES)}")

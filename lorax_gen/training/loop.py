@@ -31,8 +31,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lorax_gen import config as configs
-from lorax_gen import files
+from lorax_gen import documents, files
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts, sharding
@@ -222,7 +221,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def check_processes(experiment: Experiment, config: dict[str, Any]) -> None:
     """Raises UserError where configs differ between processes, or several cannot run this one."""
-    if len(set(hosts.each(zlib.crc32(configs.to_yaml(config).encode())))) > 1:
+    if len(set(hosts.each(zlib.crc32(documents.to_yaml(config).encode())))) > 1:
         raise UserError("the processes have different configs; start all with the same command")
     if hosts.several() and experiment.mode == "pmap":
         raise UserError("mesh.mode=pmap is for one process; with several use jit and mesh.data=-1")
@@ -240,9 +239,9 @@ def check_mode(mode: str, mesh: Mesh) -> None:
 
 def claim_run_dir(run_dir: AnyPath, config: dict[str, Any]) -> None:
     """Creates the directory and writes the config, or checks that it holds the same run."""
-    path, text = run_dir / "config.yaml", configs.to_yaml(config)
+    path, text = run_dir / "config.yaml", documents.to_yaml(config)
     if path.exists():
-        old, new = configs.read_yaml(path), configs.read_yaml_text(text)
+        old, new = documents.read_yaml(path), documents.parse_yaml(text, "the resolved config")
         if differing := differences(fixed_part(old), fixed_part(new)):
             raise UserError(
                 f"{run_dir} already holds another run (its config.yaml differs in "

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import optax
 
-from lorax_gen.errors import UserError
+from lorax_gen.config import Count, Decay, Fraction, NotNegative, Positive, check
 
 # Norm weights, biases and BatchNorm parameters are not decayed.
 NOT_DECAYED = ("norm", "bias", "b1", "b2", "bn_scale")
@@ -17,25 +17,19 @@ NOT_DECAYED = ("norm", "bias", "b1", "b2", "bn_scale")
 class OptimizerConfig:
     """AdamW and its schedule. The defaults are the paper's; the world's runs use larger rates."""
 
-    learning_rate: float = 2e-5
+    learning_rate: Positive = 2e-5
     """Peak learning rate, reached after the warm-up."""
-    warmup_steps: int = 50
-    final_fraction: float = 0.0
+    warmup_steps: Count = 50
+    final_fraction: Fraction = 0.0
     """Where the cosine ends, as a fraction of the peak."""
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.999
-    clip_norm: float = 1.0
+    weight_decay: NotNegative = 0.1
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    clip_norm: Positive = 1.0
     """Largest global norm of the gradients."""
 
     def __post_init__(self):
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise UserError(
-                f"learning_rate={self.learning_rate} and clip_norm={self.clip_norm}: both must be "
-                "positive"
-            )
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps is {self.warmup_steps}; it must be at least 0")
+        check(self, "optimizer.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

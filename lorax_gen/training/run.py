@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lorax_gen.config import at_least_one
+from lorax_gen.config import Seed, Size, check
 from lorax_gen.errors import UserError
 
 
@@ -13,17 +13,17 @@ from lorax_gen.errors import UserError
 class RunConfig:
     """Length of a run, and when it logs, evaluates and saves. Every config has one as `run`."""
 
-    steps: int = 1000
+    steps: Size = 1000
     """Optimizer steps of the run."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, batches and dropout."""
-    log_every: int = 50
+    log_every: Size = 50
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 500
+    evaluate_every: Size = 500
     """Steps between evaluations on seen and unseen tasks."""
-    checkpoint_every: int = 500
+    checkpoint_every: Size = 500
     """Steps between checkpoints; a resumed run loses at most this much."""
-    keep: int = 2
+    keep: Size = 2
     """Latest checkpoints kept."""
     best: str = ""
     """Metric of the evaluations, such as accuracy/unseen, by which the best checkpoint is kept too;
@@ -38,8 +38,7 @@ class RunConfig:
     """Directory that caches compiled programs between runs."""
 
     def __post_init__(self):
-        sizes = ("steps", "log_every", "evaluate_every", "checkpoint_every", "keep")
-        at_least_one(self, sizes, "run.")
+        check(self, "run.")
         window = self.profile_window  # raises where it cannot be parsed
         if window and window[0] > self.steps:
             raise UserError(

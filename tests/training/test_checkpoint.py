@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_gen import cli
+from lorax_gen import cli, documents
 from lorax_gen import config as configs
 from lorax_gen.errors import UserError
 from lorax_gen.mesh import sharding
@@ -134,7 +134,7 @@ def test_a_run_goes_on_where_it_stopped_on_any_mesh(stopped, unbroken, mesh):
     elif mesh.mode == "jit":  # under pmap each device draws noise of its own
         chex.assert_trees_all_close(state, unbroken, rtol=1e-4, atol=1e-5)
     assert state["step"] == 6
-    assert configs.read_yaml(stopped / "config.yaml")["mesh"] == mesh_of(experiment)
+    assert documents.read_yaml(stopped / "config.yaml")["mesh"] == mesh_of(experiment)
 
 
 def test_a_run_goes_on_with_other_things_watched_but_not_learned(stopped):
