@@ -14,13 +14,15 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from msgspec import Meta
 
+from lorax_gen.config import check
 from lorax_gen.errors import UserError
 from lorax_gen.models.adapter import Adapter
 
@@ -43,15 +45,23 @@ KERNELS = {
 }
 
 
+Axis = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Number of devices of each axis; one may be -1, for all that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    tensor: Axis = 1
     mode: Literal["jit", "pmap"] = "jit"
     """jit: arrays sharded over the mesh. pmap: weights replicated, the batch sharded by device."""
+
+    def __post_init__(self):
+        check(self, "mesh.")
+        if 0 in (self.data, self.fsdp, self.tensor):
+            raise UserError("a mesh axis has size 0; choose 1 or more, or -1 for all that are left")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -63,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     sizes = [config.data, config.fsdp, config.tensor]
     given = math.prod(size for size in sizes if size != -1)
     free = sizes.count(-1)
-    if free > 1 or any(size == 0 or size < -1 for size in sizes) or len(devices) % max(given, 1):
+    if free > 1 or len(devices) % max(given, 1):
         raise UserError(
             f"a mesh of data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not "
             f"fit {len(devices)} devices; sizes must multiply to that, one may be -1"

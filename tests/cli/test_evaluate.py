@@ -33,7 +33,7 @@ def test_evaluate_refuses_a_directory_that_holds_something_else(refused, tmp_pat
         (["boolq", "--limit", "-1"], "limit=-1: choose 1 or more"),
         (["boolq", "--tokens-per-batch", "0"], "tokens_per_batch=0: choose 1 or more"),
         (["boolq", "--fsdp", "3"], "does not fit"),
-        (["boolq", "--tensor", "0"], "does not fit"),
+        (["boolq", "--tensor", "0"], "mesh axis has size 0"),
     ],
     ids=" ".join,
 )
