@@ -34,8 +34,11 @@ def check(config: Any, prefix: str = "") -> None:
       prefix: of the keys, such as `run.`.
     """
     for name, hint in _hints(type(config)).items():
-        if not _classes(hint):
-            _convert(getattr(config, name), hint, f"{prefix}{name}")
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{prefix}{name}.")
+        else:
+            _convert(value, hint, f"{prefix}{name}")
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = "") -> T:

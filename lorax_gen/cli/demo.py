@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from lorax_gen.cli.parse import UserPath
+from lorax_gen.config import Seed, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Demo:
 
     run_dir: UserPath = Path("runs/demo")
     """Directory of the report and the pictures."""
-    questions: int = 16
+    questions: Size = 16
     """Questions per task."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of wordings and questions."""
 
     def run(self) -> int:

@@ -12,6 +12,7 @@ import tyro
 
 from lorax_gen import documents, files
 from lorax_gen.cli.parse import UserPath
+from lorax_gen.config import Count, Seed, Size
 from lorax_gen.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,9 +57,9 @@ class Evaluate:
     lora: str | None = None
     """A PEFT adapter for all tasks, merged into the edge for mode lora; for world with the shipped
     edge, default the shipped one."""
-    shots: int = 5
+    shots: Count = 5
     """Solved examples in a prompt, for modes with a prompt."""
-    limit: int | None = None
+    limit: Size | None = None
     """Evaluate the first so many questions of each benchmark; default all."""
     data_dir: UserPath | None = None
     """Directory of data files, at any depth; without it benchmarks are loaded from the hub."""
@@ -69,23 +70,23 @@ class Evaluate:
     cloud_int8: bool = False
     """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
     'lorax-gen[int8]')."""
-    tokens_per_batch: int = 4096
+    tokens_per_batch: Size = 4096
     """Tokens processed at a time; use more on GPUs and TPUs."""
-    max_new_tokens: int = 512
+    max_new_tokens: Size = 512
     """gpt4tools only: most tokens of an answer."""
     bos: Literal["tokenizer", "yes", "no"] = "tokenizer"
     """Whether the edge's input begins with BOS; tokenizer follows the edge's tokenizer. The paper's
     scores, from lm-evaluation-harness 0.4.3, have none for LLaMA."""
-    fsdp: int = 1
+    fsdp: Size = 1
     """Devices that weights are sharded over; questions are sharded over these and the remaining
     devices."""
-    tensor: int = 1
+    tensor: Size = 1
     """Devices that heads and feed-forward width are sharded over."""
     split: Literal["unseen", "seen"] = "unseen"
     """world only: tasks to evaluate."""
-    questions: int = 16
+    questions: Size = 16
     """world only: questions per task."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of shots, wordings and controls; default that of lm-evaluation-harness for shots, and 0
     for world."""
 
@@ -93,10 +94,6 @@ class Evaluate:
         world, run_dir = self.tasks == ("world",), self.run_dir
         if "world" in self.tasks and not world:
             raise UserError("world is evaluated by itself; leave out the other tasks, or it")
-        if self.seed is not None and self.seed < 0:
-            raise UserError(f"seed={self.seed}: choose 0 or more")
-        if self.questions < 1:
-            raise UserError(f"questions={self.questions}: choose 1 or more")
         if run_dir is not None and run_dir.exists():
             ours = is_report(run_dir / "report.json") if world else (run_dir / "items").is_dir()
             if not ours and not (run_dir.is_dir() and not any(run_dir.iterdir())):

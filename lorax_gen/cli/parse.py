@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from lorax_gen import config as configs
 from lorax_gen import files
 from lorax_gen.errors import UserError
 
@@ -48,7 +49,7 @@ def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any
     Args:
       prog: the command, for `--help` and errors; more: options of `tyro.cli`.
 
-    Raises UserError for unknown or missing options and for wrong values.
+    Raises UserError for unknown or missing options, and for values of a wrong type or out of range.
     """
     # tyro frames its errors for the terminal. It has no public way to change their wording (the
     # hooks of tyro._errors are private), so its output is parsed and reworded.
@@ -64,6 +65,7 @@ def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any
             raise
         raise UserError(one_line(said.getvalue(), prog)) from None
     sys.stderr.write(said.getvalue())  # warnings
+    configs.check(parsed)
     return parsed
 
 

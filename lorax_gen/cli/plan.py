@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated
 
 import tyro
+from msgspec import Meta
 
 from lorax_gen.cli.parse import UserPath, parse_config
 
@@ -16,7 +17,7 @@ class Target:
 
     topology: str = "v5e:4x4"
     """TPU slice (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4) or GPUs (gpu:8, gpu-a100:8, gpu-h200:8)."""
-    utilisation: float = 0.4
+    utilisation: Annotated[float, Meta(gt=0, le=1)] = 0.4
     """Assumed fraction of the devices' peak FLOPs."""
     output: UserPath | None = None
     """Also write the report as JSON to this new file."""

@@ -26,6 +26,9 @@ GPUS = {
 }
 
 
+LARGEST = 65_536  # devices
+
+
 @dataclasses.dataclass(frozen=True)
 class Absent:
     """The attributes of a device that a mesh reads."""
@@ -43,6 +46,8 @@ def find_devices(topology: str) -> tuple[Chip, list]:
     """
     name, _, size = topology.partition(":")
     dimensions = 3 if name in ("v4", "v5p") else 2
+    if any(int(number) > LARGEST for number in re.findall(r"\d+", size[:100])):
+        raise UserError(f"the topology {topology!r} is larger than any; at most {LARGEST} devices")
     if name in GPUS and re.fullmatch(r"[1-9]\d*", size):
         chip = GPUS[name]
         return chip, [Absent(i, chip.kind) for i in range(int(size))]

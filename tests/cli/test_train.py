@@ -28,7 +28,7 @@ def linear(monkeypatch):
     "text, message",
     [
         ("method: lora\nranks: 4", "unknown key ranks; did you mean rank?"),
-        ("method: lora\nrank: four", 'wrong value type for field "rank"'),
+        ("method: lora\nrank: four", "rank is 'four'; expected int"),
         ("method: loras", "method is 'loras'; expected one of"),
         ("method: [", "mine.yaml is not valid YAML"),
         ("method: lora\nedge: nowhere", "no model directory at nowhere"),
@@ -47,7 +47,11 @@ def test_an_unknown_config_is_refused(refused):
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("--optimizer.learning-rate", "-1", "both must be positive"),
+        (
+            "--optimizer.learning-rate",
+            "-1",
+            "optimizer.learning_rate is -1.0; expected float > 0.0",
+        ),
         ("--data.families", "sorts", "unknown family 'sorts'"),
         ("--ranks", "4", "--ranks, 4; did you mean --rank?"),
         ("--run-dri", "x", "--run-dri, x; did you mean --run-dir?"),
