@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,6 +37,56 @@ class Hosts:
     """Index of this process, from 0; else JAX_PROCESS_ID."""
 
 
+class Launcher(NamedTuple):
+    """A program that starts several processes, and the variables that it sets."""
+
+    name: str
+    count: str
+    rank: str
+    needs: tuple[str, ...] = ()
+    """What JAX finds the other processes by; empty: JAX does not know this launcher."""
+
+    def several(self) -> bool:
+        return (_number(self.count) or 1) > 1 or (_number(self.rank) or 0) > 0
+
+    def missing(self) -> list[str]:
+        return [name for name in self.needs if not os.environ.get(name)]
+
+    def check(self) -> None:
+        """Raises UserError where JAX would count other processes than the launcher started."""
+        for name in self.needs:
+            if "NTASKS" in name and _number(self.count) not in (None, _number(name)):
+                raise UserError(
+                    f"{name} is {os.environ[name]}, but {self.seen()}; give the processes the "
+                    f"environment of their own step, or {GIVE}"
+                )
+
+    def seen(self) -> str:
+        there = [name for name in (self.count, self.rank) if name in os.environ]
+        return ", ".join(f"{name}={os.environ[name]}" for name in there)
+
+
+LAUNCHERS = (
+    Launcher(
+        "SLURM",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+        (
+            "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
+            "SLURM_LOCALID",
+        ),
+    ),
+    Launcher(
+        "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", ("OMPI_MCA_orte_hnp_uri",)
+    ),
+    Launcher("MPICH", "PMI_SIZE", "PMI_RANK"),
+    Launcher("torchrun", "WORLD_SIZE", "RANK"),
+)  # fmt: skip
+GIVE = (
+    "give --hosts.coordinator-address HOST:PORT, --hosts.num-processes and --hosts.process-id (or "
+    "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)"
+)
+
 # --- joining -------------------------------------------------------------------------------------
 
 
@@ -47,27 +97,25 @@ def initialize(hosts: Hosts | None = None, timeout: int = 300) -> None:
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: a setting is missing or invalid, or not all processes connected in time.
+      UserError: a setting is missing or invalid, the environment is that of one of several
+        processes but JAX cannot find the others from it, or not all connected in time.
     """
     given = _resolve(hosts or Hosts())
     missing = [name for name, value in given.items() if value is None]
-    launched = _launched()
-    if jax.distributed.is_initialized() or (len(missing) == 3 and not launched):
+    if jax.distributed.is_initialized() or given["num_processes"] == 1:
         return
-    if missing and not launched:
-        raise UserError(
-            f"a run over several processes also needs {' and '.join(missing)}: as options "
-            "(--hosts.coordinator-address HOST:PORT --hosts.num-processes N --hosts.process-id I) "
-            "or in the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)"
-        )
+    launcher = _launcher() if missing else ""
+    detected = bool(launcher) or "tpu" in (jax.config.jax_platforms or "")  # set where JAX has TPUs
+    if len(missing) == 3 and not detected:
+        return
+    if missing and not detected:
+        raise UserError(f"a run over several processes also needs {' and '.join(missing)}: {GIVE}")
     if not missing:
         _check(**given)
-        if given["num_processes"] == 1:
-            return
     # Processes agree to stop by `vote`; this service would intercept SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     method = None if missing else "deactivate"  # no cluster detection where all is given
-    _join(timeout, **given, cluster_detection_method=method)
+    _join(timeout, launcher, **given, cluster_detection_method=method)
     if _one_task_per_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         # JAX assumes one GPU per SLURM task, which here would leave the other GPUs idle.
         jax.config.update("jax_cuda_visible_devices", "all")
@@ -76,17 +124,11 @@ def initialize(hosts: Hosts | None = None, timeout: int = 300) -> None:
 def _resolve(hosts: Hosts) -> dict[str, Any]:
     """The three settings; those not given are read from the environment."""
 
-    def number(name: str) -> int | None:
-        text = os.environ.get(name)
-        if text is not None and not text.isdigit():
-            raise UserError(f"{name} is {text!r} in the environment; expected a number")
-        return None if text is None else int(text)
-
     given = dataclasses.asdict(hosts)
     found = {
         "coordinator_address": os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": number("JAX_NUM_PROCESSES"),
-        "process_id": number("JAX_PROCESS_ID"),
+        "num_processes": _number("JAX_NUM_PROCESSES"),
+        "process_id": _number("JAX_PROCESS_ID"),
     }
     return {name: found[name] if value is None else value for name, value in given.items()}
 
@@ -102,11 +144,32 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
         )
 
 
-def _launched() -> bool:
-    """Whether a launcher that JAX detects started this process, perhaps as one of several."""
-    tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    on_tpu = "tpu" in (jax.config.jax_platforms or "")  # JAX sets this where it finds TPUs
-    return on_tpu or any(int(os.environ.get(name, 1)) > 1 for name in tasks)
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"{name} is {text!r} in the environment; expected a number")
+    return None if text is None else int(text)
+
+
+def _launcher() -> str:
+    """The launcher that started this process as one of several, if JAX can find the others from its
+    variables; '' for a process by itself.
+
+    Raises UserError where variables say that there are others and JAX cannot find them: each
+    process would do the work alone, into the same files.
+    """
+    started = [launcher for launcher in LAUNCHERS if launcher.several()]
+    for launcher in started:
+        if launcher.needs and not launcher.missing():
+            launcher.check()
+            return launcher.name
+    for launcher in started:
+        lacks = " and ".join(launcher.missing()) or "what JAX finds the others by"
+        raise UserError(
+            f"{launcher.name} started several processes ({launcher.seen()}), but {lacks} is "
+            f"missing; {GIVE}; to run alone: --hosts.num-processes 1"
+        )
+    return ""
 
 
 def _one_task_per_node() -> bool:
@@ -114,7 +177,7 @@ def _one_task_per_node() -> bool:
     return tasks is not None and tasks == nodes
 
 
-def _join(timeout: int, coordinator_address: str | None, **options: Any) -> None:
+def _join(timeout: int, launcher: str, coordinator_address: str | None, **options: Any) -> None:
     """`jax.distributed.initialize` in another thread: JAX terminates the process at its own
     timeout, so ours must come first."""
     errors: list[Exception] = []
@@ -139,7 +202,7 @@ def _join(timeout: int, coordinator_address: str | None, **options: Any) -> None
             f"not all processes connected to {coordinator_address or 'process 0'} within {timeout} "
             "seconds; check that all of them are started and can reach that address"
         )
-    if errors and isinstance(errors[0], ValueError) and coordinator_address is None:
+    if errors and isinstance(errors[0], ValueError) and not (coordinator_address or launcher):
         return  # a single TPU host, in no cluster
     if errors:
         reason = str(errors[0]).splitlines()[0]

@@ -244,7 +244,8 @@ ADDRESS, COUNT, INDEX = "coordinator_address", "num_processes", "process_id"
 def environment(monkeypatch):
     """Nothing is said of other processes."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_P", "JAX_PROCESS")):
+        several = ("SLURM_", "OMPI_", "PMI_", "JAX_COORDINATOR", "JAX_NUM_P", "JAX_PROCESS")
+        if name.startswith(several) or name in ("WORLD_SIZE", "RANK"):
             monkeypatch.delenv(name)
     monkeypatch.setattr(hosts, "_join", lambda *given, **named: joined.append((given, named)))
     joined = []
@@ -268,21 +269,77 @@ def test_options_stand_above_the_environment(environment):
     initialize(timeout=5)
     initialize(Hosts(process_id=0), timeout=5)
     common = {ADDRESS: "one:1", COUNT: 2, "cluster_detection_method": "deactivate"}
-    assert environment.joined == [((5,), common | {INDEX: 1}), ((5,), common | {INDEX: 0})]
+    assert environment.joined == [((5, ""), common | {INDEX: i}) for i in (1, 0)]
 
 
-def test_a_launcher_says_what_is_missing(environment):
-    environment.setenv("SLURM_STEP_NUM_TASKS", "4")
+SLURM = {
+    "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "1",
+}  # fmt: skip
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+
+
+@pytest.mark.parametrize("seen", [SLURM, OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1"}])
+def test_where_jax_finds_the_others_they_are_joined(environment, seen):
+    for name, value in seen.items():
+        environment.setenv(name, value)
     initialize(Hosts("one:1"), timeout=5)
-    given = {ADDRESS: "one:1", COUNT: None, INDEX: None, "cluster_detection_method": None}
-    assert environment.joined == [((5,), given)]
+    [((timeout, launcher), given)] = environment.joined
+    assert (timeout, launcher in ("SLURM", "Open MPI")) == (5, True)
+    assert given == {ADDRESS: "one:1", COUNT: None, INDEX: None, "cluster_detection_method": None}
+
+
+@pytest.mark.parametrize("name", sorted(set(SLURM) - {"SLURM_STEP_NUM_NODES"}))
+def test_a_slurm_task_that_sees_a_part_of_its_step_is_refused(environment, name):
+    """All but SLURM_STEP_NUM_TASKS: JAX needs the others, and they say that there are several."""
+    for each in set(SLURM) - {name}:
+        environment.setenv(each, SLURM[each])
+    if name == "SLURM_STEP_NUM_TASKS":
+        initialize()
+        assert len(environment.joined) == 1
+        return
+    with pytest.raises(UserError, match=f"SLURM started several .* {name} is missing"):
+        initialize()
+    assert not environment.joined
+    initialize(Hosts(num_processes=1))  # the way out: alone, and said so
+    initialize(Hosts("one:1", 4, 2))
+    assert len(environment.joined) == 1
+
+
+@pytest.mark.parametrize(
+    "seen, message",
+    [
+        (OPEN_MPI, "Open MPI started .* OMPI_MCA_orte_hnp_uri is missing"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "MPICH started several processes"),
+        ({"WORLD_SIZE": "8", "RANK": "0"}, "torchrun started .*WORLD_SIZE=8, RANK=0"),
+        ({"RANK": "3"}, "torchrun started"),
+        ({"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE is '' in the environment"),
+        ({"SLURM_STEP_NUM_TASKS": "4(x2)"}, r"SLURM_STEP_NUM_TASKS is '4\(x2\)'"),
+        (SLURM | {"SLURM_NTASKS": "8"}, "SLURM_NTASKS is 8, but SLURM_STEP_NUM_TASKS=4"),
+    ],
+)
+def test_several_processes_that_cannot_find_each_other_are_refused(environment, seen, message):
+    for name, value in seen.items():
+        environment.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        initialize()
+    assert not environment.joined
+
+
+def test_an_allocation_without_a_step_is_one_process(environment):
+    """salloc, or ssh into a node: SLURM_NTASKS is what may be started, not what was."""
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS"):
+        environment.setenv(name, SLURM[name])
+    initialize()
+    assert not environment.joined
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        (Hosts("one:1"), "also needs num_processes and process_id: as options"),
-        (Hosts(None, 2, 1), "also needs coordinator_address: as options"),
+        (Hosts("one:1"), "also needs num_processes and process_id: give"),
+        (Hosts(None, 2, 1), "also needs coordinator_address: give"),
         (Hosts("one", 2, 1), "coordinator_address is 'one'; expected HOST:PORT"),
         (Hosts("one:port", 2, 1), "expected HOST:PORT"),
         (Hosts("one:1", 2, 2), "process_id is 2 of num_processes=2"),
