@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
+from msgspec import Meta
 
+from lorax_gen.config import Count, Positive, Size, check
 from lorax_gen.errors import UserError
-from lorax_gen.models.rope import Rope, RopeScaling
+from lorax_gen.models.rope import Base, Rope, RopeScaling
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-CHOICES = {
-    "hidden_act": tuple(ACTIVATIONS),
-    "mlp": ("gated", "plain"),
-    "norm": ("rms", "layer"),
-    "positions": ("rotary", "learned"),
-}
+# Far beyond any model. What is larger is a damaged file, and would use up the memory with shapes
+# alone; the product of three is below 2**63.
+Width = Annotated[int, Meta(ge=1, le=2**20)]
+Depth = Annotated[int, Meta(ge=1, le=10_000)]
+Vocabulary = Annotated[int, Meta(ge=1, le=2**24)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +31,17 @@ class DecoderConfig:
     The switches below `hidden_act` are what families differ in; their defaults are LLaMA's.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Depth
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    head_dim: Width
+    max_position_embeddings: Size = 2048
+    rope_theta: Base = 10000.0
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu", "gelu_pytorch_tanh", "relu"] = "silu"
     biases: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class DecoderConfig:
     """RMSNorm, or LayerNorm: centred, and with a bias (OPT)."""
     positions: Literal["rotary", "learned"] = "rotary"
     """Queries and keys are rotated, or a learned table is added to the embeddings (OPT)."""
-    position_offset: int = 0
+    position_offset: Count = 0
     """The row of that table for the first position (OPT: 2)."""
     sliding_rope: Rope | None = None
     """Of `sliding_attention` layers, if not `rope_theta` and `rope_scaling` (Gemma 3)."""
@@ -65,21 +66,24 @@ class DecoderConfig:
     """Input embeddings are multiplied by sqrt(D) (Gemma)."""
     post_norms: bool = False
     """Norms after attention and feed-forward as well as before (Gemma 2)."""
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: Positive | None = None
     """Scores are divided by its root; None: head_dim (Gemma 2)."""
-    attn_logit_softcapping: float | None = None
+    attn_logit_softcapping: Positive | None = None
     """Scores stay within this, by tanh (Gemma 2)."""
-    final_logit_softcapping: float | None = None
+    final_logit_softcapping: Positive | None = None
     """Logits stay within this, by tanh (Gemma 2)."""
-    sliding_window: int | None = None
+    sliding_window: Size | None = None
     """Positions that a `sliding_attention` layer sees, its own among them (Gemma 2, Qwen2)."""
     layer_types: tuple[str, ...] = ()
     """`sliding_attention` or `full_attention` for each layer; empty: all full."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.default is dataclasses.MISSING and getattr(self, field.name) < 1:
-                raise UserError(f"{field.name}={getattr(self, field.name)}; expected 1 or more")
+        check(self)
+        if self.num_attention_heads * self.head_dim > 2**20:
+            raise UserError(
+                f"num_attention_heads={self.num_attention_heads} of head_dim={self.head_dim} are "
+                f"wider than any model; expected at most {2**20:,} together"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -93,11 +97,6 @@ class DecoderConfig:
             )
         in_order = tuple(name for name in kernel_shapes(self) if name in self.biases)
         object.__setattr__(self, "biases", in_order)
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}"
-                )
         unknown = set(self.layer_types) - {"sliding_attention", "full_attention"}
         if unknown or len(self.layer_types) not in (0, self.num_hidden_layers):
             raise UserError(

@@ -6,14 +6,19 @@ Dims beyond the legend (`lorax_gen.method`): E head size.
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
+from lorax_gen.config import Positive, Size, check
 from lorax_gen.errors import UserError
 
 Array = jax.Array
+Base = Annotated[float, Meta(ge=1e-6, le=1e18)]
+"""Of angles that fp32 holds at every position."""
 Tables = tuple[Array, Array]
 """Cosines and sines `[..., T, 1, E/2]` (fp32)."""
 
@@ -23,15 +28,21 @@ class RopeScaling:
     """Frequencies divided by `factor`, `rope_type: linear`; with the other three fields only the
     slow ones, `rope_type: llama3` (LLaMA 3.1 and later)."""
 
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    factor: Base
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
 
     def __post_init__(self):
+        check(self)
         _, *others = dataclasses.astuple(self)
         if len({value is None for value in others}) > 1:
             raise UserError(f"{self} is neither of rope_type linear, factor alone, nor of llama3")
+        if self.low_freq_factor is not None and self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"high_freq_factor={self.high_freq_factor} is not above "
+                f"low_freq_factor={self.low_freq_factor}; frequencies are blended between them"
+            )
 
     @property
     def rope_type(self) -> str:
@@ -42,8 +53,11 @@ class RopeScaling:
 class Rope:
     """The rotary embedding of a layer; `theta` None: the layer rotates nothing."""
 
-    theta: float | None = 10000.0
+    theta: Base | None = 10000.0
     scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        check(self)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:

@@ -280,9 +280,9 @@ def test_a_sequence_beyond_the_learned_positions_is_refused(random_params):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"norm": "batch"}, "unknown norm 'batch'; expected one of rms, layer"),
-        ({"positions": "none"}, "unknown positions 'none'; expected one of rotary, learned"),
-        ({"mlp": "none"}, "unknown mlp 'none'; expected one of gated, plain"),
+        ({"norm": "batch"}, "norm is 'batch'; choose one of rms, layer"),
+        ({"positions": "none"}, "positions is 'none'; choose one of rotary, learned"),
+        ({"mlp": "none"}, "mlp is 'none'; choose one of gated, plain"),
         ({"mlp": "plain", "biases": ("gate",)}, "biases names 'gate'"),
         ({"rope_layers": (True,)}, "rope_layers has 1 entries for 3 layers"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
