@@ -1,22 +1,18 @@
 """Foreign names: what Hugging Face calls things, one record for each family, in both directions.
 
 A `Family` holds a name table (ours -> theirs, `{i}` is the layer) and says how its `config.json`
-reads as a `DecoderConfig`. What a config asks for and no field of the family holds is an error that
-names it. Supporting one more family is one more record.
+reads as a `DecoderConfig` (`models.config_json`). Supporting one more family is one more record.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lorax_gen import documents
-from lorax_gen.config import from_dict
+from lorax_gen.documents import convert
 from lorax_gen.errors import UserError
 from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
-from lorax_gen.models.rope import RopeScaling
 
 BASE_NAMES = {
     "embed": "model.embed_tokens.weight",
@@ -76,6 +72,8 @@ class Family:
         the default.
       fields: fields of its config.json that `DecoderConfig` has too, and their defaults.
       biases: fields of its config.json that, where true, add biases -> the kernels that get one.
+      rules: fields of its config.json that `read` reads.
+      ignored: fields that conversions write and transformers, for this family, does not read.
       constants: written into config.json for its readers, not read by us.
       read: `(raw config.json, fields) -> fields`, where it says something in a way of its own. Its
         UserError is the rest of a sentence that begins with the file's name.
@@ -90,6 +88,8 @@ class Family:
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: COMMON)
     biases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    rules: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read: Callable[[Raw, Fields], Fields] = lambda raw, fields: fields
     write: Callable[[DecoderConfig, Fields], Fields] = lambda config, raw: raw
@@ -127,15 +127,29 @@ LLAMA = Family(
 
 # --- Qwen2, Qwen3 --------------------------------------------------------------------------------
 
+QWEN2_RULES = frozenset({"use_sliding_window", "max_window_layers"})
+
 
 def _read_qwen2(raw: Raw, fields: Fields) -> Fields:
-    """Windows only where `use_sliding_window`, in the layers above `max_window_layers`."""
+    """Windows only where `use_sliding_window`, in the layers above `max_window_layers`.
+
+    As in transformers, `layer_types` has precedence over `max_window_layers`.
+    """
     layers, lowest = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
-    if not isinstance(lowest, int):
-        raise UserError(f"has max_window_layers={lowest!r}; expected an integer")
-    if not raw.get("use_sliding_window") or raw.get("sliding_window", 0) is None:
-        return fields | {"layer_types": ()}
-    return fields | {"layer_types": _layer_types(raw, [i >= lowest for i in range(layers)])}
+    use = raw.get("use_sliding_window", False)
+    if type(lowest) is not int or lowest < 0:
+        raise UserError(f"has max_window_layers={lowest!r}; expected an integer from 0")
+    if type(use) is not bool:
+        raise UserError(f"has use_sliding_window={use!r}; expected true or false")
+    if use and fields["sliding_window"] is not None:
+        return fields | {"layer_types": _layer_types(raw, [i >= lowest for i in range(layers)])}
+    types = _layer_types(raw, [False] * layers)
+    if types != ("full_attention",) * layers:
+        raise UserError(
+            f"has layer_types={list(types)}, but use_sliding_window={use} and "
+            f"sliding_window={fields['sliding_window']}"
+        )
+    return fields | {"layer_types": ()}
 
 
 def _write_qwen2(config: DecoderConfig, raw: Fields) -> Fields:
@@ -146,10 +160,16 @@ def _write_qwen2(config: DecoderConfig, raw: Fields) -> Fields:
     }
 
 
-def _layer_types(raw: Raw, sliding: Sequence[bool]) -> Any:
+def _layer_types(raw: Raw, sliding: Sequence[bool]) -> tuple[str, ...]:
     """As listed, or by the rule of a family where the list is newer than the file."""
     rule = tuple("sliding_attention" if yes else "full_attention" for yes in sliding)
-    return raw.get("layer_types") or rule
+    listed = raw.get("layer_types")
+    if listed is None:
+        return rule
+    types = convert(listed, tuple[str, ...], f"has layer_types={listed!r}")
+    if len(types) != len(rule):
+        raise UserError(f"has {len(types)} layer_types, but num_hidden_layers={len(rule)}")
+    return types
 
 
 def _write_layer_types(config: DecoderConfig, raw: Fields) -> Fields:
@@ -163,6 +183,8 @@ QWEN2 = Family(
     LLAMA_NAMES,
     switches={"biases": ("q", "k", "v")},
     fields=COMMON | {"max_position_embeddings": 32768, "sliding_window": 4096, "layer_types": ()},
+    rules=QWEN2_RULES,
+    ignored=frozenset({"attention_bias"}),  # it always has those of q, k and v
     constants=NO_DROPOUT,
     read=_read_qwen2,
     write=_write_qwen2,
@@ -175,6 +197,7 @@ QWEN3 = Family(
     switches={"qk_norm": True},
     fields=QWEN2.fields | {"head_dim": 128},
     biases=ATTENTION_BIAS,
+    rules=QWEN2_RULES,
     constants=NO_DROPOUT,
     read=_read_qwen2,
     write=_write_qwen2,
@@ -191,10 +214,17 @@ GEMMA_FIELDS = COMMON | {
 }
 
 
-def _read_gemma(raw: Raw, fields: Fields) -> Fields:
-    """`hidden_activation` is the newer name, and `gelu` has always meant its tanh form."""
-    name = raw.get("hidden_activation") or fields["hidden_act"]
-    return fields | {"hidden_act": "gelu_pytorch_tanh" if name == "gelu" else name}
+def _read_gemma(raw: Raw, fields: Fields, name: str = "hidden_act") -> Fields:
+    """The activation has two names, of which transformers reads `name`; they must agree.
+
+    `gelu` has always meant its tanh form.
+    """
+    own = raw.get(name) or GEMMA_FIELDS["hidden_act"]
+    for other in ("hidden_act", "hidden_activation"):
+        found = raw.get(other) or own
+        if len({"gelu_pytorch_tanh" if each == "gelu" else each for each in (own, found)}) > 1:
+            raise UserError(f"has {name}={own!r}, but {other}={found!r}; they must agree")
+    return fields | {"hidden_act": "gelu_pytorch_tanh" if own == "gelu" else own}
 
 
 def _write_gemma(config: DecoderConfig, raw: Fields) -> Fields:
@@ -202,9 +232,13 @@ def _write_gemma(config: DecoderConfig, raw: Fields) -> Fields:
 
 
 def _read_gemma2(raw: Raw, fields: Fields) -> Fields:
-    """Every other layer has a window, the first one among them."""
+    """Every other layer has a window, the first one among them, or those in `layer_types`."""
     sliding = [i % 2 == 0 for i in range(raw["num_hidden_layers"])]
-    return _read_gemma(raw, fields) | {"layer_types": _layer_types(raw, sliding)}
+    types, pattern = _layer_types(raw, sliding), raw.get("sliding_window_pattern")
+    every_other = types == tuple(_layer_types({}, sliding))
+    if pattern not in (None, 2) or (pattern == 2 and not every_other):
+        raise UserError(f"has sliding_window_pattern={pattern!r}, but layer_types={list(types)}")
+    return _read_gemma(raw, fields, "hidden_activation") | {"layer_types": types}
 
 
 def _write_gemma2(config: DecoderConfig, raw: Fields) -> Fields:
@@ -221,6 +255,7 @@ GEMMA = Family(
     switches={"rms_norm_offset": True, "embedding_scale": True},
     fields=GEMMA_FIELDS,
     biases=ATTENTION_BIAS,
+    rules=frozenset({"hidden_activation"}),
     constants=NO_DROPOUT,
     read=_read_gemma,
     write=_write_gemma,
@@ -240,6 +275,7 @@ GEMMA2 = Family(
         "layer_types": (),
     },
     biases=ATTENTION_BIAS,
+    rules=frozenset({"hidden_activation", "sliding_window_pattern"}),
     constants=NO_DROPOUT,
     read=_read_gemma2,
     write=_write_gemma2,
@@ -260,110 +296,6 @@ def family_of(config: DecoderConfig) -> Family:
         f"no Hugging Face family has {', '.join(sorted(used - {*REQUIRED, *COMMON}))} together; "
         f"known are {', '.join(family.architecture for family in FAMILIES)}"
     )
-
-
-# --- config.json ---------------------------------------------------------------------------------
-
-# What a config.json may ask for that the decoder does not do, and the values that ask for nothing.
-UNSUPPORTED = {
-    "mlp_bias": (None, False),
-    "attention_bias": (None, False),
-    "use_bidirectional_attention": (None, False),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (None, 1, 1.0),
-}
-
-
-def read_config(path: Path) -> DecoderConfig:
-    """The config of a `config.json`, as old and new versions of transformers write it.
-
-    Raises UserError that names an unknown architecture or `rope_type`, and whatever the file lacks
-    or asks for beyond the decoder.
-    """
-    raw = documents.read_json(path)
-    named = raw.get("architectures") or "none"
-    architecture = named[0] if isinstance(named, list) else named
-    family = next((family for family in FAMILIES if family.architecture == architecture), None)
-    if family is None:
-        raise UserError(
-            f"{path} is of architecture {architecture}; supported are "
-            f"{', '.join(family.architecture for family in FAMILIES)}"
-        )
-    missing = [name for name in REQUIRED if raw.get(name) is None]
-    if missing:
-        raise UserError(f"{path} is incomplete: it lacks {', '.join(missing)}")
-    for name in REQUIRED:
-        if not isinstance(raw[name], int):
-            raise UserError(f"{path} has {name}={raw[name]!r}; expected an integer")
-    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(name) or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{path} has {name}={rope!r}; expected one rope for all layers")
-    for name in family.biases:
-        if raw.get(name) not in (None, False, True):
-            raise UserError(f"{path} has {name}={raw[name]!r}; expected true or false")
-    for name, harmless in UNSUPPORTED.items():
-        if name in family.biases:
-            continue
-        for section in (raw, rope):
-            if section.get(name) not in harmless:
-                raise UserError(f"{path} has {name}={section[name]!r}, which is not supported")
-
-    fields = {name: raw[name] for name in REQUIRED}
-    for name, default in family.fields.items():
-        null_says_none = name.endswith(("softcapping", "window")) and name in raw
-        fields[name] = default if raw.get(name) is None and not null_says_none else raw[name]
-    heads = raw["num_attention_heads"]
-    if fields["num_key_value_heads"] is None:
-        fields["num_key_value_heads"] = heads
-    if fields["head_dim"] is None:
-        fields["head_dim"] = raw["hidden_size"] // max(heads, 1)
-    fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
-    fields["rope_scaling"] = read_rope_scaling(rope, path)
-    try:
-        fields = family.read(raw, fields) | family.switches
-    except UserError as error:
-        raise UserError(f"{path} {error}") from None
-    fields["biases"] = family.kernels_with_bias(name for name in family.biases if raw.get(name))
-    config = from_dict(DecoderConfig, fields, str(path))
-    if "sliding_attention" not in config.layer_types:
-        config = dataclasses.replace(config, layer_types=(), sliding_window=None)
-    return config
-
-
-def read_rope_scaling(rope: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """The fields of a `RopeScaling`, unchecked."""
-    kind = rope.get("rope_type", rope.get("type", "default"))  # older ones: `type`
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise UserError(
-            f"{path} has rope_type {kind!r}; supported are 'default', 'linear' and 'llama3'"
-        )
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
-    names = names[:1] if kind == "linear" else names
-    missing = [name for name in names if rope.get(name) is None]
-    if missing:
-        raise UserError(f"{path} has rope_type {kind!r} without {', '.join(missing)}")
-    return {name: rope[name] for name in names}
-
-
-def write_rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    """The fields that its `rope_type` has."""
-    fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value}
-    return {"rope_type": scaling.rope_type, **fields}
-
-
-def write_config(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a config, in the names that transformers 4 and 5 both read."""
-    family = family_of(config)
-    raw = {"architectures": [family.architecture], "model_type": family.model_type}
-    raw |= {name: getattr(config, name) for name in (*REQUIRED, *family.fields)}
-    biases = {name: set(kernels) <= set(config.biases) for name, kernels in family.biases.items()}
-    raw |= dict(sorted((biases | family.constants).items()))
-    if config.rope_scaling is not None:
-        raw["rope_scaling"] = write_rope_scaling(config.rope_scaling)
-    return family.write(config, raw)
 
 
 # --- tensors -------------------------------------------------------------------------------------

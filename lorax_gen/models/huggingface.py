@@ -26,15 +26,9 @@ from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
 from lorax_gen.models import int8
+from lorax_gen.models.config_json import read_config, write_config
 from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params
-from lorax_gen.models.families import (
-    is_transposed,
-    leaf_at,
-    read_config,
-    tensor_names,
-    tensor_shapes,
-    write_config,
-)
+from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, tensor_shapes
 from lorax_gen.models.model import Model
 from lorax_gen.tensors import open_safetensors, write_tensors
 from lorax_gen.tokenizers import load_tokenizer

@@ -34,8 +34,8 @@ from lorax_gen.mesh.kernels import BLOCK
 from lorax_gen.mesh.sharding import BATCH_AXES, jit_step, row_shards, tree_shardings
 from lorax_gen.method.lora import count_params
 from lorax_gen.models import int8, presets
+from lorax_gen.models.config_json import read_config
 from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
-from lorax_gen.models.families import read_config
 from lorax_gen.models.model import Model
 from lorax_gen.planning import hlo, memory
 from lorax_gen.planning.topology import Absent, find_devices

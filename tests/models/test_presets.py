@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from lorax_gen.models import presets
+from lorax_gen.models.config_json import read_config
 from lorax_gen.models.decoder import init_params
-from lorax_gen.models.families import family_of, read_config, tensor_shapes
+from lorax_gen.models.families import family_of, tensor_shapes
 
 
 class Published(NamedTuple):
