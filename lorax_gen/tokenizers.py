@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 # Without torch, transformers warns at import that only its tokenizers work; only they are used.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -17,18 +21,66 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lorax_gen.errors import UserError
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them is enough
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # read in this order, one is enough
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises UserError if it is missing or invalid."""
-    if not any((directory / name).is_file() for name in FILES):
+    """The tokenizer of a model directory.
+
+    Raises UserError if it is missing or invalid, if what reads it is not installed, if it comes
+    with Python code of its own, or if an added token has another id than its file says.
+    """
+    found = next((name for name in FILES if (directory / name).is_file()), None)
+    if found is None:
         raise UserError(f"no tokenizer.json in {directory}; a model directory needs its tokenizer")
+    if found == "vocab.json" and not (directory / "merges.txt").is_file():
+        raise UserError(f"{directory} has vocab.json without merges.txt; a tokenizer needs both")
+    for name in ("tokenizer_config.json", "config.json"):
+        if code := _own_code(directory / name):
+            raise UserError(
+                f"cannot read the tokenizer in {directory}: {name} names code of its own "
+                f"({code}), which is never run"
+            )
+    if found == "tokenizer.model":
+        _needs_reader(directory / found)
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # an invalid file may raise anything in transformers
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (
+        BaseException
+    ) as error:  # an invalid file may raise anything; Rust's panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None
+    return tokenizer
+
+
+def _own_code(path: Path) -> Any:
+    """The Python class for the tokenizer that a repository brings along, if any."""
+    try:
+        code = json.loads(path.read_bytes()).get("auto_map")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None  # missing or invalid, which its reader says
+    return code.get("AutoTokenizer") if isinstance(code, dict) else code
+
+
+def _needs_reader(path: Path) -> None:
+    """Raises UserError where a `tokenizer.model` needs a package that is not installed."""
+    with path.open("rb") as file:
+        is_proto = file.read(1) == b"\n"  # of SentencePiece; tiktoken's are lines of base64
+    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    needed = packages if is_proto else {"tiktoken": "tiktoken"}
+    if not all(_is_installed(module) for module in needed):
+        raise UserError(
+            f"{path} needs {' and '.join(needed.values())}: pip install {' '.join(needed.values())}"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of a submodule
+        return False
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -51,6 +103,33 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, bos: bool | None = 
     if tokenizer.bos_token_id is None:
         raise UserError("this tokenizer has no BOS token to put before a text")
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
+
+
+def check_ids(ids: Any, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raises UserError where integers of any shape are not all ids of a vocabulary.
+
+    A tokenizer may have tokens that a model has no embedding for, such as added ones. Indexing in
+    JAX would take another row in silence. A tokenizer smaller than the vocabulary is common.
+
+    Args:
+      tokenizer: names the token in the message.
+    """
+    ids = np.asarray(ids)
+    if not ids.size:
+        return
+    if ids.dtype.kind not in "iu":
+        raise UserError(f"token ids are {ids.dtype}; expected integers")
+    beyond = ids[(ids < 0) | (ids >= vocab_size)]
+    if not beyond.size:
+        return
+    first, name = int(beyond[0]), ""
+    if tokenizer is not None and 0 <= first < 2**31:
+        token = tokenizer.convert_ids_to_tokens(first)
+        name = "" if token is None else f" ({token!r})"
+    raise UserError(
+        f"the token id {first}{name} is not in the vocabulary of the model, which has {vocab_size} "
+        "tokens; leave it out, or use the model's own tokenizer"
+    )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -41,6 +41,7 @@ class Model:
         eos = getattr(self.tokenizer, "eos_token_id", None)
         if not self.stop_ids and eos is not None:
             object.__setattr__(self, "stop_ids", (eos,))
+        self.check_ids(self.stop_ids)
 
     @property
     def is_abstract(self) -> bool:
@@ -64,8 +65,17 @@ class Model:
         return {**self.params, "layers": layers}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with BOS if `bos`."""
-        return tokenizers.encode(self.tokenizer, text, bos=self.bos)
+        """Token ids of a text, with BOS if `bos`.
+
+        Raises UserError for a token of the tokenizer that the model has no embedding for.
+        """
+        ids = tokenizers.encode(self.tokenizer, text, bos=self.bos)
+        self.check_ids(ids)
+        return ids
+
+    def check_ids(self, ids: Any) -> None:
+        """Raises UserError where integers of any shape are not all ids of the vocabulary."""
+        tokenizers.check_ids(ids, self.config.vocab_size, self.tokenizer)
 
     def merged(self, lora: Tree) -> Model:
         """The model with a LoRA tree merged into its kernels (eq. 1): the same shape, no LoRA.
@@ -77,7 +87,14 @@ class Model:
         return dataclasses.replace(self, params={**self.params, "layers": layers})
 
     def __call__(self, tokens: jax.Array, adapter: Adapter | None = None) -> jax.Array:
-        """Next-token logits `[B, T, V]` (fp32) of token ids `[B, T]`."""
+        """Next-token logits `[B, T, V]` (fp32) of token ids `[B, T]`.
+
+        Raises UserError where ids that are known, not traced, are beyond the vocabulary.
+        """
+        if not isinstance(tokens, jax.core.Tracer) and getattr(
+            tokens, "is_fully_addressable", True
+        ):
+            self.check_ids(tokens)
         tokens = jnp.asarray(tokens)
         hidden = decoder.hidden_states(self.params, self.config, tokens, adapter=adapter)
         return decoder.logits(self.params, self.config, hidden)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorax_gen.models.huggingface import read_config, read_params
+from lorax_gen.models.checkpoint_files import read_params
+from lorax_gen.models.config_json import read_config
 from lorax_gen.tensors import read_tensors
 from tests.golden.compare import TOLERANCE, assert_matches, logits
 

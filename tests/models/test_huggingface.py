@@ -17,13 +17,15 @@ from safetensors.numpy import load_file, save_file
 from lorax_gen.assets import ASSETS
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
-from lorax_gen.models import huggingface
+from lorax_gen.models import checkpoint_files, huggingface
+from lorax_gen.models.checkpoint_files import Checkpoint, read_params
 from lorax_gen.models.families import tensor_shapes
-from lorax_gen.models.huggingface import Checkpoint, load_model, read_params, save_model
+from lorax_gen.models.huggingface import load_model, save_model
 from lorax_gen.models.model import Model
 from tests.models.configs import CONFIGS, LLAMA
 
 TIED = CONFIGS["llama-tied"]
+TABLE = "model.embed_tokens.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 INDEX = "model.safetensors.index.json"
 
@@ -152,9 +154,21 @@ def test_what_lies_beside_the_model(tmp_path, model):
     assert (tmp_path / "model/extra.txt").read_text() == "more"
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_passed_over(copy):
+def test_a_tied_head_that_is_stored_too_must_be_the_embeddings(copy, monkeypatch):
+    """Compared in blocks; transformers 5 would not tie another one."""
+    monkeypatch.setattr(checkpoint_files, "BLOCK", 7)
     edit_json(copy / "config.json", tie_word_embeddings=True)
+    assert_refused(copy, "lm_head.weight differs from model.embed_tokens.weight, but config.json")
+
+    def store(head):
+        edit_tensors(copy, lambda t: t.update({"lm_head.weight": head(t[TABLE].copy())}))
+
+    store(lambda table: table)
     assert "lm_head" not in load_model(copy).params
+    store(lambda table: np.where(np.arange(30)[:, None] == 29, table + 1e-6, table))
+    assert_refused(copy, "lm_head.weight differs")
+    store(lambda table: table[:-1])
+    assert_refused(copy, "lm_head.weight differs")
 
 
 def test_buffers_that_old_versions_stored_are_passed_over(copy, model):
@@ -223,9 +237,9 @@ def test_a_cast_counts_in_the_size_of_a_file(sharded, tmp_path, model):
 
 
 def test_each_file_is_opened_once(sharded, monkeypatch):
-    opened, really_open = [], huggingface.open_safetensors
+    opened, really_open = [], checkpoint_files.open_safetensors
     monkeypatch.setattr(
-        huggingface, "open_safetensors", lambda path: opened.append(path) or really_open(path)
+        checkpoint_files, "open_safetensors", lambda path: opened.append(path) or really_open(path)
     )
     Checkpoint(sharded)
     assert sorted(opened) == sorted(sharded.glob("*.safetensors"))
@@ -297,6 +311,7 @@ def test_the_host_holds_one_leaf_at_a_time(
     monkeypatch.setattr(jax, "make_array_from_callback", forget)
     monkeypatch.setattr(jnp, "asarray", lambda value: None)
     monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr(checkpoint_files, "check_finite", lambda *_: None)
     try:
         read_params(tmp_path / "model", config, shardings=shardings if on_mesh else None)
         peak = tracemalloc.get_traced_memory()[1]
@@ -417,7 +432,7 @@ def test_a_missing_tensor_is_named(copy, key, no_reading):
 
 def test_an_unknown_tensor_is_named(copy, no_reading):
     edit_tensors(copy, lambda tensors: tensors.update({"model.extra": np.zeros(3)}))
-    assert_refused(copy, "unknown tensor model.extra")
+    assert_refused(copy, "holds the tensor model.extra, which its config.json does not ask for")
 
 
 @pytest.mark.parametrize(
@@ -455,7 +470,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded_copy, no_reading):
     tensors = load_file(sharded_copy / name)
     del tensors[DOWN]
     save_file(tensors, sharded_copy / name)
-    assert_refused(sharded_copy, f"{INDEX} lacks the tensor {DOWN}")
+    assert_refused(sharded_copy, f"says that {DOWN} is in {name}, but no file holds it")
 
 
 @pytest.mark.parametrize(
@@ -465,7 +480,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded_copy, no_reading):
         ("[]", "must hold a JSON object"),
         ('{"metadata": {}}', "has no weight_map"),
         ('{"weight_map": ["model.safetensors"]}', "has no weight_map"),
-        ('{"weight_map": {"model.norm.weight": 5}}', "has no weight_map"),
+        ('{"weight_map": {"model.norm.weight": 5}}', "model.norm.weight is in 5; expected a .safe"),
         ('{"weight_map": {}}', "lacks the tensor model.embed_tokens.weight"),
     ],
 )

@@ -20,8 +20,9 @@ pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
 import torch
 
 from lorax_gen.method import GeneratorConfig, init_generator
+from lorax_gen.models.checkpoint_files import read_params
+from lorax_gen.models.config_json import read_config
 from lorax_gen.models.decoder import Execution, kernel_shapes
-from lorax_gen.models.huggingface import read_config, read_params
 from lorax_gen.system import GeneratorSpec
 from lorax_gen.tensors import flatten
 from lorax_gen.training import step as training
