@@ -97,7 +97,7 @@ BEYOND: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": NO,
     "use_sliding_window": NO,
 }
-DTYPES = (None, "float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 HINTS = typing.get_type_hints(DecoderConfig, include_extras=True)
 # Read or compared below, for every family.
 KEYS = {

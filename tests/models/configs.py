@@ -1,4 +1,5 @@
-"""A tiny config of each family, no field of it at a default where there is a choice."""
+"""A tiny config of each family, no field of it at a default where there is a choice, and how
+transformers reads a config.json."""
 
 import dataclasses
 
@@ -52,3 +53,47 @@ CONFIGS = {
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
     "qwen3-biases": dataclasses.replace(LLAMA, qk_norm=True, biases=("q", "k", "v", "o")),
 }
+
+
+def as_transformers_reads(path) -> DecoderConfig:
+    """What the config of `transformers` says, field by field, without this project's reader."""
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.from_pretrained(path.parent)
+    gemma2, gemma = theirs.model_type == "gemma2", theirs.model_type.startswith("gemma")
+    rope, scaling = theirs.rope_parameters, None
+    if rope["rope_type"] == "linear":
+        scaling = RopeScaling(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        scaling = RopeScaling(**{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)})
+    qwen2, llama = theirs.model_type == "qwen2", theirs.model_type == "llama"
+    biases = ("q", "k", "v") if qwen2 else ()  # Qwen2 has no attention_bias
+    biases += ("q", "k", "v", "o") if not qwen2 and theirs.attention_bias else ()
+    biases += ("gate", "up", "down") if llama and theirs.mlp_bias else ()
+    types = tuple(getattr(theirs, "layer_types", None) or ())
+    heads = theirs.num_attention_heads
+    return DecoderConfig(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.hidden_size,
+        intermediate_size=theirs.intermediate_size,
+        num_hidden_layers=theirs.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=theirs.num_key_value_heads,
+        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
+        max_position_embeddings=theirs.max_position_embeddings,
+        rope_theta=rope["rope_theta"],
+        rope_scaling=scaling,
+        rms_norm_eps=theirs.rms_norm_eps,
+        tie_word_embeddings=theirs.tie_word_embeddings,
+        hidden_act=theirs.hidden_activation if gemma2 else theirs.hidden_act,
+        biases=biases,
+        qk_norm=theirs.model_type == "qwen3",
+        rms_norm_offset=gemma,
+        embedding_scale=gemma,
+        post_norms=gemma2,
+        query_pre_attn_scalar=theirs.query_pre_attn_scalar if gemma2 else None,
+        attn_logit_softcapping=theirs.attn_logit_softcapping if gemma2 else None,
+        final_logit_softcapping=theirs.final_logit_softcapping if gemma2 else None,
+        sliding_window=theirs.sliding_window if "sliding_attention" in types else None,
+        layer_types=types if "sliding_attention" in types else (),
+    )
