@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 # Without torch, transformers warns at import that only its tokenizers work; only they are used.
@@ -45,14 +46,50 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         _needs_reader(directory / found)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (
-        BaseException
-    ) as error:  # an invalid file may raise anything; Rust's panics are no Exception
+        tokenizer("a")  # some settings are not looked at before
+    except BaseException as error:  # an invalid file may raise anything, Rust's panics included
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None
+    for token, number in _added_tokens(directory).items():
+        if (actual := tokenizer.convert_tokens_to_ids(token)) != number:
+            raise UserError(
+                f"the tokenizer in {directory} says that {token!r} has id {number}, but it gets "
+                f"{actual}: another token has that id, or ids have a gap; get the files again"
+            )
     return tokenizer
+
+
+class _Token(msgspec.Struct):
+    content: str
+    id: int = -1
+
+
+class _Json(msgspec.Struct):
+    added_tokens: list[_Token] = []
+
+
+class _Config(msgspec.Struct):
+    added_tokens_decoder: dict[int, _Token] = {}
+
+
+def _added_tokens(directory: Path) -> dict[str, int]:
+    """The ids that the files of a tokenizer, already read, state for added tokens.
+
+    Its reader numbers new tokens itself and passes over the ids that are stated.
+    """
+    found = {}
+    for name, kind in (("tokenizer.json", _Json), ("tokenizer_config.json", _Config)):
+        try:
+            file = msgspec.json.decode((directory / name).read_bytes(), type=kind)
+        except (FileNotFoundError, msgspec.DecodeError):
+            continue
+        if isinstance(file, _Json):
+            found |= {token.content: token.id for token in file.added_tokens}
+        else:
+            found |= {token.content: i for i, token in file.added_tokens_decoder.items()}
+    return found
 
 
 def _own_code(path: Path) -> Any:

@@ -219,12 +219,13 @@ def _read_gemma(raw: Raw, fields: Fields, name: str = "hidden_act") -> Fields:
 
     `gelu` has always meant its tanh form.
     """
-    own = raw.get(name) or GEMMA_FIELDS["hidden_act"]
+    default = GEMMA_FIELDS["hidden_act"]
+    own = default if raw.get(name) is None else raw[name]
     for other in ("hidden_act", "hidden_activation"):
-        found = raw.get(other) or own
-        if len({"gelu_pytorch_tanh" if each == "gelu" else each for each in (own, found)}) > 1:
+        found = own if raw.get(other) is None else raw[other]
+        if found != own and [own, found] not in (["gelu", default], [default, "gelu"]):
             raise UserError(f"has {name}={own!r}, but {other}={found!r}; they must agree")
-    return fields | {"hidden_act": "gelu_pytorch_tanh" if own == "gelu" else own}
+    return fields | {"hidden_act": default if own == "gelu" else own}
 
 
 def _write_gemma(config: DecoderConfig, raw: Fields) -> Fields:
