@@ -29,11 +29,14 @@ def find_directory(
     Tried in this order: a directory, copied from its store if it is in one; a shipped one; the hub,
     downloaded and cached (`$HF_HOME`, `$HF_TOKEN` and `$HF_HUB_OFFLINE` as in huggingface_hub).
 
-    Raises UserError if there is none, or the hub refuses or cannot be reached.
+    Raises UserError if there is none, the hub refuses or cannot be reached, or a `revision` is
+    given for what is not on the hub.
     """
     if not str(name):
         raise UserError(f"the name of the {what} is empty; give a directory or a hub name")
     found = assets.resolve(name)
+    if found.is_dir() and revision is not None:
+        raise UserError(f"{name} is a directory; a revision ({revision}) is of a {what} on the hub")
     if found.is_dir():
         return files.local_copy(found, PATTERNS)
     if found.exists():

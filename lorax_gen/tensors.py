@@ -31,13 +31,17 @@ def flatten(tree: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`. Raises UserError where a name is also the beginning of another."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = path.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"there are tensors of the names {path!r} and {parent!r} before it")
+        if name in node:
+            raise UserError(f"there is a tensor {path!r}, and others inside it")
         node[name] = value
     return tree
 
@@ -79,9 +83,18 @@ def open_safetensors(path: AnyPath):
 
 
 def read_tensors(path: AnyPath) -> dict[str, np.ndarray]:
-    """All tensors of a file. Raises UserError if it is missing or truncated."""
+    """All tensors of a file. Raises UserError if it is missing or truncated, or a tensor has a
+    dtype that numpy and ml_dtypes lack."""
     with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: _read(file, name, path) for name in file.keys()}  # noqa: SIM118
+
+
+def _read(file: Any, name: str, path: AnyPath) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError, SafetensorError):
+        dtype = file.get_slice(name).get_dtype()
+        raise UserError(f"{path}: {name} is stored as {dtype}, which cannot be read") from None
 
 
 def read_metadata(path: AnyPath) -> dict[str, str]:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if found == "tokenizer.model" and not _is_tiktoken(directory / found):
+            # transformers then tries to read it as tiktoken's, and says why that fails.
+            reason = ["tokenizer.model is not a complete SentencePiece model; get it again"]
         raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None
     for token, number in _added_tokens(directory).items():
         if (actual := tokenizer.convert_tokens_to_ids(token)) != number:
@@ -103,14 +107,19 @@ def _own_code(path: Path) -> Any:
 
 def _needs_reader(path: Path) -> None:
     """Raises UserError where a `tokenizer.model` needs a package that is not installed."""
-    with path.open("rb") as file:
-        is_proto = file.read(1) == b"\n"  # of SentencePiece; tiktoken's are lines of base64
-    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
-    needed = packages if is_proto else {"tiktoken": "tiktoken"}
+    needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    if _is_tiktoken(path):
+        needed = {"tiktoken": "tiktoken"}
     if not all(_is_installed(module) for module in needed):
         raise UserError(
             f"{path} needs {' and '.join(needed.values())}: pip install {' '.join(needed.values())}"
         )
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether it is lines of base64 and a number, as LLaMA 3 has it, and no SentencePiece model."""
+    with path.open("rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(500)) is not None
 
 
 def _is_installed(module: str) -> bool:
@@ -159,13 +168,13 @@ def check_ids(ids: Any, vocab_size: int, tokenizer: PreTrainedTokenizerBase | No
     beyond = ids[(ids < 0) | (ids >= vocab_size)]
     if not beyond.size:
         return
-    first, name = int(beyond[0]), ""
+    first, name = int(beyond[0]), None
     if tokenizer is not None and 0 <= first < 2**31:
-        token = tokenizer.convert_ids_to_tokens(first)
-        name = "" if token is None else f" ({token!r})"
+        name = tokenizer.convert_ids_to_tokens(first)
+    named = f"the token {name!r} has the id {first}" if name else f"{first} is a token id"
     raise UserError(
-        f"the token id {first}{name} is not in the vocabulary of the model, which has {vocab_size} "
-        "tokens; leave it out, or use the model's own tokenizer"
+        f"{named}, but the model's vocabulary has {vocab_size} ids from 0; does the tokenizer "
+        "belong to another model?"
     )
 
 

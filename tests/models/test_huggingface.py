@@ -480,10 +480,175 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded_copy, no_reading):
         ("[]", "must hold a JSON object"),
         ('{"metadata": {}}', "has no weight_map"),
         ('{"weight_map": ["model.safetensors"]}', "has no weight_map"),
-        ('{"weight_map": {"model.norm.weight": 5}}', "model.norm.weight is in 5; expected a .safe"),
+        ('{"weight_map": {"model.norm.weight": 5}}', "says that model.norm.weight is in 5; expect"),
         ('{"weight_map": {}}', "lacks the tensor model.embed_tokens.weight"),
     ],
 )
 def test_a_broken_index_is_named(text, message, sharded_copy, no_reading):
     (sharded_copy / INDEX).write_text(text)
     assert_refused(sharded_copy, f"{INDEX} {message}")
+
+
+# --- nothing in silence --------------------------------------------------------------------------
+
+K_BIAS = "model.layers.0.self_attn.k_proj.bias"
+
+
+@pytest.mark.parametrize("key", ["model.layers.3.mlp.down_proj.weight", K_BIAS, "score.weight"])
+def test_tensors_beyond_the_config_are_named(copy, key, no_reading):
+    """A layer more than it has, a bias that it has not, a head of another task."""
+    edit_tensors(copy, lambda tensors: tensors.update({key: np.zeros((4, 4), np.float32)}))
+    assert_refused(copy, f"holds the tensor {key}, which its config.json does not ask for")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.safetensors", "model.gguf"])
+def test_files_of_other_formats_beside_the_model_are_not_read(copy, file, model):
+    (copy / file).write_bytes(b"?")
+    assert_same(load_model(copy).params, model.params)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("../other/model.safetensors", "expected a .safetensors file beside it"),
+        ("/etc/model.safetensors", "expected a .safetensors file beside it"),
+        ("sub/model.safetensors", "expected a .safetensors file beside it"),
+        ("config.json", "expected a .safetensors file beside it"),
+        ("a\0.safetensors", "expected a .safetensors file beside it"),
+        ("x" * 300 + ".safetensors", "expected a .safetensors file beside it"),
+        (["a.safetensors"], "expected a .safetensors file beside it"),
+        (None, "expected a .safetensors file beside it"),
+        ("missing.safetensors", "no such file"),
+        ("folder.safetensors", "no such file"),
+    ],
+)
+def test_an_index_names_files_beside_it(name, message, sharded_copy, no_reading):
+    (sharded_copy / "folder.safetensors").mkdir()
+    raw = json.loads((sharded_copy / INDEX).read_text())
+    raw["weight_map"][DOWN] = name
+    (sharded_copy / INDEX).write_text(json.dumps(raw))
+    assert_refused(sharded_copy, message)
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(sharded, tmp_path, model):
+    (tmp_path / "snapshot").mkdir()
+    for path in sharded.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    assert_same(load_model(tmp_path / "snapshot").params, model.params)
+
+
+def test_an_index_and_its_files_must_agree(sharded_copy, no_reading):
+    weight_map = json.loads((sharded_copy / INDEX).read_text())["weight_map"]
+    files = list(weight_map.values())
+    here = max(files, key=files.count)  # holds several tensors
+    key = next(key for key, file in weight_map.items() if file == here)
+    other = next(file for file in files if file != here)
+    assert files.count(here) > 1
+
+    edit_json(sharded_copy / INDEX, weight_map=weight_map | {key: other})
+    assert_refused(sharded_copy, f"says that {key} is in {other}, but it is in {here}")
+    without = {name: file for name, file in weight_map.items() if name != key}
+    edit_json(sharded_copy / INDEX, weight_map=without)
+    assert_refused(sharded_copy, f"does not name {key}, which {here} holds")
+    edit_json(sharded_copy / INDEX, weight_map=weight_map)
+    tensors = load_file(sharded_copy / other)
+    save_file(tensors | {key: np.zeros(3, np.float32)}, sharded_copy / other)
+    first, second = sorted([here, other])
+    assert_refused(sharded_copy, f"{key} is in both {first} and {second}")
+
+
+def test_the_total_size_in_an_index_is_for_others(sharded_copy, model):
+    edit_json(sharded_copy / INDEX, metadata={"total_size": 5})
+    assert_same(load_model(sharded_copy).params, model.params)
+
+
+@pytest.mark.parametrize("key", [DOWN, "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "dtype, name",
+    [(np.int8, "I8"), (np.uint8, "U8"), (np.int32, "I32"), (bool, "BOOL"), (np.complex64, "C64"),
+     (jnp.float8_e4m3fn, "F8_E4M3"), (jnp.float8_e5m2, "F8_E5M2")],
+)  # fmt: skip
+def test_numbers_that_are_not_floating_point_are_named(copy, key, dtype, name, no_reading):
+    edit_tensors(copy, lambda tensors: tensors.update({key: tensors[key].astype(dtype)}))
+    assert_refused(copy, f"{key} is stored as {name}; expected one of F64, F32, F16, BF16")
+
+
+@pytest.mark.parametrize(
+    "part, kind",
+    [("qweight", "GPTQ or AWQ"), ("weight_packed", "compressed-tensors"), ("SCB", "bitsandbytes"),
+     ("weight.absmax", "bitsandbytes"), ("weight_scale_inv", "FP8")],
+)  # fmt: skip
+def test_a_quantized_checkpoint_is_called_so(copy, part, kind, no_reading):
+    key = DOWN.replace("weight", part)
+
+    def change(tensors):
+        del tensors[DOWN]
+        tensors[key] = np.zeros((2, 2), np.int32)
+
+    edit_tensors(copy, change)
+    assert_refused(copy, f"is quantized: it holds {key} of {kind}")
+
+
+def test_double_precision_is_rounded_to_what_jax_has(copy, model):
+    edit_tensors(
+        copy,
+        lambda tensors: tensors.update({k: v.astype(np.float64) for k, v in tensors.items()}),
+    )
+    assert_same(load_model(copy).params, model.params)
+    assert_same(load_model(copy, None).params, model.params)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("key", [DOWN, "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("how", ["plain", "bfloat16", "mesh", "int8"])
+def test_a_number_that_is_not_finite_is_named(copy, key, number, how, shardings):
+    options = {"plain": {}, "bfloat16": {"dtype": jnp.bfloat16}, "mesh": {"shardings": shardings},
+               "int8": {"in_int8": True}}[how]  # fmt: skip
+
+    def change(tensors):
+        tensors[key] = tensors[key].copy()
+        tensors[key].flat[5] = number
+
+    edit_tensors(copy, change)
+    with pytest.raises(UserError, match=f"{key} holds NaN or an infinity"):
+        load_model(copy, **options)
+
+
+def test_a_number_beyond_the_dtype_that_is_asked_for_is_named(copy):
+    edit_tensors(copy, lambda tensors: tensors.update({DOWN: tensors[DOWN] * 1e6}))
+    assert np.isfinite(load_model(copy).params["layers"]["down"]).all()
+    with pytest.raises(UserError, match=f"{DOWN} holds .* or a number that float16 cannot hold"):
+        load_model(copy, jnp.float16)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ids", [-1, 30, 2**40, True, "3", 3.0, [], [[3]], [3, "4"], {"a": 3}])
+def test_what_ends_a_text_must_be_in_the_vocabulary(copy, file, ids):
+    edit_json(copy / file, eos_token_id=ids)
+    assert_refused(copy, f"{file}: eos_token_id: ")
+
+
+# --- tokens that a model has no embedding for ----------------------------------------------------
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_wherever_it_is_known(model):
+    for ids in ([[1, 30]], [[-1]], np.array([[2**40]]), jnp.array([[1, 31]])):
+        with pytest.raises(UserError, match="the model's vocabulary has 30 ids from 0"):
+            model(ids)
+    with pytest.raises(UserError, match="expected integers"):
+        model([[1.0]])
+    logits = jax.jit(lambda tokens: model(tokens))(np.array([[1, 29]]))  # traced: not looked at
+    np.testing.assert_allclose(logits, model([[1, 29]]), atol=1e-6)
+
+
+def test_a_text_with_a_token_beyond_the_vocabulary_is_refused_when_it_is_encoded(model, tokenizer):
+    word = tokenizer.convert_ids_to_tokens(30)
+    known = tokenizer.convert_ids_to_tokens(29)
+    assert model.encode(known)[-1] == 29
+    with pytest.raises(UserError, match=f"the token '{word}' has the id 30, but .* has 30 ids"):
+        model.encode(f"{known} {word}")
+
+
+def test_a_text_cannot_end_with_a_token_beyond_the_vocabulary(model):
+    with pytest.raises(UserError, match="has the id 31, but"):
+        dataclasses.replace(model, stop_ids=(3, 31))
