@@ -77,6 +77,15 @@ def test_what_can_be_no_hub_name_is_a_missing_directory(name, no_hub, tmp_path, 
     assert not no_hub
 
 
+def test_a_revision_is_of_the_hub(no_hub, tmp_path, monkeypatch):
+    """One that is given for a directory would be passed over in silence."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / NAME).mkdir(parents=True)
+    for name in (NAME, "world/edge"):
+        message = refusal(name, revision="v2")
+        assert message == f"{name} is a directory; a revision (v2) is of a model on the hub"
+
+
 def test_a_file_is_no_directory(no_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "maker").mkdir()
