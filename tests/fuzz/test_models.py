@@ -14,7 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -83,6 +83,7 @@ def load(saved, tmp_path_factory):
             warnings.simplefilter("ignore")
             if refused(lambda: models.append(load_model(directory))) is None:
                 check(models[0], directory)
+        event("accepted" if models else "refused")
 
     return load
 
@@ -204,6 +205,45 @@ def test_a_config_with_a_changed_value(data, name, saved, load):
     load(name, {"config.json": json.dumps(data.draw(damaged_json(raw))).encode()})
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 4.5,
+    "original_max_position_embeddings": 40,
+}  # fmt: skip
+LINEAR, DEFAULT = {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 123.0}
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Keys of any family and of others, with values that one of them could have.
+STATEMENTS = {
+    "rope_scaling": [LLAMA3, LINEAR, LINEAR | LLAMA3, DEFAULT, {}, None],
+    "rope_parameters": [LLAMA3, LINEAR, DEFAULT, DEFAULT | {"rope_theta": 5.0}, {FULL: DEFAULT}],
+    "rope_theta": [123.0, 5.0, 10000], "original_max_position_embeddings": [40, 80],
+    "partial_rotary_factor": [0.5, 1.0], "attention_bias": [True, False, None],
+    "mlp_bias": [True, False], "tie_word_embeddings": [True, False], "head_dim": [6, 4, None],
+    "num_key_value_heads": [1, 2, 4, None], "hidden_act": ["silu", "gelu", "gelu_pytorch_tanh"],
+    "hidden_activation": ["silu", "gelu", "gelu_pytorch_tanh", None],
+    "sliding_window": [5, 7, None], "use_sliding_window": [True, False],
+    "max_window_layers": [0, 1, 3], "sliding_window_pattern": [2, 3, None],
+    "layer_types": [[FULL] * 3, [SLIDING] * 3, [SLIDING, FULL, SLIDING], None],
+    "query_pre_attn_scalar": [24, 6, None], "attn_logit_softcapping": [20.0, None],
+    "final_logit_softcapping": [10.0, None], "use_bidirectional_attention": [True, False],
+    "rms_norm_eps": [3e-4, 1e-6], "max_position_embeddings": [77, 2048], "dtype": ["float16"],
+    "model_type": ["llama", "qwen2", "qwen3", "gemma", "gemma2"],
+    "architectures": [["LlamaForCausalLM"], ["Qwen2ForCausalLM"], ["GemmaForCausalLM"]],
+}  # fmt: skip
+
+
+@fuzz
+@given(data=st.data(), name=st.sampled_from(FAMILIES))
+def test_a_config_with_other_statements(data, name, saved, load):
+    """Among them contradictions, keys of other families, and keys that are left out."""
+    raw = json.loads((saved[name] / "config.json").read_text())
+    for key in data.draw(st.lists(st.sampled_from(sorted(STATEMENTS)), min_size=1, max_size=4)):
+        if key in raw and data.draw(st.booleans()):
+            del raw[key]
+        else:
+            raw[key] = data.draw(st.sampled_from(STATEMENTS[key]))
+    load(name, {"config.json": json.dumps(raw).encode()})
+
+
 @fuzz
 @given(data=st.data(), name=st.sampled_from(FAMILIES))
 def test_a_config_with_damaged_bytes(data, name, saved, load):
@@ -300,3 +340,4 @@ def test_a_damaged_tokenizer(data, changed, file, saved, tmp_path_factory):
     tokenizers = []
     if refused(lambda: tokenizers.append(load_tokenizer(directory))) is None:
         check_tokenizer(tokenizers[0], directory)
+    event("accepted" if tokenizers else "refused")
