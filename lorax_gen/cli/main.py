@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     # too. gcsfs does the same for failed requests.
     for name in ("absl", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.formatwarning = lambda message, *_, **__: f"lorax-gen: warning: {message}\n"
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         sys.exit(run(arguments))
