@@ -116,6 +116,5 @@ def test_a_key_that_nobody_knows_is_one_warning_line(models, tmp_path):
     command = [sys.executable, "-m", "lorax_gen", "generate", "apple :", "--edge", str(edge)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("apple :")
-    assert done.stderr == (
-        f"lorax-gen: warning: {edge}/config.json has keys that are unknown, and not used: some_key\n"
-    )
+    said = "has keys that are unknown, and not used: some_key"
+    assert done.stderr == f"lorax-gen: warning: {edge}/config.json {said}\n"
