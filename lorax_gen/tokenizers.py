@@ -52,8 +52,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        if found == "tokenizer.model" and not _is_tiktoken(directory / found):
-            # transformers then tries to read it as tiktoken's, and says why that fails.
+        if "tiktoken" in reason[0] and not _is_tiktoken(directory / found):
+            # What transformers cannot read as a SentencePiece model it tries as tiktoken's.
             reason = ["tokenizer.model is not a complete SentencePiece model; get it again"]
         raise UserError(f"cannot read the tokenizer in {directory}: {reason[0]}") from None
     for token, number in _added_tokens(directory).items():

@@ -41,8 +41,8 @@ from lorax_gen.tensors import open_safetensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")  # in the directory itself
-# The frequencies of rotary embeddings, saved with each layer until transformers 4.32. They follow
-# from config.json, and transformers passes them over too.
+# The frequencies of rotary embeddings, which old versions of transformers saved. They follow from
+# config.json, and newer versions pass them over too.
 HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # In the names that safetensors gives dtypes.
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -72,7 +72,6 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path):
-        self.directory = directory
         single, index = directory / SINGLE, directory / INDEX
         weight_map = None
         if index.is_file() and not single.is_file():
@@ -144,6 +143,8 @@ def read_params(
     Names, shapes and dtypes of all tensors are checked before the first is read, and their numbers
     when all are on the devices.
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"parameters cannot be {jnp.dtype(dtype).name}; choose such as bfloat16")
     checkpoint = Checkpoint(Path(directory))
     check_tensors(checkpoint, config)
     shapes = abstract_params(config)

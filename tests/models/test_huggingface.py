@@ -589,6 +589,12 @@ def test_a_quantized_checkpoint_is_called_so(copy, part, kind, no_reading):
     assert_refused(copy, f"is quantized: it holds {key} of {kind}")
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, bool, jnp.complex64])
+def test_parameters_are_floating_point(dtype, copy):
+    with pytest.raises(UserError, match=f"parameters cannot be {jnp.dtype(dtype).name}; choose"):
+        load_model(copy, dtype)
+
+
 def test_double_precision_is_rounded_to_what_jax_has(copy, model):
     edit_tensors(
         copy,
