@@ -304,7 +304,10 @@ def test_bf16_parameters_give_fp32_logits_close_to_the_exact_ones(params, tokens
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4 .* num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"hidden_act": "tanh"}, "'tanh'; expected one of silu, gelu_pytorch_tanh, relu"),
+        (
+            {"hidden_act": "tanh"},
+            "hidden_act is 'tanh'; choose one of silu, gelu_pytorch_tanh, relu",
+        ),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):
