@@ -1,10 +1,5 @@
 """`lorax-gen generate`: what is printed for questions, and which options are refused."""
 
-import json
-import shutil
-import subprocess
-import sys
-
 import pytest
 
 
@@ -107,14 +102,3 @@ def test_the_edge_has_an_older_name(call, models):
     )
     assert by_edge == by_model
     assert by_edge != call("generate", "apple :", "--edge", models / "edge")
-
-
-def test_a_key_that_nobody_knows_is_one_warning_line(models, tmp_path):
-    edge = shutil.copytree(models / "edge", tmp_path / "edge")
-    config = json.loads((edge / "config.json").read_text()) | {"some_key": 1}
-    (edge / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "lorax_gen", "generate", "apple :", "--edge", str(edge)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("apple :")
-    said = "has keys that are unknown, and not used: some_key"
-    assert done.stderr == f"lorax-gen: warning: {edge}/config.json {said}\n"

@@ -1,6 +1,8 @@
 """Which command is run, `--help`, and one line for whatever is wrong."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,3 +114,15 @@ def test_help_is_shown_without_jax(words):
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_warning_is_one_line(models, tmp_path):
+    """Such as that of a key in a config.json that nobody knows."""
+    edge = shutil.copytree(models / "edge", tmp_path / "edge")
+    config = json.loads((edge / "config.json").read_text()) | {"some_key": 1}
+    (edge / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "lorax_gen", "generate", "apple :", "--edge", str(edge)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("apple :")
+    said = "has keys that are unknown, and not used: some_key"
+    assert done.stderr == f"lorax-gen: warning: {edge}/config.json {said}\n"
