@@ -7,6 +7,7 @@ step         losses and the train step
 state        the training state: step, key, trainables, statistics, optimizer
 optimizer    AdamW, its schedule and clipping
 checkpoint   checkpoints with orbax
+checksums    a checksum of each leaf of a state
 archive      checkpoints in object stores that orbax cannot write to
 metrics      rows of metrics, speed, memory, router health, profiles
 """

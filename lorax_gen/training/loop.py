@@ -94,6 +94,9 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
             hosts.on_first(lambda: checkpoints.check_room(state))
             state = checkpoints.restore(state) or state
             with open_log(run_dir, run, int(state["step"])) as log:
+                for step, evaluation in log.evaluations.items():
+                    if run.best in evaluation:
+                        checkpoints.note(step, evaluation)
                 state = train(experiment, state, train_step, checkpoints, log)
         result = gather_state(state)
 
@@ -146,14 +149,14 @@ def train(
     def evaluate(step: int) -> None:
         """Evaluates the state after `step` steps. It is saved, so a run stopped here evaluates it
         when it resumes."""
-        if not due(run, step) or hosts.from_first(step in log.evaluated):
+        if not due(run, step) or hosts.from_first(step in log.evaluations):
             return
         if stop := int(hosts.vote(max(stopped, default=0), mesh)):
             raise Interrupted(f"stopped at step {step} of {run.steps}, state saved", stop)
         evaluation = hosts.from_first(experiment.evaluate(gather_state(state)))
         log.write(step, evaluation)
         log.flush()
-        checkpoints.save_best(step, state, evaluation)
+        checkpoints.note(step, evaluation)
         clock.restart(step)
 
     with bar, profiler, stop_signals() as stopped:

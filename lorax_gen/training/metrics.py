@@ -36,7 +36,7 @@ class MetricsLog:
 
     Attributes:
       last: the latest value of each metric.
-      evaluated: steps with an evaluation row, which has no loss.
+      evaluations: the rows of evaluations, which have no loss, by step.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MetricsLog:
     ):
         self.path = path
         self.last: dict[str, Any] = {}
-        self.evaluated: set[int] = set()
+        self.evaluations: dict[int, dict[str, Any]] = {}
         self.log = self.board = None
         if not write:
             return
@@ -107,7 +107,7 @@ class MetricsLog:
     def _note(self, row: dict[str, Any]) -> None:
         self.last.update(row)
         if "loss" not in row:
-            self.evaluated.add(row["step"])
+            self.evaluations[row["step"]] = row
 
 
 def open_tensorboard(directory: Path, start: int) -> Any:
