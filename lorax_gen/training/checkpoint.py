@@ -55,12 +55,32 @@ class Checkpoints:
         with self._clear_errors():
             self.archive = Archive(directory) if archived else None
             self.local = self.archive.local if archived else self.directory
-            self.orbax = ocp.training.Checkpointer(self.local, cleanup_tmp_directories=True)
+            try:
+                self.orbax = ocp.training.Checkpointer(self.local, cleanup_tmp_directories=True)
+            except Exception:
+                self._refuse_damaged()
+                raise
         self.steps = [kept.step for kept in self.orbax.checkpoints]  # of complete ones
         self.writing: int | None = None
         self.scores: dict[int, float] = {}
         self.pool, self.removal = ThreadPoolExecutor(1), Future()
         self.removal.set_result(None)
+
+    def _refuse_damaged(self) -> None:
+        """Raises UserError where a checkpoint's description cannot be read, without which orbax
+        opens none."""
+        for path in self.local.iterdir() if self.local.is_dir() else ():
+            if path.name.isdigit():
+                try:
+                    ocp.metadata(path)
+                except Exception as error:
+                    raise UserError(
+                        f"the checkpoint of step {path.name} is damaged ({_reason(error)[:70]}); "
+                        f"remove {self._path(path.name)} to resume from another one"
+                    ) from error
+
+    def _path(self, step: int | str) -> AnyPath:
+        return self.directory / f"{step}{'.tar' if self.archive else ''}"
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -153,7 +173,7 @@ class Checkpoints:
         latest = self.orbax.latest
         if latest is None:
             return None
-        path = self.directory / f"{latest.step}{'.tar' if self.archive else ''}"
+        path = self._path(latest.step)
         try:
             expected = (self.orbax.metadata(latest).custom_metadata or {}).get("checksums")
             restored = self.orbax.load(latest, abstract_state=jax.tree.map(_abstract, state))

@@ -1,4 +1,4 @@
-"""Checkpoints with a damaged, truncated or missing file: refused, or restored as they were saved."""
+"""Checkpoints of which one file is damaged or missing: refused, or restored as they were saved."""
 
 import shutil
 
