@@ -195,6 +195,12 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="lorax-gen-")
 
 
+def remove_copies() -> None:
+    """Removes all local copies and staging directories; for a process that ends without exiting."""
+    if _scratch.cache_info().currsize:
+        _scratch().cleanup()
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 
