@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import warnings
@@ -43,15 +44,12 @@ def only_writer(directory: AnyPath) -> Iterator[None]:
             f"{directory} is in use by {path.read_text() or 'another process'}; wait until it "
             "ends, or choose another directory"
         ) from None
-    except NotImplementedError as error:  # a file system without locks
-        warnings.warn(
-            f"{directory} cannot be locked: start only one process ({error})", stacklevel=3
-        )
-        yield
-        return
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write to {directory} ({reason}); choose another") from None
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise UserError(f"cannot write to {directory} ({reason}); choose another") from None
+        text = f"{directory} cannot be locked ({reason}): start only one process that writes to it"
+        warnings.warn(text, stacklevel=3)
     try:
         yield
     finally:
