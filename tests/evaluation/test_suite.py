@@ -93,7 +93,8 @@ def test_the_report_is_in_files_too(report, run_dir):
             for name in ("memory_bytes", "context_tokens", "prompt_tokens", "flops", "cloud_flops"):
                 assert float(row[name]) == found[name]
     assert {path.name for path in (run_dir / "items").iterdir()} == {
-        f"{name}.{mode}.jsonl" for name in NAMES for mode in MODES
+        ".lock",
+        *(f"{name}.{mode}.jsonl" for name in NAMES for mode in MODES),
     }
 
 
