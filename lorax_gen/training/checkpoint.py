@@ -123,7 +123,10 @@ class Checkpoints:
         if not force and step % self.run.checkpoint_every:
             return
         if not files.is_url(self.directory) and not self.directory.is_dir():
-            raise UserError(f"{self.directory} was removed while the run was writing to it")
+            raise UserError(
+                f"{self.directory} was removed while the run was writing to it; the same "
+                "command starts it anew"
+            )
         more = {"checksums": checksums(state)}
         with self._clear_errors():
             self._wait()

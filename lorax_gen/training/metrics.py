@@ -95,6 +95,11 @@ class MetricsLog:
     def _clear_errors(self) -> Iterator[None]:
         try:
             yield
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} was removed while the run was writing to it; the same "
+                "command starts it anew"
+            ) from None
         except Exception as error:
             reason = files.store_error(error)
             if reason is None and not isinstance(error, OSError):

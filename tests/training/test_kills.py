@@ -1,6 +1,6 @@
 """Processes that are killed without warning (SIGKILL), again and again, and two at a time.
 
-    KILLS=50 python -m pytest -s -p no:xdist tests/training/test_kills.py     # 2 without it
+    KILLS=50 python -m pytest -s -p no:xdist --timeout 0 tests/training/test_kills.py   # 2 without
 
 A run, or an evaluation, that was killed and resumed ends as one that nothing interrupted, bit for
 bit. Of two writers one wins and the other is told.
@@ -118,6 +118,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_nothing_interrupted(system
         count = lines_of(log, of) + more
         code = kill(start(*words, run_dir), log, of, count, delay)
         kills, aimed = kills + (code != 0), aimed + (aim and code != 0)
+        print(f"kill {kills} at {lines_of(log)} rows", flush=True)
         if code != 0 and kills in (KILLS, 5 * runs):
             code, _, err = finished(start(*words, run_dir))
             assert code == 0, err
