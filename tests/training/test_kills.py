@@ -24,6 +24,7 @@ from tests.tiny import make_generator, write_system
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("KILLS", "2"))
+ITEMS = 240  # of the evaluation
 CONFIG = """
 method: lora_gen
 cloud: {system}/cloud
@@ -130,13 +131,13 @@ def test_a_run_killed_again_and_again_is_the_run_that_nothing_interrupted(system
 
 def test_an_evaluation_killed_again_and_again_is_one_that_nothing_interrupted(system, tmp_path):
     random.seed(0)
-    for split, first in (("test", 0), ("train", 90)):
+    for split, first in (("test", 0), ("train", ITEMS)):
         (tmp_path / "data").mkdir(exist_ok=True)
-        lines = rows.make_rows("arc_easy", 64, first)
+        lines = rows.make_rows("arc_easy", ITEMS, first)
         rows.write_lines(tmp_path / "data" / f"arc_easy.{split}.jsonl", lines)
     words = ["evaluate", "arc_easy", "--data-dir", tmp_path / "data", "--modes", "lora_gen"]
     words += [f"--{role}={system / role}" for role in ("cloud", "edge", "generator")]
-    words += ["--shots", 2, "--tokens-per-batch", 512, "--run-dir"]
+    words += ["--shots", 2, "--tokens-per-batch", 128, "--run-dir"]
     name = "items/arc_easy.lora_gen.jsonl"
     assert finished(start(*words, tmp_path / "whole"))[0] == 0
     kills = 0
@@ -149,8 +150,8 @@ def test_an_evaluation_killed_again_and_again_is_one_that_nothing_interrupted(sy
     found, expected = (
         sorted((tmp_path / run / name).read_text().splitlines()) for run in ("killed", "whole")
     )
-    assert found == expected and len(found) == 65
-    print(f"\n{kills} kills: 64 of 64 items are equal to those that nothing interrupted")
+    assert found == expected and len(found) == 1 + ITEMS
+    print(f"\n{kills} kills: {ITEMS} of {ITEMS} items are equal to those that nothing interrupted")
 
 
 def test_of_two_processes_in_one_directory_one_wins(system, tmp_path):
