@@ -29,7 +29,7 @@ class Archive:
             try:
                 with tarfile.open(files.local_copy(path), "r:") as tar:
                     tar.extractall(self.local, filter="data")
-            except tarfile.TarError as error:
+            except (tarfile.TarError, ValueError, EOFError) as error:
                 raise UserError(
                     f"{path} is damaged ({error}); remove it to resume from the one before"
                 ) from None

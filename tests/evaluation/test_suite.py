@@ -12,6 +12,7 @@ from lorax_gen.evaluation.answerers import ANSWERERS, System
 from lorax_gen.evaluation.metrics import harmonic_mean
 from lorax_gen.evaluation.suite import evaluate_agent_suite, evaluate_suite, other_of
 from lorax_gen.evaluation.tables import print_report
+from lorax_gen.locks import only_writer
 from tests.data.rows import make_rows, write_lines
 from tests.tiny import PROMPTS, make_generator
 
@@ -64,6 +65,15 @@ def test_a_question_costs_the_edge_what_it_reads(report):
     for found in modes.values():
         assert 0 < found["latency_ms"]["median"] <= found["latency_ms"]["p90"]
         assert found["latency_ms"]["questions"] == 3 and found["memory_bytes"] > 0
+
+
+def test_a_second_evaluation_in_the_directory_is_refused(system, directory, tmp_path):
+    with (
+        only_writer(tmp_path / "items"),
+        pytest.raises(UserError, match="items is in use by process"),
+    ):
+        evaluate_suite(system, NAMES, ["plain"], directory=directory, run_dir=tmp_path)
+    assert [path.name for path in (tmp_path / "items").iterdir()] == [".lock"]
 
 
 def test_modes_may_come_in_several_calls(system, directory, tmp_path):

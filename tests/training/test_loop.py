@@ -306,6 +306,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path):
     chex.assert_trees_all_equal(final_state(tmp_path / "run"), whole)
 
 
+def test_a_run_killed_before_its_config_was_written_is_no_hindrance(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    left = run_dir / ".config.yaml.0123456789abcdef.tmp"
+    left.write_text("run: {st")
+    (run_dir / ".lock").write_text("process 1 on host")
+    fit(linear_experiment(RunConfig(steps=2)), run_dir, {"steps": 2})
+    assert (run_dir / "released").is_dir() and not left.exists()
+
+
+def test_a_second_run_in_the_directory_is_refused_and_changes_nothing(tmp_path):
+    run_dir, told = tmp_path / "run", []
+    made = linear_experiment(RunConfig(steps=3, log_every=1))
+
+    def batch(step):
+        if step == 1:
+            before = snapshot(run_dir)
+            with pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on") as e:
+                fit(made, run_dir, {})
+            assert snapshot(run_dir) == before
+            told.append(str(e.value))
+        return made.batch(step)
+
+    fit(dataclasses.replace(made, batch=batch), run_dir, {})
+    assert len(told) == 1
+    assert [row["step"] for row in rows_of(run_dir) if "loss" in row] == [1, 2, 3]
+
+
 def removing(run_dir, at, made):
     """The experiment, whose run directory is removed at a step."""
 
