@@ -96,6 +96,8 @@ class Checkpoints:
         except UserError:
             if kind is None or not issubclass(kind, UserError):  # one failure is reported once
                 raise
+        finally:
+            self.pool.shutdown(wait=False)
 
     def note(self, step: int, evaluation: dict[str, Any]) -> None:
         """Tells of the evaluation of a step, by which the best checkpoint is kept.
