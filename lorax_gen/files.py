@@ -16,6 +16,7 @@ in an object store (`epath.Path`, the type that orbax uses). `to_path` returns e
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import functools
 import importlib.util
@@ -35,6 +36,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
+from lorax_gen import temporary
 from lorax_gen.errors import UserError
 
 # Where tensorflow is installed, epath would import it to reach a store, which is slow.
@@ -193,6 +195,12 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="lorax-gen-")
 
 
+def remove_copies() -> None:
+    """Removes all local copies and staging directories; for a process that ends without exiting."""
+    if _scratch.cache_info().currsize:
+        _scratch().cleanup()
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 
@@ -200,7 +208,7 @@ def must_be_new(path: str | os.PathLike) -> None:
     """Raises UserError where `path` exists; an incomplete directory in a store does not count."""
     path = to_path(path)
     if path.exists() and not is_incomplete(path):
-        raise UserError(f"{path} already exists; choose another name or remove it first")
+        raise _exists(path)
 
 
 def is_incomplete(path: AnyPath) -> bool:
@@ -220,20 +228,17 @@ def make_directory(path: AnyPath) -> None:
 
 @contextmanager
 def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary local path that replaces `path` when the block ends without an error."""
+    """A temporary local file, empty, that replaces `path` when the block ends without an error.
+
+    Raises UserError where there is no space for it, as the functions below do.
+    """
     path = to_path(path)
-    if is_url(path):
-        with tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            upload(temporary, path)
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary.no_space(path), _temporary_file(path) as local:
+        yield local
+        if is_url(path):
+            upload(local, path)
+        else:
+            os.replace(local, path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -249,41 +254,78 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary local path that becomes `path` when the block ends without an error. `path`
-    must not exist."""
+    """A temporary local file, empty, that becomes `path` when the block ends without an error.
+
+    Raises UserError where `path` exists, also where another process made it since; in a store the
+    other's may be replaced if both end in the same instant.
+    """
     path = to_path(path)
     must_be_new(path)
     make_directory(path.parent)
-    with replaced_file(path) as temporary:
-        yield temporary
+    with temporary.no_space(path), _temporary_file(path) as local:
+        yield local
+        if is_url(path):
+            must_be_new(path)
+            upload(local, path)
+            return
+        try:
+            temporary.link(local, path)
+        except FileExistsError:
+            raise _exists(path) from None
 
 
 @contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary local directory that becomes `path` when the block ends without an error.
 
-    `path` must not exist, or be an empty directory, or one left incomplete in a store.
+    `path` must not exist, or be an empty directory, or one left incomplete in a store. Raises
+    UserError where it does, also where another process made it since.
     """
     path = to_path(path)
-    if not is_incomplete(path) and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists; choose another name or remove it first")
+    _must_be_empty(path)
     if is_url(path):
-        with tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
-            temporary = Path(folder) / path.name
-            temporary.mkdir()
-            yield temporary
-            _upload_new(temporary, path)
+        with temporary.no_space(path), tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
+            local = Path(folder) / path.name
+            local.mkdir()
+            yield local
+            _must_be_empty(path)
+            _upload_new(local, path)
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_directory(path.parent)
+    local = temporary.name_for(path)
     try:
-        yield temporary
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
+        with temporary.no_space(path):
+            local.mkdir()
+            yield local
+            try:
+                os.rename(local, path)  # it replaces an empty directory, and nothing else
+            except OSError as error:
+                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+                raise _exists(path) if taken else error from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(local, ignore_errors=True)
+
+
+def _must_be_empty(path: AnyPath) -> None:
+    if not is_incomplete(path) and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise _exists(path)
+
+
+@contextmanager
+def _temporary_file(path: AnyPath) -> Iterator[Path]:
+    """An empty file beside `path`, or for one in a store in `$TMPDIR`."""
+    if not is_url(path):
+        with temporary.new_file(path) as local:
+            yield local
+        return
+    with tempfile.TemporaryDirectory(prefix="lorax-gen-") as folder:
+        local = Path(folder) / path.name
+        local.touch()
+        yield local
+
+
+def _exists(path: AnyPath) -> UserError:
+    return UserError(f"{path} already exists; choose another name or remove it first")
 
 
 def staging(path: AnyPath) -> Path:
@@ -339,7 +381,8 @@ class Log:
 
     def write(self, text: str) -> None:
         if not is_url(self.path):
-            with self.path.open("a") as file:
+            # Not made anew where it was removed: then what depends on it is gone too.
+            with open(os.open(self.path, os.O_WRONLY | os.O_APPEND), "a") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

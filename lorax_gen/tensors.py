@@ -65,9 +65,10 @@ def write_tensors(
 ) -> None:
     """Writes a new safetensors file, atomically."""
     with files.new_file(path) as temporary:
+        mode = temporary.stat().st_mode
         contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(contiguous, temporary, metadata=metadata)
-        temporary.chmod(0o644)  # safetensors makes it readable by its owner only
+        temporary.chmod(mode)  # safetensors makes it readable by its owner only
 
 
 def open_safetensors(path: AnyPath):

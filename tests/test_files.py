@@ -1,14 +1,18 @@
 """Files appear whole or not at all, and nothing that exists is replaced."""
 
+import errno
 import importlib.util
 import os
+import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lorax_gen import documents, files
+from lorax_gen import documents, files, temporary
 from lorax_gen.errors import UserError
+from lorax_gen.tensors import write_tensors
 from tests.stores import bucket  # noqa: F401
 
 
@@ -71,13 +75,98 @@ def test_an_empty_directory_may_be_filled(tmp_path):
 def test_what_a_killed_process_left_is_no_hindrance(new, tmp_path):
     path = tmp_path / "made"
     manager = new(path)
-    write(manager.__enter__(), "half of")  # and never comes back
-    with new(path) as temporary:
-        if temporary.is_dir():
-            assert not list(temporary.iterdir())
-        write(temporary, "whole")
-    assert list(snapshot(tmp_path).values())[-1] == b"whole"
-    assert not (tmp_path / ".made.tmp").exists()
+    left = manager.__enter__()  # and never comes back
+    write(left, "half of")
+    with new(path) as other:
+        assert other != left and (not other.is_dir() or not list(other.iterdir()))
+        write(other, "all of it")
+    assert {left, path} == set(tmp_path.iterdir())
+    inside = path / "inside" if path.is_dir() else path
+    assert inside.read_text() == "all of it"
+    temporary.remove_leftovers(path)
+    assert {path} == set(tmp_path.iterdir())
+
+
+def test_what_a_user_named_like_a_temporary_file_stays(new, tmp_path):
+    for name in (".made.tmp", ".made.0123.tmp", ".other.0123456789abcdef.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    before = snapshot(tmp_path)
+    with new(tmp_path / "made") as other:
+        write(other, "made")
+    temporary.remove_leftovers(tmp_path / "made")
+    assert before.items() <= snapshot(tmp_path).items()
+
+
+def test_the_first_of_two_writers_wins_and_the_other_is_told(new, tmp_path):
+    """The second one has begun before the first one ends."""
+    path = tmp_path / "made"
+    with pytest.raises(UserError, match="made already exists"), new(path) as slow:
+        write(slow, "second")
+        with new(path) as fast:
+            write(fast, "first")
+    inside = path / "inside" if path.is_dir() else path
+    assert inside.read_text() == "first" and set(tmp_path.iterdir()) == {path}
+
+
+def test_where_there_are_no_hard_links_nothing_is_replaced_either(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "made"
+    with pytest.raises(UserError, match="made already exists"), files.new_file(path) as slow:
+        write(slow, "second")
+        with files.new_file(path) as fast:
+            write(fast, "first")
+    assert snapshot(tmp_path) == {"made": b"first"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_are_those_of_open_and_mkdir(umask, tmp_path):
+    old = os.umask(umask)
+    try:
+        with files.new_directory(tmp_path / "made") as partial:
+            write_tensors(partial / "a.safetensors", {"a": np.zeros(2)})
+            files.write_text(partial / "b.txt", "b")
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    file = 0o666 & ~umask
+    assert modes == {"made": 0o777 & ~umask, "a.safetensors": file, "b.txt": file}
+
+
+def limited_to(size, task):
+    """The message of the UserError of a task that may write files of `size` bytes at most."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        with pytest.raises(UserError) as error:
+            task()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    return str(error.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """safetensors raises no OSError."""
+    tensors = {"a": np.zeros(4096, np.uint8)}
+
+    def file():
+        write_tensors(tmp_path / "made", tensors)
+
+    def directory():
+        with files.new_directory(tmp_path / "made") as partial:
+            write_tensors(partial / "a.safetensors", tensors)
+
+    def text():
+        files.write_text(tmp_path / "made", "a" * 4096)
+
+    for task in (file, directory, text):
+        assert limited_to(1024, task) == (
+            f"cannot write {tmp_path}/made (File too large); free space or choose another path"
+        )
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_text_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
@@ -285,6 +374,14 @@ def test_a_log_in_a_store_is_there_after_a_flush_and_after_a_minute(folder, monk
     now[0] = files.Log.EVERY
     log.write("d\n")
     assert path.read_text() == "a\nb\nc\nd\n"
+
+
+def test_a_log_that_was_removed_is_not_begun_anew(tmp_path):
+    log = files.Log(tmp_path / "log", "a\n")
+    (tmp_path / "log").unlink()
+    with pytest.raises(FileNotFoundError):
+        log.write("b\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_on_a_disk_is_there_at_once(tmp_path):

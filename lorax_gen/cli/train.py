@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from lorax_gen import files
+from lorax_gen.cli import stop
 from lorax_gen.cli.parse import UserPath, parse_config
 
 
@@ -38,6 +39,11 @@ RunDir = Annotated[UserPath, tyro.conf.arg(help="Run directory.")]
 
 def run_config(name: str, overrides: list[str], run_dir: files.AnyPath | None = None) -> int:
     """Trains a named config, with options that override its fields."""
+    with stop.exit_on_sigterm():
+        return _train(name, overrides, run_dir)
+
+
+def _train(name: str, overrides: list[str], run_dir: files.AnyPath | None) -> int:
     from lorax_gen import config as configs
     from lorax_gen.mesh.hosts import Hosts, initialize, is_first
     from lorax_gen.recipes.registry import RECIPES, load_config
@@ -56,10 +62,10 @@ def run_config(name: str, overrides: list[str], run_dir: files.AnyPath | None = 
     resolved = {"method": method, **configs.to_dict(parsed.config)}
     try:
         released = fit(RECIPES[method].experiment(parsed.config), parsed.run_dir, resolved)
-    except Interrupted as stop:
+    except Interrupted as interrupted:
         if is_first():
-            print(f"lorax-gen: {stop}; the same command resumes the run", file=sys.stderr)
-        return 0 if stop.signal == signal.SIGTERM else 128 + signal.SIGINT
+            print(f"lorax-gen: {interrupted}; the same command resumes the run", file=sys.stderr)
+        return 0 if interrupted.signal == signal.SIGTERM else 128 + signal.SIGINT
     if is_first():
         print(f"released: {released}")
     return 0

@@ -107,12 +107,13 @@ def evaluate_agent(
         encoder = Encoder.of(answerer.model)
         room = room_for(answerer.model, max_new_tokens, answerer.max_length)
         contexts, prompts = answerer.contexts(cases), answerer.prompts(cases)
-        entire = [encoder.ids(full_prompt(items[i])) for i in left]
-        seen = [encoder.ids(contexts[i][0]) for i in left]
+        entire = [encoder.ids(full_prompt(item)) for item in items]
+        seen = [encoder.ids(context[0]) for context in contexts]
         adapter = answerer.adapter
         if prompts is not None:
-            prompts = [prompts[i] for i in left]
-            adapter = answerer.specialise(prompts, tokens_per_batch=tokens_per_batch, mesh=mesh)
+            adapter = answerer.specialise(
+                prompts, tokens_per_batch=tokens_per_batch, wanted=left, mesh=mesh
+            )
 
         def on_batch(indices: list[int], texts: list[str]) -> None:
             nonlocal start
@@ -120,7 +121,7 @@ def evaluate_agent(
             seconds, start = (now - start) / len(indices), now
             rows = [
                 {
-                    "id": items[left[i]].id,
+                    "id": items[i].id,
                     "written": text,
                     "edge_tokens": min(len(seen[i]), room),
                     "full_tokens": len(entire[i]),
@@ -128,7 +129,7 @@ def evaluate_agent(
                     "prompt_tokens": len(prompts[i].ids) if prompts else 0,
                     "prompt_cut_tokens": prompts[i].truncated if prompts else 0,
                     "seconds": round(seconds, 4),
-                    **dataclasses.asdict(score_answer(items[left[i]].output, text)),
+                    **dataclasses.asdict(score_answer(items[i].output, text)),
                 }
                 for i, text in zip(indices, texts, strict=True)
             ]
@@ -142,6 +143,7 @@ def evaluate_agent(
             [ids[-room:] for ids in seen],
             max_new_tokens=max_new_tokens,
             tokens_per_batch=tokens_per_batch,
+            wanted=left,
             on_batch=on_batch,
             stop=stop,
             mesh=mesh,

@@ -170,16 +170,22 @@ class LoraGen(Answerer):
         prompts: Sequence[Prompt],
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
+        wanted: Sequence[int] | None = None,
         mesh: Mesh | None = None,
         progress: Callable[[int], object] = lambda prompts: None,
     ) -> Adapter:
-        """The adapter with one row per prompt; the cloud reads each distinct prompt once."""
+        """The adapter with one row per prompt; the cloud reads each distinct prompt once.
+
+        Args:
+          wanted: see `gates_of_prompts`; other rows are not to be used.
+        """
         gates = gates_of_prompts(
             [prompt.ids for prompt in prompts],
             self.cloud,
             self.model.config,
             self.generator,
             tokens_per_batch=tokens_per_batch,
+            wanted=wanted,
             mesh=mesh,
             progress=progress,
         )

@@ -126,6 +126,9 @@ def evaluate_benchmark(
 ) -> Result:
     """Scores all questions that the file lacks, and summarises all items.
 
+    Batches are made of all questions, also where the file has some: a resumed evaluation has the
+    scores of one that nothing interrupted, bit for bit.
+
     Args:
       shots, seed, train, other: see `BenchmarkCases`; for answerers that read prompts.
       path: of the file of single items, see `ItemLog`; None: no file, nothing to resume.
@@ -154,15 +157,16 @@ def evaluate_benchmark(
     if prompts is not None:
         show(bar, f"{benchmark.name}, prompts", len(left))
         adapter = answerer.specialise(
-            [prompts[i] for i in left],
+            prompts,
             tokens_per_batch=tokens_per_batch,
+            wanted=left,
             mesh=mesh,
             progress=ticker(bar),
         )
 
     def record(indices: list[int], scores: list[ChoiceScores]) -> None:
         rows = []
-        for i, score in zip((left[index] for index in indices), scores, strict=True):
+        for i, score in zip(indices, scores, strict=True):
             rows.append(item_row(benchmark, i, questions[i], score, prompts and prompts[i]))
             numbers[i] = [rows[-1][name] for name in NUMBERS]
         if log is not None:
@@ -174,12 +178,16 @@ def evaluate_benchmark(
         answerer.model,
         encode_items(
             answerer.model,
-            [(contexts[i], benchmark.continuations(questions[i])) for i in left],
-            [questions[i].id for i in left],
+            [
+                (context, benchmark.continuations(question))
+                for context, question in zip(contexts, questions, strict=True)
+            ],
+            [question.id for question in questions],
         ),
         adapter=adapter,
         max_length=answerer.max_length,
         tokens_per_batch=tokens_per_batch,
+        wanted=left,
         mesh=mesh,
         progress=ticker(bar),
         on_batch=record,

@@ -2,7 +2,7 @@
 
 One JSON object per line: first the settings of the run, then one item per line, in the order in
 which they finish. A line counts if it is complete. In a store the file lags by up to a minute
-(`files.Log`), and missing items are computed again.
+(`files.Log`), and missing items are computed again. One process at a time writes it: see `suite`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from jax.sharding import Mesh
@@ -37,6 +38,7 @@ from lorax_gen.evaluation.report import (
 )
 from lorax_gen.files import AnyPath
 from lorax_gen.inference.choices import TOKENS_PER_BATCH
+from lorax_gen.locks import only_writer
 
 
 def evaluate_suite(
@@ -65,7 +67,8 @@ def evaluate_suite(
         call resumes an interrupted one, and `report.json` and `report.csv`; None: no files.
       timed: questions whose latency is measured for each answerer, after warm-up.
 
-    Raises UserError where a name is unknown, data are missing, or an answerer lacks a model.
+    Raises UserError where a name is unknown, data are missing, an answerer lacks a model, or
+    another process writes to `run_dir`.
     """
     seed = HARNESS_SEED if seed is None else seed
     records = [find_benchmark(task) for task in tasks]
@@ -77,41 +80,42 @@ def evaluate_suite(
     columns = {r.name: {"title": r.title, "n": len(tests[r.name])} for r in records}
     path = run_dir and run_dir / "report.json"
     settings = {"shots": shots, "seed": seed, "limit": limit}
-    report = new_report("benchmarks", system, columns, path, **settings)
-    for answerer in answerers:
-        results = {}
-        for record in records:
-            other = other_of(record, directory) if answerer.name == "shuffled" else None
-            results[record.name] = evaluate_benchmark(
-                record,
-                tests[record.name],
+    with only_writer_of(run_dir):
+        report = new_report("benchmarks", system, columns, path, **settings)
+        for answerer in answerers:
+            results = {}
+            for record in records:
+                other = other_of(record, directory) if answerer.name == "shuffled" else None
+                results[record.name] = evaluate_benchmark(
+                    record,
+                    tests[record.name],
+                    answerer,
+                    shots=shots,
+                    seed=seed,
+                    train=train.get(record.name, ()),
+                    other=other,
+                    path=run_dir and run_dir / "items" / f"{record.name}.{answerer.name}.jsonl",
+                    tokens_per_batch=tokens_per_batch,
+                    mesh=mesh,
+                    bar=bar,
+                )
+            cases = {
+                r.name: BenchmarkCases(r, tests[r.name], train.get(r.name, ()), shots, seed)
+                for r in records
+            }
+            add_row(
+                report,
                 answerer,
-                shots=shots,
-                seed=seed,
-                train=train.get(record.name, ()),
-                other=other,
-                path=run_dir and run_dir / "items" / f"{record.name}.{answerer.name}.jsonl",
-                tokens_per_batch=tokens_per_batch,
-                mesh=mesh,
-                bar=bar,
+                {name: as_cell(result) for name, result in results.items()},
+                **{
+                    mean: arithmetic_mean([getattr(result, mean) for result in results.values()])
+                    for mean in MEANS
+                },
+                **serving_cost(answerer, sample_contexts(answerer, cases, timed)),
             )
-        cases = {
-            r.name: BenchmarkCases(r, tests[r.name], train.get(r.name, ()), shots, seed)
-            for r in records
-        }
-        add_row(
-            report,
-            answerer,
-            {name: as_cell(result) for name, result in results.items()},
-            **{
-                mean: arithmetic_mean([getattr(result, mean) for result in results.values()])
-                for mean in MEANS
-            },
-            **serving_cost(answerer, sample_contexts(answerer, cases, timed)),
-        )
-    if run_dir is not None:
-        save_report(report, run_dir)
-    return report
+        if run_dir is not None:
+            save_report(report, run_dir)
+        return report
 
 
 def as_cell(result: Result) -> Cell:
@@ -140,26 +144,32 @@ def evaluate_agent_suite(
     columns = {name: {"title": name, "n": len(items)} for name in SCORES}
     path = run_dir and run_dir / "report.json"
     settings = {"max_new_tokens": max_new_tokens, "seed": seed or 0, "limit": len(items)}
-    report = new_report("gpt4tools", system, columns, path, **settings)
-    for answerer in answerers:
-        if bar is not None:
-            bar.reset(total=len(items))
-            bar.set_description(f"gpt4tools, {answerer.name}")
-        found = evaluate_agent(
-            answerer,
-            items,
-            path=run_dir and run_dir / "items" / f"gpt4tools.{answerer.name}.jsonl",
-            max_new_tokens=max_new_tokens,
-            seed=seed or 0,
-            tokens_per_batch=tokens_per_batch,
-            mesh=mesh,
-            progress=bar.update if bar is not None else lambda count: None,
-        )
-        texts = [text for (text,) in answerer.contexts(AgentCases(items[:timed]))]
-        add_row(report, answerer, **found, **serving_cost(answerer, texts))
-    if run_dir is not None:
-        save_report(report, run_dir)
-    return report
+    with only_writer_of(run_dir):
+        report = new_report("gpt4tools", system, columns, path, **settings)
+        for answerer in answerers:
+            if bar is not None:
+                bar.reset(total=len(items))
+                bar.set_description(f"gpt4tools, {answerer.name}")
+            found = evaluate_agent(
+                answerer,
+                items,
+                path=run_dir and run_dir / "items" / f"gpt4tools.{answerer.name}.jsonl",
+                max_new_tokens=max_new_tokens,
+                seed=seed or 0,
+                tokens_per_batch=tokens_per_batch,
+                mesh=mesh,
+                progress=bar.update if bar is not None else lambda count: None,
+            )
+            texts = [text for (text,) in answerer.contexts(AgentCases(items[:timed]))]
+            add_row(report, answerer, **found, **serving_cost(answerer, texts))
+        if run_dir is not None:
+            save_report(report, run_dir)
+        return report
+
+
+def only_writer_of(run_dir: AnyPath | None) -> AbstractContextManager[None]:
+    """Refuses a second process that writes items to the same directory; see `locks`."""
+    return nullcontext() if run_dir is None else only_writer(run_dir / "items")
 
 
 def other_of(record: Benchmark, directory: AnyPath | None) -> tuple[Benchmark, list[Question]]:

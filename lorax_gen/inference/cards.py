@@ -35,6 +35,7 @@ def gates_of_prompts(
     generator: Generator,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    wanted: Sequence[int] | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda prompts: None,
 ) -> np.ndarray:
@@ -45,6 +46,8 @@ def gates_of_prompts(
 
     Args:
       tokens_per_batch: rows times padded length of a batch, at most.
+      wanted: indices of the prompts to read; None: all. Batches are made of all prompts, and those
+        with a wanted one are read, so that gates do not depend on it. Those of others may be zero.
       mesh: prompts are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of prompts finished since the last call.
 
@@ -57,21 +60,24 @@ def gates_of_prompts(
     distinct = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = list(distinct)
     index = np.array([distinct[tuple(ids)] for ids in prompts])
+    asked = index if wanted is None else index[np.array(wanted, int)]
     weights, shards, execution = (generator.params, generator.stats, cloud.params), 1, Execution()
     if mesh is not None:
         shards, execution = row_shards(mesh), execution_over(mesh)
         weights = place(weights, tree_shardings(weights, mesh))
-    found = np.empty((len(rows), *shape), np.float32)
+    found = np.zeros((len(rows), *shape), np.float32)
 
     def read(chosen: np.ndarray, gates: jax.Array) -> None:
         found[chosen] = np.asarray(hosts.gather(gates))[: len(chosen)]
-        progress(int(np.isin(index, chosen).sum()))
+        progress(int(np.isin(asked, chosen).sum()))
 
     pending = None
     lengths = padded_lengths_of(rows, cloud.config, edge, tokens_per_batch)
     for length, share, parts in deal(lengths, lengths, tokens_per_batch, shards):
         for groups in parts:
             chosen = np.concatenate(groups)
+            if not np.isin(asked, chosen).any():
+                continue
             ids = [rows[i] for i in chosen]
             ids += [()] * (share * shards - len(ids))
             batch = {
@@ -85,7 +91,8 @@ def gates_of_prompts(
             if pending is not None:  # one batch late: the device never waits for the host
                 read(*pending)
             pending = chosen, gates
-    read(*pending)
+    if pending is not None:
+        read(*pending)
     return found[index]
 
 

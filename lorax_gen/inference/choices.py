@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lorax_gen.errors import UserError
-from lorax_gen.inference.packing import RowBatch, Text, make_batches, pack
+from lorax_gen.inference.packing import RowBatch, Text, make_batches, needed, pack
 from lorax_gen.mesh import hosts
 from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import (
@@ -203,6 +203,7 @@ def score_items(
     max_length: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     longest_row: int | None = None,
+    wanted: Sequence[int] | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda items: None,
     on_batch: Callable[[list[int], list[ChoiceScores]], None] = lambda indices, scores: None,
@@ -216,6 +217,8 @@ def score_items(
       tokens_per_batch: B T at most, unless a single row is longer.
       longest_row: choices that do not fit into a row of this length get one row each; None:
         `tokens_per_batch`.
+      wanted: indices of the items to score; None: all. Batches are made of all items, and those
+        with a wanted one are computed, so that a score does not depend on what else is wanted.
       mesh: rows are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of items finished since the last call.
       on_batch: called with the indices and scores of finished items, while the device computes the
@@ -234,7 +237,8 @@ def score_items(
         for i, result in enumerate(results)
         for row in pack(i, result.texts, longest_row or tokens_per_batch)
     ]
-    if not rows:
+    chosen = range(len(items)) if wanted is None else wanted
+    if not rows or not chosen:
         return []
     params, execution, shards = model.params, Execution(), 1
     if mesh is not None:
@@ -255,20 +259,20 @@ def score_items(
     def read(batch: RowBatch, found: tuple[Array, Array]) -> None:
         done = []
         for row, values in batch.split(*map(np.asarray, hosts.gather(found))):
-            if results[row.item].add(row.choices, *values):
+            if results[row.item].add(row.choices, *values) and row.item in asked:
                 done.append(row.item)
         if done:
             on_batch(done, [results[i].scores() for i in done])
             progress(len(done))
 
-    pending = None
-    for batch in make_batches(rows, tokens_per_batch, shards):
+    pending, asked = None, set(chosen)
+    for batch in needed(make_batches(rows, tokens_per_batch, shards), asked):
         found = dispatch(batch)
         if pending is not None:  # one batch late: the device never waits for the host
             read(*pending)
         pending = batch, found
     read(*pending)
-    return [result.scores() for result in results]
+    return [results[i].scores() for i in chosen]
 
 
 class Pending:

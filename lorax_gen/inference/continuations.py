@@ -26,30 +26,35 @@ def continue_texts(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     most_rows: int | None = None,
     adapter: Adapter | None = None,
+    wanted: Sequence[int] | None = None,
     on_batch: Callable[[list[int], list[str]], None] = lambda indices, texts: None,
     seed: int = 0,
     mesh: Mesh | None = None,
     **options,
 ) -> list[str]:
-    """The continuation of each row of token ids, in their order.
+    """The continuation of each row of token ids, in their order; empty where it is not wanted.
 
     Args:
       tokens_per_batch: rows of a batch times cache slots of a row, at most, unless a single row
         has more.
       most_rows: rows of a batch, at most.
       adapter: see `models.adapter`; its rows are one per text.
+      wanted: indices of the rows to continue; None: all. Batches are made of all rows, and those
+        with a wanted one are computed, so that a continuation does not depend on it.
       on_batch: called with the indices and continuations of each finished batch.
       seed: of sampling; each batch derives its own.
       mesh: rows are sharded over its batch axes, weights as in training; None: no mesh.
       options: of `generation.stream_text`.
     """
-    texts = [""] * len(rows)
+    texts, asked = [""] * len(rows), set(range(len(rows)) if wanted is None else wanted)
     if mesh is not None:  # once for all batches
         params = place(model.params, tree_shardings(model.params, mesh))
         model = dataclasses.replace(model, params=params)
     for number, indices in enumerate(
         batches([len(row) for row in rows], max_new_tokens, tokens_per_batch, most_rows)
     ):
+        if asked.isdisjoint(indices):
+            continue
         written = generate_text(
             model,
             [rows[i] for i in indices],
@@ -59,9 +64,10 @@ def continue_texts(
             seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
             **options,
         )
-        for i, text in zip(indices, written, strict=True):
+        done = {i: text for i, text in zip(indices, written, strict=True) if i in asked}
+        for i, text in done.items():
             texts[i] = text
-        on_batch(indices, written)
+        on_batch(list(done), list(done.values()))
     return texts
 
 

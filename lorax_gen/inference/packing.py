@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -159,6 +159,15 @@ def make_batches(
             own = tuple(tuple(rows[i] for i in group) for group in groups)
             batches.append(RowBatch(own, share * shards, length, predictions))
     return batches
+
+
+def needed(batches: Sequence[RowBatch], wanted: Collection[int]) -> list[RowBatch]:
+    """The batches that hold a row of one of the wanted items."""
+    return [
+        batch
+        for batch in batches
+        if any(row.item in wanted for rows in batch.shards for row in rows)
+    ]
 
 
 def deal(

@@ -1,7 +1,7 @@
 """Checkpoints in an object store that orbax cannot write to: any but Google's.
 
 orbax writes them to a local directory, and each is uploaded as one object, `<step>.tar`. An upload
-is atomic, also where it replaces an object, so a killed process leaves complete checkpoints only.
+is atomic, so a killed process leaves complete checkpoints only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Archive:
             try:
                 with tarfile.open(files.local_copy(path), "r:") as tar:
                     tar.extractall(self.local, filter="data")
-            except tarfile.TarError as error:
+            except (tarfile.TarError, ValueError, EOFError) as error:
                 raise UserError(
                     f"{path} is damaged ({error}); remove it to resume from the one before"
                 ) from None
@@ -38,8 +38,8 @@ class Archive:
         self.copying.set_result(None)
 
     def copy(self) -> None:
-        """Starts uploading new checkpoints and then deleting removed ones. The local files must not
-        change until `wait` returns."""
+        """Starts uploading new checkpoints and then deleting removed ones. The local
+        checkpoints must not change until `wait` returns."""
         self.copying = self.pool.submit(self._copy)
 
     def wait(self) -> None:
@@ -48,7 +48,7 @@ class Archive:
 
     def _copy(self) -> None:
         steps = self._steps()
-        for step in [step for step in steps if self.copied.get(step) != steps[step]]:
+        for step in sorted(steps - self.copied):
             name = self.store / f"{step}.tar"
             with files.replaced_file(name) as path, tarfile.open(path, "w") as tar:
                 tar.add(self.local / step, step)
@@ -60,10 +60,6 @@ class Archive:
     def _objects(self) -> list[AnyPath]:
         return [path for path in files.find(self.store, "*.tar") if path.stem.isdigit()]
 
-    def _steps(self) -> dict[str, int]:
-        """Modification time of each; an unfinished one has a name that is not all digits."""
-        return {
-            path.name: path.stat().st_mtime_ns
-            for path in self.local.iterdir()
-            if path.name.isdigit()
-        }
+    def _steps(self) -> set[str]:
+        """Of complete checkpoints; others have a name that is not all digits."""
+        return {path.name for path in self.local.iterdir() if path.name.isdigit()}

@@ -19,12 +19,10 @@ several processes all take the same steps and write checkpoints; only the first 
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -47,15 +45,9 @@ from lorax_gen.training.metrics import (
     use_compilation_cache,
 )
 from lorax_gen.training.run import RunConfig
+from lorax_gen.training.run_dir import claimed, without_paths
+from lorax_gen.training.signals import Interrupted, stop_signals
 from lorax_gen.training.state import State
-
-
-class Interrupted(Exception):
-    """A run was stopped by the signal `signal`; its state is saved."""
-
-    def __init__(self, message: str, signal: int):
-        super().__init__(message)
-        self.signal = signal
 
 
 def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> AnyPath:
@@ -76,16 +68,27 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
         the loss is not finite.
       Interrupted: on SIGINT or SIGTERM, after the state was saved.
     """
-    run = experiment.run
     check_processes(experiment, config)
-    hosts.on_first(lambda: claim_run_dir(run_dir, config))
-    if not all(hosts.each((run_dir / "config.yaml").exists())):
-        raise UserError(f"not every process sees {run_dir}; choose a directory that all can reach")
-    released = run_dir / "released"
-    if hosts.from_first(files.is_complete_directory(released)):
-        return released
+    with ExitStack() as claims, stop_signals() as stopped:
+        hosts.on_first(lambda: claims.enter_context(claimed(run_dir, config)))
+        if not all(hosts.each((run_dir / "config.yaml").exists())):
+            raise UserError(
+                f"not every process sees {run_dir}; choose a directory that all can reach"
+            )
+        released = run_dir / "released"
+        if not hosts.from_first(files.is_complete_directory(released)):
+            result, log = train_in(run_dir, experiment, stopped)
+            # A signal that comes from here on does not keep the release from being finished.
+            hosts.on_first(lambda: release(experiment, result, log, released, config))
+    return released
+
+
+def train_in(
+    run_dir: AnyPath, experiment: Experiment, stopped: list[int]
+) -> tuple[State, MetricsLog]:
+    """Trains to the end; returns the part of the state that is released, and the log."""
+    run, mesh, mode = experiment.run, experiment.mesh, experiment.mode
     use_compilation_cache(run.compilation_cache)
-    mesh, mode = experiment.mesh, experiment.mode
     check_mode(mode, mesh)
     with jax.set_mesh(mesh):
         state = sharding.init_sharded(experiment.fresh_state, mesh)
@@ -94,17 +97,24 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
             hosts.on_first(lambda: checkpoints.check_room(state))
             state = checkpoints.restore(state) or state
             with open_log(run_dir, run, int(state["step"])) as log:
-                state = train(experiment, state, train_step, checkpoints, log)
-        result = gather_state(state)
+                for step, evaluation in log.evaluations.items():
+                    if run.best in evaluation:
+                        checkpoints.note(step, evaluation)
+                state = train(experiment, state, train_step, checkpoints, log, stopped)
+        return gather_state(state), log
 
-    def release() -> None:
-        with files.new_directory(released) as partial:
-            provenance = {"config": without_paths(config), "metrics": log.last}
-            experiment.release(result, partial, provenance)
-            (partial / log.path.name).write_bytes(log.path.read_bytes())
 
-    hosts.on_first(release)
-    return released
+def release(
+    experiment: Experiment,
+    result: State,
+    log: MetricsLog,
+    released: AnyPath,
+    config: dict[str, Any],
+) -> None:
+    with files.new_directory(released) as partial:
+        provenance = without_paths({"config": config, "metrics": log.last})
+        experiment.release(result, partial, provenance)
+        (partial / log.path.name).write_bytes(log.path.read_bytes())
 
 
 def train(
@@ -113,8 +123,13 @@ def train(
     train_step: Callable,
     checkpoints: Checkpoints,
     log: MetricsLog,
+    stopped: list[int],
 ) -> State:
-    """Trains from the step of `state` to the last: logs, evaluates, saves."""
+    """Trains from the step of `state` to the last: logs, evaluates, saves.
+
+    Args:
+      stopped: gets the number of a signal on which the run stops after the current step.
+    """
     run, start, run_dir = experiment.run, int(state["step"]), log.path.parent
     mesh = experiment.mesh
     shardings = sharding.tree_shardings(experiment.frozen, mesh)
@@ -146,17 +161,19 @@ def train(
     def evaluate(step: int) -> None:
         """Evaluates the state after `step` steps. It is saved, so a run stopped here evaluates it
         when it resumes."""
-        if not due(run, step) or hosts.from_first(step in log.evaluated):
+        if not due(run, step) or hosts.from_first(step in log.evaluations):
             return
         if stop := int(hosts.vote(max(stopped, default=0), mesh)):
             raise Interrupted(f"stopped at step {step} of {run.steps}, state saved", stop)
         evaluation = hosts.from_first(experiment.evaluate(gather_state(state)))
         log.write(step, evaluation)
         log.flush()
-        checkpoints.save_best(step, state, evaluation)
+        checkpoints.note(step, evaluation)
         clock.restart(step)
 
-    with bar, profiler, stop_signals() as stopped:
+    with bar, profiler:
+        if start < run.steps and (stop := int(hosts.vote(max(stopped, default=0), mesh))):
+            raise Interrupted(f"stopped at step {start} of {run.steps}", stop)  # nothing is lost
         clock.restart(start)
         for step in range(start, run.steps):
             evaluate(step)
@@ -195,30 +212,6 @@ def gather_state(state: State) -> State:
     return hosts.gather({name: state[name] for name in ("step", "params", "stats")})
 
 
-# --- the run directory ---------------------------------------------------------------------------
-
-
-def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without the fields that may change when a run resumes: where it runs
-    and what it keeps, not what it learns."""
-    free = ("mesh", "remat", "attention")
-    free_of_run = ("keep", "best", "best_is", "tensorboard", "profile_steps", "compilation_cache")
-    fixed = {name: value for name, value in config.items() if name not in free}
-    run = fixed.get("run", {})
-    return {**fixed, "run": {name: run[name] for name in run if name not in free_of_run}}
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The keys, joined by dots, in which two configs differ."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [prefix.removesuffix(".")]
-    return [
-        found
-        for name in {**old, **new}
-        for found in differences(old.get(name), new.get(name), f"{prefix}{name}.")
-    ]
-
-
 def check_processes(experiment: Experiment, config: dict[str, Any]) -> None:
     """Raises UserError where configs differ between processes, or several cannot run this one."""
     if len(set(hosts.each(zlib.crc32(documents.to_yaml(config).encode())))) > 1:
@@ -237,62 +230,6 @@ def check_mode(mode: str, mesh: Mesh) -> None:
         )
 
 
-def claim_run_dir(run_dir: AnyPath, config: dict[str, Any]) -> None:
-    """Creates the directory and writes the config, or checks that it holds the same run."""
-    path, text = run_dir / "config.yaml", documents.to_yaml(config)
-    if path.exists():
-        old, new = documents.read_yaml(path), documents.parse_yaml(text, "the resolved config")
-        if differing := differences(fixed_part(old), fixed_part(new)):
-            raise UserError(
-                f"{run_dir} already holds another run (its config.yaml differs in "
-                f"{', '.join(differing[:5])}); choose another --run-dir, or repeat that run's "
-                "config to resume it"
-            )
-        if old == new or files.is_complete_directory(run_dir / "released"):
-            return
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(f"{run_dir} exists and is not a run directory; choose another --run-dir")
-    try:
-        files.make_directory(run_dir)
-        files.write_text(path, text)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {run_dir} ({reason}); choose another") from None
-
-
 def open_log(run_dir: AnyPath, run: RunConfig, start: int) -> MetricsLog:
     board = run_dir / "tensorboard" if run.tensorboard else None
     return MetricsLog(run_dir / "metrics.jsonl", start, board, write=hosts.is_first())
-
-
-def without_paths(value: Any) -> Any:
-    """Plain values, with absolute paths and URLs reduced to their last component: a released
-    artifact names no machine and no bucket."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, str) and (files.is_url(value) or Path(value).is_absolute()):
-        return Path(value).name
-    return value
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that gets the first SIGINT or SIGTERM; a second one has its usual effect."""
-    caught: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    previous = {}
-
-    def handler(number, frame):
-        caught.append(number)
-        for kind in kinds:
-            signal.signal(kind, previous[kind])
-
-    try:
-        previous = {kind: signal.signal(kind, handler) for kind in kinds}
-    except ValueError:  # not in the main thread: the caller handles signals
-        previous = {}
-    try:
-        yield caught
-    finally:
-        for kind, old in previous.items():
-            signal.signal(kind, old)

@@ -36,7 +36,7 @@ class MetricsLog:
 
     Attributes:
       last: the latest value of each metric.
-      evaluated: steps with an evaluation row, which has no loss.
+      evaluations: the rows of evaluations, which have no loss, by step.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MetricsLog:
     ):
         self.path = path
         self.last: dict[str, Any] = {}
-        self.evaluated: set[int] = set()
+        self.evaluations: dict[int, dict[str, Any]] = {}
         self.log = self.board = None
         if not write:
             return
@@ -95,6 +95,11 @@ class MetricsLog:
     def _clear_errors(self) -> Iterator[None]:
         try:
             yield
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} was removed while the run was writing to it; the same "
+                "command starts it anew"
+            ) from None
         except Exception as error:
             reason = files.store_error(error)
             if reason is None and not isinstance(error, OSError):
@@ -107,7 +112,7 @@ class MetricsLog:
     def _note(self, row: dict[str, Any]) -> None:
         self.last.update(row)
         if "loss" not in row:
-            self.evaluated.add(row["step"])
+            self.evaluations[row["step"]] = row
 
 
 def open_tensorboard(directory: Path, start: int) -> Any:

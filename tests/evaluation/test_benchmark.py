@@ -390,3 +390,29 @@ def test_the_shipped_generator_serves_unseen_tasks_and_the_controls_do_not(famil
         found[mode] = evaluate_benchmark(benchmarks[0], questions, answerer, **options).acc
     assert found.pop("lora_gen") > 0.9
     assert max(found.values()) < 0.7, found
+
+
+# --- killed again and again ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["plain", "icl", "lora_gen", "shuffled"])
+def test_killed_eight_times_it_has_the_scores_of_an_uninterrupted_one(
+    mode, system, questions, train, other, tmp_path
+):
+    """Bit for bit: batches are the same. A kill leaves any number of complete lines, and part of
+    the next."""
+    answerer, whole, path = system.answerer(mode), tmp_path / "whole", tmp_path / "killed"
+    options = {"shots": 2, "train": train, "other": other, **SMALL}
+    expected = evaluate_benchmark(SORTING, questions, answerer, path=whole, **options)
+    rng, lines = np.random.default_rng(0), whole.read_bytes().splitlines(True)
+    kept = lines[:1]
+    for kill in range(8):
+        path.write_bytes(b"".join(kept) + lines[-1][: kill * 9])
+        evaluate_benchmark(SORTING, questions, answerer, path=path, **options)
+        assert rows_of(path) == rows_of(whole)
+        items = path.read_bytes().splitlines(True)[1:]
+        rng.shuffle(items)  # kills at other batch sizes would leave them in another order
+        kept = [lines[0], *items[: rng.integers(0, len(items))]]
+    result = evaluate_benchmark(SORTING, questions, answerer, path=path, **options)
+    for name in ("acc", "acc_norm", "acc_stderr", "context_tokens", "prompt_tokens"):
+        assert getattr(result, name) == getattr(expected, name)

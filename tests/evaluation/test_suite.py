@@ -12,6 +12,7 @@ from lorax_gen.evaluation.answerers import ANSWERERS, System
 from lorax_gen.evaluation.metrics import harmonic_mean
 from lorax_gen.evaluation.suite import evaluate_agent_suite, evaluate_suite, other_of
 from lorax_gen.evaluation.tables import print_report
+from lorax_gen.locks import only_writer
 from tests.data.rows import make_rows, write_lines
 from tests.tiny import PROMPTS, make_generator
 
@@ -66,6 +67,15 @@ def test_a_question_costs_the_edge_what_it_reads(report):
         assert found["latency_ms"]["questions"] == 3 and found["memory_bytes"] > 0
 
 
+def test_a_second_evaluation_in_the_directory_is_refused(system, directory, tmp_path):
+    with (
+        only_writer(tmp_path / "items"),
+        pytest.raises(UserError, match="items is in use by process"),
+    ):
+        evaluate_suite(system, NAMES, ["plain"], directory=directory, run_dir=tmp_path)
+    assert [path.name for path in (tmp_path / "items").iterdir()] == [".lock"]
+
+
 def test_modes_may_come_in_several_calls(system, directory, tmp_path):
     options = {"shots": 1, "limit": 2, "directory": directory, "run_dir": tmp_path, "timed": 1}
     alone = System(system.edge)
@@ -93,7 +103,8 @@ def test_the_report_is_in_files_too(report, run_dir):
             for name in ("memory_bytes", "context_tokens", "prompt_tokens", "flops", "cloud_flops"):
                 assert float(row[name]) == found[name]
     assert {path.name for path in (run_dir / "items").iterdir()} == {
-        f"{name}.{mode}.jsonl" for name in NAMES for mode in MODES
+        ".lock",
+        *(f"{name}.{mode}.jsonl" for name in NAMES for mode in MODES),
     }
 
 

@@ -306,6 +306,101 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path):
     chex.assert_trees_all_equal(final_state(tmp_path / "run"), whole)
 
 
+def test_a_run_killed_before_its_config_was_written_is_no_hindrance(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    left = run_dir / ".config.yaml.0123456789abcdef.tmp"
+    left.write_text("run: {st")
+    (run_dir / ".lock").write_text("process 1 on host")
+    fit(linear_experiment(RunConfig(steps=2)), run_dir, {"steps": 2})
+    assert (run_dir / "released").is_dir() and not left.exists()
+
+
+def test_a_second_run_in_the_directory_is_refused_and_changes_nothing(tmp_path):
+    run_dir, told = tmp_path / "run", []
+    made = linear_experiment(RunConfig(steps=3, log_every=1))
+
+    def batch(step):
+        if step == 1:
+            before = snapshot(run_dir)
+            with pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on") as e:
+                fit(made, run_dir, {})
+            assert snapshot(run_dir) == before
+            told.append(str(e.value))
+        return made.batch(step)
+
+    fit(dataclasses.replace(made, batch=batch), run_dir, {})
+    assert len(told) == 1
+    assert [row["step"] for row in rows_of(run_dir) if "loss" in row] == [1, 2, 3]
+
+
+def removing(run_dir, at, made):
+    """The experiment, whose run directory is removed at a step."""
+
+    def batch(step):
+        if step == at:
+            shutil.rmtree(run_dir)
+        return made.batch(step)
+
+    return dataclasses.replace(made, batch=batch)
+
+
+@pytest.mark.parametrize("log_every, message", [(1, "metrics.jsonl was removed"),
+                                                (100, "checkpoints was removed")])  # fmt: skip
+def test_a_run_whose_directory_is_removed_stops_at_the_next_row_or_save(
+    log_every, message, tmp_path
+):
+    made = linear_experiment(RunConfig(steps=50, log_every=log_every, checkpoint_every=5))
+    asked = []
+
+    def batch(step):
+        asked.append(step)
+        return made.batch(step)
+
+    experiment = removing(tmp_path / "run", 2, dataclasses.replace(made, batch=batch))
+    with pytest.raises(UserError, match=message) as error:
+        fit(experiment, tmp_path / "run", {})
+    assert str(error.value).endswith("the same command starts it anew") and max(asked) <= 5
+    assert not (tmp_path / "run").exists()
+
+
+PRIVATE = {
+    "cloud": "/home/ann/models/cloud",
+    "edge": "org/edge",
+    "data": {
+        "sources": ("/home/ann/mine.jsonl=2", "alpaca=0.5", "mine=/home/ann/x.jsonl", "boolq"),
+        "directory": "~/data",
+        "more": [
+            {"paths": ["file:///home/ann/y", "gs://bucket/z/", "~bob/a.json", "C:\\Users\\b"]}
+        ],
+    },
+    "rate": 0.5,
+    "nothing": None,
+}
+
+
+def test_what_is_released_names_no_path_of_this_machine(tmp_path):
+    told = []
+
+    def release(state, directory, provenance):
+        told.append(provenance)
+
+    made = dataclasses.replace(linear_experiment(RunConfig(steps=1)), release=release)
+    fit(made, tmp_path / "run", PRIVATE)
+    assert told[0]["config"] == {
+        "cloud": "cloud",
+        "edge": "org/edge",
+        "data": {
+            "sources": ["mine.jsonl=2", "alpaca=0.5", "mine=x.jsonl", "boolq"],
+            "directory": "data",
+            "more": [{"paths": ["y", "z", "a.json", "b"]}],
+        },
+        "rate": 0.5,
+        "nothing": None,
+    }
+    assert set(told[0]["metrics"]) >= {"loss", "error"}
+
+
 # --- the loop's own business, on a run that compiles at once -------------------------------------
 
 

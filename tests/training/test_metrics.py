@@ -292,7 +292,7 @@ def test_a_window_behind_the_end_is_refused():
     "name", ["steps", "log_every", "evaluate_every", "checkpoint_every", "keep"]
 )
 def test_a_run_of_no_steps_is_refused(name):
-    with pytest.raises(UserError, match=rf"run\.{name} is 0; it must be at least 1"):
+    with pytest.raises(UserError, match=rf"run\.{name} is 0; expected int >= 1"):
         RunConfig(**{name: 0})
 
 

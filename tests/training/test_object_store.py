@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 
 from lorax_gen import cli, files
 from lorax_gen.data.world import FAMILIES
@@ -143,7 +146,7 @@ def test_a_killed_run_ends_as_one_that_nothing_stopped(resumed, unbroken):
 
 def test_a_run_keeps_in_a_store_what_it_keeps_on_a_disk(resumed, unbroken):
     names = {path.name for path in resumed.iterdir()}
-    assert names == {path.name for path in unbroken.iterdir()}
+    assert names | {".lock"} == {path.name for path in unbroken.iterdir()}  # a store has no locks
     assert not files.find(resumed, files.INCOMPLETE)
     [checkpoint] = (resumed / "checkpoints").iterdir()
     assert checkpoint.name.removesuffix(".tar") == "6"
@@ -258,6 +261,34 @@ def test_the_latest_and_the_best_checkpoints_are_kept(run_dir, tmp_path):
         fit(made, directory, {})
     assert steps_of(run_dir) == steps_of(tmp_path / "run") >= {8, 9}
     assert rows_of(run_dir) == rows_of(tmp_path / "run")
+
+
+STATE = {"w": jnp.arange(4.0)}
+
+
+def test_a_checkpoint_that_is_half_removed_does_not_count(run_dir, tmp_path, monkeypatch):
+    """The process dies while it removes, on a disk or in a store that orbax writes to."""
+    directory = (run_dir if files.scheme(run_dir) == "gs" else tmp_path) / "checkpoints"
+    run = RunConfig(steps=9, keep=1)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(epath.Path(directory)), "rmtree", die)
+        checkpoints = Checkpoints(directory, run)
+        for step in (3, 6, 9):  # the first is surplus when the last one is written
+            checkpoints.save(step, STATE, force=True, wait=True)
+    assert len(names_of(directory)) == 3  # the first one is still there, in part
+    with Checkpoints(directory, run) as checkpoints:
+        assert checkpoints.steps == [6, 9]
+        restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, STATE))
+    np.testing.assert_array_equal(restored["w"], STATE["w"])
+    assert names_of(directory) == {"9"}
+
+
+def names_of(directory):
+    return {path.name for path in directory.iterdir()}
 
 
 def test_a_damaged_checkpoint_is_named(run_dir):

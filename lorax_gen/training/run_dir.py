@@ -1,0 +1,100 @@
+"""The directory of a run: whose it is, and what a released artifact may tell of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lorax_gen import documents, files, locks, temporary
+from lorax_gen.errors import UserError
+from lorax_gen.files import AnyPath
+
+
+@contextmanager
+def claimed(run_dir: AnyPath, config: dict[str, Any]) -> Iterator[None]:
+    """Creates the directory and writes the config, or checks that it holds the same run.
+
+    Until the block ends other processes are refused. Raises UserError where the directory holds
+    another run or something else, is in use, or is not writable.
+    """
+    if check_run_dir(run_dir, config) and files.is_complete_directory(run_dir / "released"):
+        yield  # nothing will be written
+        return
+    with locks.only_writer(run_dir):
+        path = run_dir / "config.yaml"
+        if not check_run_dir(run_dir, config) or documents.read_yaml(path) != plain(config):
+            try:
+                files.write_text(path, documents.to_yaml(config))
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"cannot write to {run_dir} ({reason}); choose another") from None
+        if not files.is_url(run_dir):  # what wrote them is dead, or it would hold the lock
+            for name in ("config.yaml", "metrics.jsonl", "released"):
+                temporary.remove_leftovers(run_dir / name)
+        yield
+
+
+def check_run_dir(run_dir: AnyPath, config: dict[str, Any]) -> bool:
+    """Whether the directory holds a run. Raises UserError where that is another run, or where the
+    directory holds something else."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        old = documents.read_yaml(path)
+        if differing := differences(fixed_part(old), fixed_part(plain(config))):
+            raise UserError(
+                f"{run_dir} already holds another run (its config.yaml differs in "
+                f"{', '.join(differing[:5])}); choose another --run-dir, or repeat that run's "
+                "config to resume it"
+            )
+        return True
+    if run_dir.exists() and (not run_dir.is_dir() or any(map(_foreign, run_dir.iterdir()))):
+        raise UserError(f"{run_dir} exists and is not a run directory; choose another --run-dir")
+    return False
+
+
+def _foreign(path: AnyPath) -> bool:
+    """Whether it is not from a run that was killed before it had written its config."""
+    return path.name != locks.NAME and not temporary.NAME.fullmatch(path.name)
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as it is read from its file."""
+    return documents.parse_yaml(documents.to_yaml(config), "the resolved config")
+
+
+def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the fields that may change when a run resumes: where it runs
+    and what it keeps, not what it learns."""
+    free = ("mesh", "remat", "attention")
+    free_of_run = ("keep", "best", "best_is", "tensorboard", "profile_steps", "compilation_cache")
+    fixed = {name: value for name, value in config.items() if name not in free}
+    run = fixed.get("run", {})
+    return {**fixed, "run": {name: run[name] for name in run if name not in free_of_run}}
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The keys, joined by dots, in which two configs differ."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [prefix.removesuffix(".")]
+    return [
+        found
+        for name in {**old, **new}
+        for found in differences(old.get(name), new.get(name), f"{prefix}{name}.")
+    ]
+
+
+def without_paths(value: Any) -> Any:
+    """Plain values, with absolute paths and URLs reduced to their last component, in `path=weight`
+    too: a released artifact names no machine, no user and no bucket."""
+    if isinstance(value, dict):
+        return {without_paths(key): without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str):
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|/|~|[a-zA-Z]:[\\/]", value):
+            return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        name, mark, rest = value.partition("=")
+        return f"{name}={without_paths(rest)}" if mark else value
+    return value
