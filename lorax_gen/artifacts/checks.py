@@ -8,6 +8,7 @@ import numpy as np
 
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
+from lorax_gen.method.lora import Tree
 from lorax_gen.tensors import open_safetensors
 
 # Dtypes of floating-point arrays, as safetensors names them.
@@ -39,3 +40,10 @@ def check_finite(value: np.ndarray, name: str, advice: str = "train or get it ag
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise UserError(f"{name} holds {float(value[index])} at {list(index)}; {advice}")
+
+
+def check_tree(tree: Tree) -> None:
+    """Raises UserError where a LoRA tree holds NaN or an infinity."""
+    for name, pair in tree.items():
+        for factor, value in pair.items():
+            check_finite(np.asarray(value), f"the LoRA for {name!r}, {factor},")
