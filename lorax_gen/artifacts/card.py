@@ -22,6 +22,7 @@ from msgspec import Meta, Struct
 from lorax_gen import documents
 from lorax_gen.artifacts.checks import read_arrays
 from lorax_gen.artifacts.generator import Generator
+from lorax_gen.artifacts.identity import Hash, fingerprint
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
 from lorax_gen.method.generator import GeneratorConfig, lora_from_gates
@@ -39,7 +40,6 @@ FORMATS = {
     FORMAT: (*METADATA, "digest"),
 }
 
-Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 MaybeHash = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
 
 
@@ -143,7 +143,7 @@ class TaskCard:
 
     def check_edge(self, edge: Model) -> None:
         """Raises UserError if the card was made for another edge model."""
-        if self.edge != edge.fingerprint:
+        if self.edge != fingerprint(edge):
             raise UserError(
                 f"this card was made for the edge model {self.edge}, the given one is "
                 f"{edge.fingerprint}; use that model or specialise again"
@@ -209,11 +209,11 @@ def make_card(
         indices=order.astype(index_dtype(config)),
         gates=kept,
         pool=generator.pool_hash,
-        edge=edge.fingerprint,
+        edge=fingerprint(edge),
         prompt=hashlib.sha256(prompt.encode()).hexdigest(),
         composition=config.composition,
         generator=generator.fingerprint,
-        cloud=cloud.fingerprint,
+        cloud=fingerprint(cloud),
         tokenizer=cloud.tokenizer_fingerprint,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from lorax_gen.artifacts.card import TaskCard, load_card, save_card
 from lorax_gen.artifacts.checks import check_tree
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.artifacts.gguf import save_gguf_lora
+from lorax_gen.artifacts.identity import fingerprint, public_name
 from lorax_gen.artifacts.peft import CONFIG, load_adapter, save_adapter
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
@@ -61,8 +61,7 @@ def lora_of(
 
 def describe(model: Model) -> dict[str, str]:
     """The name and fingerprint of a model; of a path only the last component."""
-    name = model.name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name) else Path(model.name).name
-    return {"name": name, "fingerprint": model.fingerprint}
+    return {"name": public_name(model), "fingerprint": fingerprint(model)}
 
 
 def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
@@ -103,7 +102,7 @@ def export(
     check_tree(tree)
     if format == "peft":
         save_adapter(
-            output, tree, edge.config, base_model=describe(edge)["name"], provenance=provenance
+            output, tree, edge.config, base_model=public_name(edge), provenance=provenance
         )
     elif format == "gguf-lora":
         flat = {key: str(value) for key, value in provenance.items() if key != "edge"}
@@ -152,7 +151,7 @@ def is_finite(leaf: jax.Array, dtype: Any) -> jax.Array:
 def model_card(edge: Model, provenance: dict[str, Any]) -> str:
     """README.md of a merged directory, with the hub's metadata."""
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lora-gen]"]
-    if "/" in (name := describe(edge)["name"]):
+    if "/" in (name := public_name(edge)):
         header.append(f"base_model: {name}")
     rows = [f"| {key} | {value} |" for key, value in flatten_rows(provenance).items()]
     intro = textwrap.dedent(

@@ -63,7 +63,7 @@ def two_experts(generator):
 
 def gates_of(system, generator, prompt):
     batch = prompt_batch(Encoder(system.cloud.tokenizer), [prompt], 32)
-    spec = generator.spec(system.cloud.config, system.edge.config)
+    spec = generator.spec(system.cloud, system.edge)
     return prompt_gates(
         generator.params, generator.stats, system.cloud.params, spec, *batch.values()
     )
@@ -140,8 +140,8 @@ def test_more_than_256_experts_still_have_their_numbers():
     card = make_card(
         gates,
         "a prompt",
-        SimpleNamespace(fingerprint="2" * 16, tokenizer_fingerprint="3" * 16),
-        SimpleNamespace(fingerprint="4" * 16),
+        SimpleNamespace(params={}, fingerprint="2" * 16, tokenizer_fingerprint="3" * 16),
+        SimpleNamespace(params={}, fingerprint="4" * 16),
         generator,
     )
     np.testing.assert_array_equal(card.indices, [[299, 7]] * 3)
