@@ -101,9 +101,7 @@ def export(
     tree, provenance, card = lora_of(artifact, edge, generator)
     check_tree(tree)
     if format == "peft":
-        save_adapter(
-            output, tree, edge.config, base_model=public_name(edge), provenance=provenance
-        )
+        save_adapter(output, tree, edge.config, base_model=public_name(edge), provenance=provenance)
     elif format == "gguf-lora":
         flat = {key: str(value) for key, value in provenance.items() if key != "edge"}
         flat |= {f"edge_{key}": value for key, value in describe(edge).items()}

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-
 from msgspec import Meta, Struct
 
 from lorax_gen import config as configs

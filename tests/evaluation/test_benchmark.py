@@ -257,7 +257,7 @@ def test_gates_of_many_prompts_are_those_of_each(system, mesh):
     found = gates_of_prompts(
         [encoder.ids(PROMPTS[i]) for i in order],
         system.cloud,
-        system.edge.config,
+        system.edge,
         system.generator,
         tokens_per_batch=32,
         mesh=mesh,
