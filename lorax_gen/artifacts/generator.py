@@ -85,12 +85,12 @@ class Generator:
         and BOS.
         """
         models = self.metadata.get("models")
-        for role, model in (("cloud", cloud), ("edge", edge)):
+        for article, role, model in (("a", "cloud", cloud), ("an", "edge", edge)):
             wanted, found = self.metadata["shapes"][role], model_shape(model.config)
             if wanted != found:
                 raise UserError(
-                    f"the generator was trained with the {role} model of {wanted}, but the given "
-                    f"one has {found}; pass the {role} model that it was trained with"
+                    f"the generator was trained with {article} {role} model of "
+                    f"{_difference(wanted, found)}; pass the {role} model that it was trained with"
                 )
             if models is not None:
                 trained = documents.convert(models, Identities)
@@ -109,6 +109,15 @@ class Generator:
     def pool_hash(self) -> str:
         """Hash of the pool of experts and its scale alpha."""
         return tree_hash({**self.params["pool"], "alpha": np.float32(self.config.alpha)})
+
+
+def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> str:
+    """What of two shapes of a model differs."""
+    if wanted["layers"] != found["layers"]:
+        return f"{wanted['layers']} layers, the given one has {found['layers']}"
+    ours, theirs = wanted["kernels"], found["kernels"]
+    name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
+    return f"{name} {ours.get(name)}, the given one has {theirs.get(name)}"
 
 
 WAY_OUT = "load the generator with allow_other_models=True (--allow-other-models) if it is meant"
