@@ -136,7 +136,8 @@ class _Gathered:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.leaf.ndim < 3:
             return np.asarray(hosts.gather(self.leaf), dtype)
-        return np.stack([np.asarray(hosts.gather(layer), dtype) for layer in self.leaf])
+        layers = (self.leaf[i] for i in range(self.leaf.shape[0]))
+        return np.stack([np.asarray(hosts.gather(layer), dtype) for layer in layers])
 
 
 def _lazy(tree: dict[str, Any]) -> dict[str, Any]:

@@ -10,16 +10,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from lorax_gen import load_generator, load_model, specialize
+from lorax_gen import cli, load_card, load_generator, load_model, specialize
 from lorax_gen.artifacts import identity
 from lorax_gen.artifacts.generator import digest, save_generator
 from lorax_gen.artifacts.generator import make_generator as make
 from lorax_gen.artifacts.identity import Identities, identify
 from lorax_gen.errors import UserError
+from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.int8 import quantize_kernels
 from lorax_gen.tensors import named_leaves, read_tensors, tree_hash, write_tensors
 from lorax_gen.tokenizers import word_level
-from tests.tiny import make_generator, write_generator
+from tests.tiny import make_generator, write_generator, write_system
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def test_models_of_another_shape_are_refused(generator, tiny_world_system, role,
     assert generator.spec(**models).generator == generator.config
     config = dataclasses.replace(models[role].config, **change)
     models[role] = dataclasses.replace(models[role], config=config)
-    with pytest.raises(UserError, match=f"trained with an? {role} model of .*, the given one has .*pass"):
+    with pytest.raises(
+        UserError, match=f"trained with an? {role} model of .*, the given one has .*pass"
+    ):
         generator.spec(**models)
 
 
@@ -110,6 +113,21 @@ def test_another_model_of_the_same_shape_is_refused(
         specialize("a prompt", *models.values(), loaded)
     other = load_generator(tmp_path / "made", allow_other_models=True)
     assert other.spec(**models) == spec and other.fingerprint == loaded.fingerprint
+
+
+def test_the_command_has_the_same_way_out(knowing, tiny_world_system, tmp_path, capsys):
+    write_system(tmp_path, tiny_world_system, knowing)
+    save_model(tmp_path / "tuned", changed(tiny_world_system.edge, "down"))
+    card = tmp_path / "card"
+    words = ["specialize", "a prompt", "--output", str(card), "--edge", str(tmp_path / "tuned")]
+    words += [f"--{name}={tmp_path / name}" for name in ("cloud", "generator")]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert "(--allow-other-models) if it is meant" in capsys.readouterr().err
+    assert not card.exists()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--allow-other-models"])
+    assert load_card(card).edge == load_model(tmp_path / "tuned").fingerprint
 
 
 def test_a_cloud_with_another_tokenizer_or_bos_is_refused(knowing, tiny_world_system):
