@@ -447,7 +447,7 @@ def test_the_tensors_of_two_adapters_are_refused(tmp_path):
     pairs = random_pairs(ranks={"q": 4})
     key = f"base_model.model.{full_name('q', 1)}.lora_A.other.weight"
     path = write_adapter(tmp_path / "adapter", pairs, extra={key: pairs[full_name("q", 1)][0]})
-    assert f"holds {key} of a second adapter" in refused(path) or "second" in refused(path)
+    assert "of a second adapter; keep one adapter" in refused(path)
 
 
 A, B = (f"{full_name('q', 1)}.lora_{letter}.weight" for letter in "AB")
