@@ -29,7 +29,7 @@ def main() -> None:
         cloud = lorax_gen.load_model("world/cloud", in_int8=in_int8)
         encoder = Encoder.of(cloud)
         prompts = [encoder.ids(prompt) for prompt in quiz.cases.texts]
-        gates.append(gates_of_prompts(prompts, cloud, edge.config, generator))
+        gates.append(gates_of_prompts(prompts, cloud, edge, generator))
         accuracy = quiz.accuracy(System(edge, cloud, generator).answerer("lora_gen"))
         seen, unseen = accuracy["accuracy/seen"], accuracy["accuracy/unseen"]
         console.print(f"{'int8' if in_int8 else 'float32'}: seen {seen:.3f}, unseen {unseen:.3f}")

@@ -4,7 +4,8 @@
     gates    [L, K] fp32    summing to 1 in each layer
 
 A card is a safetensors file of a few hundred bytes. With its pool of experts it defines a LoRA; its
-metadata name the pool and the edge model, and it is refused with any other.
+metadata name the pool and the edge model, and it is refused with any other. A digest over all of it
+finds any damage to the file.
 """
 
 from __future__ import annotations
@@ -12,22 +13,46 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta, Struct
 
+from lorax_gen import documents
+from lorax_gen.artifacts.checks import read_arrays
 from lorax_gen.artifacts.generator import Generator
+from lorax_gen.artifacts.identity import Hash, fingerprint
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
-from lorax_gen.method.generator import lora_from_gates
+from lorax_gen.method.generator import GeneratorConfig, lora_from_gates
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.model import Model
-from lorax_gen.tensors import read_metadata, read_tensors, write_tensors
+from lorax_gen.tensors import read_metadata, tree_hash, write_tensors
 
-FORMAT = "lorax-gen card 2"
 METADATA = ("pool", "edge", "prompt", "composition", "generator", "cloud", "tokenizer")
-# Cards of version 1 do not name the models that made them: those fields are left empty.
-FIRST_FORMAT, FIRST_METADATA = "lorax-gen card 1", METADATA[:4]
+# Format -> its metadata. Cards of version 1 do not name the models that made them: those fields are
+# left empty. Version 2 has no digest.
+FORMAT = "lorax-gen card 3"
+FORMATS = {
+    "lorax-gen card 1": METADATA[:4],
+    "lorax-gen card 2": METADATA,
+    FORMAT: (*METADATA, "digest"),
+}
+
+MaybeHash = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
+
+
+class _Names(Struct):
+    """The types of a card's metadata."""
+
+    pool: Hash
+    edge: Hash
+    prompt: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    composition: Literal["factors", "products"]
+    generator: MaybeHash
+    cloud: MaybeHash
+    tokenizer: MaybeHash
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +63,8 @@ class TaskCard:
       pool: hash of the pool of experts; edge: hash of the edge model's parameters.
       prompt: SHA-256 of the prompt's text.
       generator, cloud, tokenizer: fingerprints of what made it; the tokenizer is the cloud's.
+
+    Raises UserError where a field is not as described above.
     """
 
     indices: np.ndarray
@@ -50,13 +77,36 @@ class TaskCard:
     cloud: str = ""
     tokenizer: str = ""
 
+    def __post_init__(self):
+        check_gates(self.indices, self.gates)
+        documents.convert(self.names(), _Names)
+
+    def names(self) -> dict[str, str]:
+        """The card's metadata."""
+        return {name: getattr(self, name) for name in METADATA}
+
+    @property
+    def digest(self) -> str:
+        """Identifies the card's content."""
+        names = json.dumps(self.names(), sort_keys=True).encode()
+        arrays = {"indices": self.indices, "gates": self.gates}
+        return tree_hash(arrays | {"names": np.frombuffer(names, np.uint8)})
+
     @property
     def top_k(self) -> int:
         """Experts kept in each layer (K)."""
         return self.indices.shape[1]
 
     def dense_gates(self, n_experts: int) -> np.ndarray:
-        """Gates over all experts, `[L, N]` fp32, zero except for the K kept."""
+        """Gates over all experts, `[L, N]` fp32, zero except for the K kept.
+
+        Raises UserError if the card has an expert beyond N.
+        """
+        if self.indices.max() >= n_experts:
+            raise UserError(
+                f"this card has expert {self.indices.max()}, but the pool has {n_experts} experts; "
+                "use the card's own generator"
+            )
         dense = np.zeros((len(self.indices), n_experts), np.float32)
         np.put_along_axis(dense, self.indices.astype(np.int64), self.gates, axis=1)
         return dense
@@ -64,7 +114,8 @@ class TaskCard:
     def lora(self, generator: Generator) -> Tree:
         """The card's LoRA tree `[L, ...]`, scale folded in.
 
-        Raises UserError if the card was made with another pool or for another composition.
+        Raises UserError if the card was made with another pool, for another composition, or for
+        other numbers of layers or experts.
         """
         if self.pool != generator.pool_hash:
             raise UserError(
@@ -76,12 +127,23 @@ class TaskCard:
                 f"this card is for the composition {self.composition}, the given generator's is "
                 f"{generator.config.composition}; use the card's own generator"
             )
+        wanted = generator.metadata["shapes"]["edge"]["layers"], kept_experts(generator.config)
+        if self.indices.shape != wanted:
+            raise UserError(
+                f"this card has {self.indices.shape[0]} layers of {self.top_k} experts, the given "
+                f"generator {wanted[0]} of {wanted[1]}; use the card's own generator"
+            )
+        if self.indices.dtype != index_dtype(generator.config):
+            raise UserError(
+                f"this card has indices in {self.indices.dtype}, but a card of this generator has "
+                f"{np.dtype(index_dtype(generator.config))}; specialise again"
+            )
         gates = jnp.asarray(self.dense_gates(generator.config.n_experts))
         return lora_from_gates(generator.params["pool"], gates, generator.config)
 
     def check_edge(self, edge: Model) -> None:
         """Raises UserError if the card was made for another edge model."""
-        if self.edge != edge.fingerprint:
+        if self.edge != fingerprint(edge):
             raise UserError(
                 f"this card was made for the edge model {self.edge}, the given one is "
                 f"{edge.fingerprint}; use that model or specialise again"
@@ -96,40 +158,91 @@ class TaskCard:
         return edge.merged(self.lora(generator))
 
 
+def check_gates(indices: Any, gates: Any) -> None:
+    """Raises UserError where arrays are not the experts and gates of a card."""
+    for name, array, dtypes in (
+        ("indices", indices, ("uint8", "uint16")),
+        ("gates", gates, ("float32",)),
+    ):
+        if not isinstance(array, np.ndarray) or array.dtype.name not in dtypes:
+            kind = getattr(array, "dtype", type(array).__name__)
+            raise UserError(f"{name} are {kind}; expected an array of {' or '.join(dtypes)}")
+    if indices.ndim != 2 or not indices.size or gates.shape != indices.shape:
+        raise UserError(
+            f"indices are {indices.shape} and gates {gates.shape}; expected [layers, experts] twice"
+        )
+    if (np.diff(np.sort(indices, axis=1).astype(np.int32), axis=1) == 0).any():
+        raise UserError("indices have an expert twice in a layer")
+    if not (np.isfinite(gates) & (gates > 0)).all():
+        raise UserError("gates must be positive and finite")
+    if (np.diff(gates, axis=1) > 0).any():
+        raise UserError("gates must be in order, the largest of each layer first")
+    # The rounding error of a softmax and its sum.
+    tolerance = (16 + gates.shape[1]) * np.finfo(np.float32).eps
+    if (np.abs(gates.sum(axis=1, dtype=np.float64) - 1) > tolerance).any():
+        raise UserError("gates must sum to 1 in each layer")
+
+
+def kept_experts(config: GeneratorConfig) -> int:
+    """Experts that a card keeps in each layer (K)."""
+    return config.top_k if config.strategy == "keep_top_k" else config.n_experts
+
+
+def index_dtype(config: GeneratorConfig) -> type[np.unsignedinteger]:
+    """The dtype of a card's indices."""
+    return np.uint8 if config.n_experts <= 256 else np.uint16
+
+
 def make_card(
     gates: np.ndarray, prompt: str, cloud: Model, edge: Model, generator: Generator
 ) -> TaskCard:
-    """A card of gates `[L, N]`: the experts with non-zero gates, largest gate first."""
+    """A card of gates `[L, N]`: the experts with non-zero gates, largest gate first.
+
+    Raises UserError where the gates are not finite or do not sum to 1.
+    """
     config = generator.config
-    kept = config.top_k if config.strategy == "keep_top_k" else config.n_experts
-    order = np.argsort(-gates, axis=1, kind="stable")[:, :kept]
+    order = np.argsort(-gates, axis=1, kind="stable")[:, : kept_experts(config)]
+    kept = np.take_along_axis(gates, order, axis=1).astype(np.float32)
+    if config.strategy == "gumbel":  # dense gates may underflow
+        kept = np.maximum(kept, np.finfo(np.float32).tiny)
     return TaskCard(
-        indices=order.astype(np.uint8 if config.n_experts <= 256 else np.uint16),
-        gates=np.take_along_axis(gates, order, axis=1).astype(np.float32),
+        indices=order.astype(index_dtype(config)),
+        gates=kept,
         pool=generator.pool_hash,
-        edge=edge.fingerprint,
+        edge=fingerprint(edge),
         prompt=hashlib.sha256(prompt.encode()).hexdigest(),
         composition=config.composition,
         generator=generator.fingerprint,
-        cloud=cloud.fingerprint,
+        cloud=fingerprint(cloud),
         tokenizer=cloud.tokenizer_fingerprint,
     )
 
 
 def save_card(path: str | AnyPath, card: TaskCard) -> None:
     """Writes a card to a new file, atomically."""
-    metadata = {"format": FORMAT, **{name: getattr(card, name) for name in METADATA}}
+    metadata = {"format": FORMAT, **card.names(), "digest": card.digest}
     tensors = {"indices": card.indices, "gates": card.gates}
     # One entry, as safetensors writes several in random order: equal cards give equal files.
     write_tensors(to_path(path), tensors, {"card": json.dumps(metadata)})
 
 
 def load_card(path: str | AnyPath) -> TaskCard:
-    """Reads a card. Raises UserError if the file is missing, truncated or not a card."""
+    """Reads a card. Raises UserError if the file is missing, damaged or not a card."""
     path = to_path(path)
-    metadata, tensors = json.loads(read_metadata(path).get("card", "{}")), read_tensors(path)
-    names = {FORMAT: METADATA, FIRST_FORMAT: FIRST_METADATA}.get(metadata.pop("format", None))
-    known = names is not None and set(metadata) == set(names)
-    if not known or set(tensors) != {"indices", "gates"}:
+    entries = read_metadata(path)
+    metadata = documents.parse_json(entries.get("card", "{}"), f"{path}, its metadata")
+    kind = metadata.pop("format", None) if isinstance(metadata, dict) else None
+    names = FORMATS.get(kind) if isinstance(kind, str) else None
+    if names is None or entries.keys() != {"card"} or metadata.keys() != set(names):
         raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
-    return TaskCard(**tensors, **metadata)
+    tensors = read_arrays(path, ("U8", "U16", "F32"))
+    if tensors.keys() != {"indices", "gates"}:
+        raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
+    digest = metadata.pop("digest", None)
+    try:
+        card = TaskCard(**tensors, **metadata)
+        if kind == FORMAT and digest != card.digest:
+            raise UserError(f"its content has the digest {card.digest}, not {digest}")
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}; get it or specialise again") from None
+    return card

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
+
 from lorax_gen.artifacts.card import TaskCard, load_card, save_card
+from lorax_gen.artifacts.checks import check_tree
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.artifacts.gguf import save_gguf_lora
+from lorax_gen.artifacts.identity import fingerprint, public_name
 from lorax_gen.artifacts.peft import CONFIG, load_adapter, save_adapter
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
 from lorax_gen.method.lora import Tree
+from lorax_gen.models.decoder import Params
 from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.model import Model
+from lorax_gen.tensors import named_leaves
 
 Format = Literal["merged", "peft", "gguf-lora"]
 CARD = "task.card.safetensors"  # a merged directory keeps the card that it was made from
@@ -52,7 +60,8 @@ def lora_of(
 
 
 def describe(model: Model) -> dict[str, str]:
-    return {"name": model.name, "fingerprint": model.fingerprint}
+    """The name and fingerprint of a model; of a path only the last component."""
+    return {"name": public_name(model), "fingerprint": fingerprint(model)}
 
 
 def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
@@ -84,13 +93,15 @@ def export(
       dtype: of a merged model's tensors; None: that of the edge. Merging is in fp32, cast once if
         the edge is fp32.
 
-    Raises UserError if `output` exists, or the artifact does not fit the models.
+    Raises UserError if `output` exists, the artifact does not fit the models, or what would be
+    written is not finite, as in a dtype of a smaller range.
     """
     if format not in get_args(Format):
         raise UserError(f"format is {format!r}: choose one of {', '.join(get_args(Format))}")
     tree, provenance, card = lora_of(artifact, edge, generator)
+    check_tree(tree)
     if format == "peft":
-        save_adapter(output, tree, edge.config, base_model=edge.name, provenance=provenance)
+        save_adapter(output, tree, edge.config, base_model=public_name(edge), provenance=provenance)
     elif format == "gguf-lora":
         flat = {key: str(value) for key, value in provenance.items() if key != "edge"}
         flat |= {f"edge_{key}": value for key, value in describe(edge).items()}
@@ -102,9 +113,11 @@ def export(
             if card is not None:
                 save_card(directory / CARD, card)
 
+        merged = edge.merged(tree)
+        check_params(merged.params, dtype)
         save_model(
             output,
-            edge.merged(tree),
+            merged,
             provenance,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -112,11 +125,32 @@ def export(
         )
 
 
+def check_params(params: Params, dtype: Any) -> None:
+    """Raises UserError where a leaf of a merged model is not finite in the dtype to write."""
+    for name, leaf in named_leaves(params):
+        if not is_finite(leaf, leaf.dtype):
+            raise UserError(
+                f"the merged model would hold NaN or an infinity in {name}: the LoRA or the edge "
+                "is too large; check both"
+            )
+        if dtype is not None and not is_finite(leaf, dtype):
+            raise UserError(
+                f"{name} of the merged model holds numbers that {jnp.dtype(dtype).name} cannot "
+                "hold; choose dtype bfloat16 or float32"
+            )
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def is_finite(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """Whether all numbers of an array are finite in a dtype."""
+    return jnp.isfinite(leaf.astype(dtype)).all()
+
+
 def model_card(edge: Model, provenance: dict[str, Any]) -> str:
     """README.md of a merged directory, with the hub's metadata."""
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lora-gen]"]
-    if "/" in edge.name:
-        header.append(f"base_model: {edge.name}")
+    if "/" in (name := public_name(edge)):
+        header.append(f"base_model: {name}")
     rows = [f"| {key} | {value} |" for key, value in flatten_rows(provenance).items()]
     intro = textwrap.dedent(
         """\

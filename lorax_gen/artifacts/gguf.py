@@ -25,6 +25,7 @@ import contextlib
 import numpy as np
 
 from lorax_gen import files
+from lorax_gen.artifacts.checks import check_tree
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.method.lora import Tree, check_fits
@@ -56,7 +57,7 @@ def save_gguf_lora(
 
     Raises:
       UserError: `gguf` is not installed, `path` exists, llama.cpp has no such family, or
-        the tree does not fit the model.
+        the tree does not fit the model or is not finite.
     """
     try:
         import gguf
@@ -68,6 +69,7 @@ def save_gguf_lora(
         known = ", ".join(other.model_type for other in FAMILIES if other.neighbours is not None)
         raise UserError(f"no GGUF adapter for the family {architecture!r}; known are {known}")
     check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
+    check_tree(tree)
     alpha = max((pair["a"].shape[-1] for pair in tree.values()), default=1)
     with (
         files.new_file(path) as temporary,

@@ -11,38 +11,23 @@ and the values are unchanged, whatever alpha and composition the tree was made w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_gen import documents, files
+from lorax_gen.artifacts.checks import check_finite, read_arrays
+from lorax_gen.artifacts.peft_config import adapted_modules, read_config
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.hub import find_directory
 from lorax_gen.method.lora import Tree, check_fits
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.families import tensor_names
-from lorax_gen.tensors import read_tensors, write_tensors
+from lorax_gen.tensors import write_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-# PEFT's options beyond W x + (alpha / r) B A x, and the values that disable them.
-UNSUPPORTED = {
-    # Others, such as pissa and olora, change the base model's kernels too.
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": ([],),
-    "layer_replication": ([],),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([], {}),
-    "alora_invocation_tokens": ([],),
-    **{f"use_{kind}": (False,) for kind in ("dora", "qalora", "bdlora")},
-}
 
 
 def modules(config: DecoderConfig) -> dict[str, list[str]]:
@@ -63,6 +48,8 @@ def save_adapter(
     provenance: dict[str, Any] | None = None,
 ) -> None:
     """Writes an adapter to a new directory, for `peft`, vLLM and others.
+
+    Numbers are written as they are; `export` and `load_adapter` refuse those that are not finite.
 
     Args:
       tree: `{name: {'a': [L, D, R], 'b': [L, R, F]}}`, its scale folded in.
@@ -113,68 +100,83 @@ def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:
 
     Layers that the adapter omits get zeros; ranks that differ between layers are padded with zeros.
 
-    Raises UserError if the adapter is not a plain LoRA of this model's kernels.
+    Raises UserError if the adapter is not a plain LoRA of this model's kernels or not finite, or if
+    its config and its tensors disagree about modules, layers or ranks.
     """
     directory = find_directory(name_or_dir, "adapter")
-    raw = documents.read_json(directory / CONFIG)
-    if raw.get("peft_type") != "LORA":
-        raise UserError(f"{directory} is a {raw.get('peft_type')} adapter; expected LORA")
-    for name, harmless in UNSUPPORTED.items():
-        if raw.get(name) is not None and raw[name] not in harmless:
-            raise UserError(
-                f"{directory / CONFIG} has {name}={raw[name]!r}, which is not a plain LoRA"
-            )
-    tensors = {
-        key.removeprefix("base_model.model.").replace(".default.weight", ".weight"): value
-        for key, value in read_tensors(directory / TENSORS).items()
-    }
-    shapes, pairs = kernel_shapes(config), {}
-    for kernel, names in modules(config).items():
+    path, where = directory / TENSORS, str(directory / CONFIG)
+    settings = read_config(documents.read_json(directory / CONFIG), where)
+    names, shapes = modules(config), kernel_shapes(config)
+    flat = [name for kernel in names.values() for name in kernel]
+    adapted = adapted_modules(settings, flat, config.num_hidden_layers, where)
+    tensors, pairs = by_module(path), {}
+    for kernel, own in names.items():
         found = {}
-        for layer, module in enumerate(names):
-            keys = [f"{module}.lora_{letter}.weight" for letter in "AB"]
-            if not tensors.keys().isdisjoint(keys):
-                a, b = (take(tensors, key, directory) for key in keys)
-                check_pair(a, b, shapes[kernel], module, directory)
-                found[layer] = a.T, b.T * np.float32(scale(raw, module, len(a), directory))
+        for layer, module in enumerate(own):
+            if module in adapted:
+                keys = [f"{module}.lora_{letter}.weight" for letter in "AB"]
+                a, b = (take(tensors, key, path) for key in keys)
+                check_pair(a, b, shapes[kernel], module, adapted[module].rank, path)
+                found[layer] = a.T, fold(b, adapted[module].scale, f"{path}: {keys[1]}").T
         if found:
-            pairs[kernel] = stack(found, len(names), *shapes[kernel])
+            pairs[kernel] = stack(found, len(own), *shapes[kernel])
     if tensors:
         raise UserError(
-            f"{directory / TENSORS} holds {min(tensors)}, which is not a LoRA of this model's "
-            "kernels"
+            f"{path} holds {min(tensors)}, which is not a LoRA of this model's kernels that "
+            f"{CONFIG} names (target_modules, layers_to_transform)"
         )
     return pairs
 
 
-def take(tensors: dict[str, np.ndarray], key: str, directory: Path) -> np.ndarray:
+def by_module(path: AnyPath) -> dict[str, np.ndarray]:
+    """The tensors of an adapter, without PEFT's prefix and the name of the adapter.
+
+    Raises UserError where there are several adapters.
+    """
+    found: dict[str, np.ndarray] = {}
+    adapters = set()
+    for key, value in read_arrays(path).items():
+        name = key.removeprefix("base_model.model.")
+        if match := re.fullmatch(r"(.*\.lora_[AB])(\.[^.]+)?\.weight", name):
+            name = f"{match[1]}.weight"
+            adapters.add(match[2])
+        if name in found or len(adapters) > 1:
+            raise UserError(f"{path} holds {key} of a second adapter; keep one adapter")
+        found[name] = value
+    return found
+
+
+def take(tensors: dict[str, np.ndarray], key: str, path: AnyPath) -> np.ndarray:
     if key not in tensors:
-        raise UserError(f"{directory / TENSORS} lacks the tensor {key}; get it again")
+        raise UserError(f"{path} lacks the tensor {key}, which {CONFIG} names; get it again")
     return tensors.pop(key).astype(np.float32)
 
 
-def check_pair(a: np.ndarray, b: np.ndarray, shape, module: str, directory: Path) -> None:
+def check_pair(
+    a: np.ndarray, b: np.ndarray, shape: tuple[int, int], module: str, rank: int, path: AnyPath
+) -> None:
     d_in, d_out = shape
-    rank = a.shape[0] if a.ndim == 2 else 0
-    if not rank or a.shape != (rank, d_in) or b.shape != (d_out, rank):
+    own = a.shape[0] if a.ndim == 2 else 0
+    if not own or a.shape != (own, d_in) or b.shape != (d_out, own):
         raise UserError(
-            f"{directory / TENSORS}: {module} has factors {a.shape} and {b.shape}, which do not "
+            f"{path}: {module} has factors {a.shape} and {b.shape}, which do not "
             f"fit its kernel {(d_out, d_in)}; is the adapter for another model?"
+        )
+    if own != rank:
+        raise UserError(
+            f"{path}: {module} has rank {own}, but r and rank_pattern of {CONFIG} say {rank}; get "
+            "both files again"
         )
 
 
-def scale(raw: Mapping[str, Any], module: str, rank: int, directory: Path) -> float:
-    """PEFT's scale of one module: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
-    patterns = raw.get("alpha_pattern") or {}
-    try:
-        fitting = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = float(next(fitting, raw.get("lora_alpha", 8)))
-    except (AttributeError, TypeError, ValueError, re.error):
-        raise UserError(
-            f"{directory / CONFIG} has lora_alpha={raw.get('lora_alpha')!r} and "
-            f"alpha_pattern={patterns!r}; expected a number and patterns of numbers"
-        ) from None
-    return alpha / (rank**0.5 if raw.get("use_rslora") else rank)
+def fold(b: np.ndarray, scale: float, name: str) -> np.ndarray:
+    """`b` times the scale; raises UserError where that is beyond fp32."""
+    with np.errstate(over="ignore"):
+        scaled = b * np.float32(scale)
+    check_finite(
+        scaled, f"{name}, times its scale {scale:g},", "check lora_alpha and alpha_pattern"
+    )
+    return scaled
 
 
 def stack(found: dict[int, tuple], layers: int, d_in: int, d_out: int) -> dict[str, jnp.ndarray]:

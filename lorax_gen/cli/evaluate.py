@@ -52,6 +52,8 @@ class Evaluate:
     """Edge model: a directory or a hub name."""
     generator: str = "world/generator"
     """Generator directory."""
+    allow_other_models: bool = False
+    """Accept a cloud or an edge model of the same shape that the generator was not trained with."""
     card: UserPath | None = None
     """A task card or PEFT adapter directory, merged into the edge for mode card."""
     lora: str | None = None
@@ -121,7 +123,11 @@ def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> S
         raise UserError("mode card needs --card, a task card or a PEFT adapter directory")
     shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
     load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=shardings)
-    generator = functools.cache(lambda: lorax_gen.load_generator(command.generator))
+    generator = functools.cache(
+        lambda: lorax_gen.load_generator(
+            command.generator, allow_other_models=command.allow_other_models
+        )
+    )
     bos = {"tokenizer": None, "yes": True, "no": False}[command.bos]
     edge, lora, card = load(command.edge, bos=bos), None, None
     if command.lora is not None and "lora" in needed:

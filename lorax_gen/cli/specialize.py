@@ -32,6 +32,8 @@ class Specialize:
     """Edge model: a directory or a hub name."""
     generator: str = "world/generator"
     """Generator directory."""
+    allow_other_models: bool = False
+    """Accept a cloud or an edge model of the same shape that the generator was not trained with."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the cloud model's parameters; bfloat16 on GPUs and TPUs."""
     cloud_int8: bool = False
@@ -56,7 +58,9 @@ class Specialize:
             self.cloud, self.dtype, in_int8=self.cloud_int8, shardings=shardings
         )
         edge = lorax_gen.load_model(self.edge)
-        generator = lorax_gen.load_generator(self.generator)
+        generator = lorax_gen.load_generator(
+            self.generator, allow_other_models=self.allow_other_models
+        )
         card = lorax_gen.specialize(
             files.read_prompt(self.prompt), cloud, edge, generator, mesh=mesh
         )

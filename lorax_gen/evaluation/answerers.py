@@ -182,7 +182,7 @@ class LoraGen(Answerer):
         gates = gates_of_prompts(
             [prompt.ids for prompt in prompts],
             self.cloud,
-            self.model.config,
+            self.model,
             self.generator,
             tokens_per_batch=tokens_per_batch,
             wanted=wanted,
@@ -192,7 +192,7 @@ class LoraGen(Answerer):
         return gated_pool(self.generator.params["pool"], gates, self.generator.config)
 
     def prompt_macs(self, prompt_tokens: int) -> Macs:
-        spec = self.generator.spec(self.cloud.config, self.model.config)
+        spec = self.generator.spec(self.cloud, self.model)
         return generator_macs(spec, prompt_tokens)
 
     def identity(self) -> dict[str, Any]:

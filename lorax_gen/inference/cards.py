@@ -31,7 +31,7 @@ Ids = Sequence[int]
 def gates_of_prompts(
     prompts: Sequence[Ids],
     cloud: Model,
-    edge: DecoderConfig,
+    edge: Model,
     generator: Generator,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -51,10 +51,10 @@ def gates_of_prompts(
       mesh: prompts are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of prompts finished since the last call.
 
-    Raises UserError if a model does not have the shape that the generator was trained with.
+    Raises UserError if a model is not the one that the generator was trained with.
     """
-    spec = generator.spec(cloud.config, edge)
-    shape = edge.num_hidden_layers, generator.config.n_experts
+    spec = generator.spec(cloud, edge)
+    shape = spec.edge.num_hidden_layers, generator.config.n_experts
     if not len(prompts):
         return np.zeros((0, *shape), np.float32)
     distinct = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -72,7 +72,7 @@ def gates_of_prompts(
         progress(int(np.isin(asked, chosen).sum()))
 
     pending = None
-    lengths = padded_lengths_of(rows, cloud.config, edge, tokens_per_batch)
+    lengths = padded_lengths_of(rows, spec.cloud, spec.edge, tokens_per_batch)
     for length, share, parts in deal(lengths, lengths, tokens_per_batch, shards):
         for groups in parts:
             chosen = np.concatenate(groups)
@@ -141,7 +141,7 @@ def specialize(
                 f"a prompt of {len(rows[-1])} tokens is longer than the {room} positions that the "
                 "cloud model has before its meta tokens; shorten it"
             )
-    gates = gates_of_prompts(rows, cloud, edge.config, generator, **options)
+    gates = gates_of_prompts(rows, cloud, edge, generator, **options)
     cards = [
         make_card(row, text, cloud, edge, generator)
         for row, text in zip(gates, prompts, strict=True)

@@ -8,11 +8,13 @@ Dims beyond the legend (`lorax_gen.method`): C cloud layers, H router width.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+from msgspec import Meta
 
+from lorax_gen.config import Decay, NotNegative, Positive, check
 from lorax_gen.errors import UserError
 from lorax_gen.method.experts import compose, init_pool
 from lorax_gen.method.lora import Tree, init_lora, scaled
@@ -21,6 +23,10 @@ from lorax_gen.method.router import gumbel, init_router, keep_top_k, router_logi
 
 Array = jax.Array
 Shapes = Mapping[str, tuple[int, int]]
+
+Experts = Annotated[int, Meta(ge=1, le=2**16)]  # task cards number them in 16 bits
+Size = Annotated[int, Meta(ge=1, le=2**24)]
+Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,13 @@ class GeneratorConfig:
       UserError: a value is out of range; the message names the field.
     """
 
-    n_experts: int = 8
+    n_experts: Experts = 8
     """Experts per pool (n)."""
-    top_k: int = 2
+    top_k: Experts = 2
     """Experts kept by KeepTOP-K (K)."""
-    rank: int = 16
+    rank: Size = 16
     """Rank of an expert (r)."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The generated LoRA is scaled by alpha / rank."""
     strategy: Literal["keep_top_k", "gumbel"] = "keep_top_k"
     """How logits become gates: eq. 6-7, or eq. 4-5 (an ablation)."""
@@ -47,23 +53,23 @@ class GeneratorConfig:
     """One pool of experts per edge layer, or one for all."""
     router: Literal["per_layer", "shared"] = "per_layer"
     """One router per edge layer, or one for all."""
-    router_width: int = 512
+    router_width: Size = 512
     """Hidden width of the router."""
     batch_norm: bool = True
     """BatchNorm over the logits, the last step of eq. 3."""
-    bn_momentum: float = 0.9
+    bn_momentum: Decay = 0.9
     """Decay of BatchNorm's running statistics per step."""
-    bn_eps: float = 1e-5
+    bn_eps: Epsilon = 1e-5
     """Added to BatchNorm's variance."""
     meta_tokens: Literal["per_layer", "shared"] = "per_layer"
     """One meta token per edge layer, or one vector for all."""
-    balance_coefficient: float = 0.01
+    balance_coefficient: NotNegative = 0.01
     """Weight of the balance loss (c in eq. 9)."""
-    cloud_rank: int = 16
+    cloud_rank: Size = 16
     """Rank of the cloud model's own LoRA."""
-    cloud_alpha: float = 16.0
+    cloud_alpha: Positive = 16.0
     """That LoRA is scaled by cloud_alpha / cloud_rank."""
-    cloud_dropout: float = 0.05
+    cloud_dropout: Decay = 0.05
     """Dropout rate on that LoRA's input, in training."""
     cloud_targets: tuple[str, ...] = ("q", "v")
     """Kernels of the cloud model that it adapts."""
@@ -71,45 +77,15 @@ class GeneratorConfig:
     """Kernels of the edge model that an expert adapts."""
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, field.type):
-                raise UserError(f"{field.name} is {value!r}: {_expected(field.type)}")
-        ranges = {
-            "bn_momentum": (0 <= self.bn_momentum < 1, "at least 0 and below 1"),
-            "bn_eps": (0 < self.bn_eps < float("inf"), "positive"),
-            "alpha": (0 < self.alpha < float("inf"), "positive"),
-            "cloud_alpha": (0 < self.cloud_alpha < float("inf"), "positive"),
-            "balance_coefficient": (0 <= self.balance_coefficient < float("inf"), "at least 0"),
-            "cloud_dropout": (0 <= self.cloud_dropout < 1, "at least 0 and below 1"),
-            "top_k": (self.top_k <= self.n_experts, f"at most n_experts, {self.n_experts}"),
-        }
-        for name, (valid, expected) in ranges.items():
-            if not valid:
-                raise UserError(f"{name} is {getattr(self, name)!r}: choose a number {expected}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value has a field's type; every integer of the config is a size, so positive."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        names = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-        return names and 0 < len(set(value)) == len(value)
-    if kind is bool:
-        return isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _expected(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "choose one of " + ", ".join(get_args(kind))
-    if get_origin(kind) is tuple:
-        return "list one or more kernel names, each once, as a tuple"
-    wanted = {bool: "true or false", int: "an integer of at least 1", float: "a number"}
-    return "choose " + wanted[kind]
+        check(self)
+        if self.top_k > self.n_experts:
+            raise UserError(
+                f"top_k is {self.top_k}: choose a number at most n_experts, {self.n_experts}"
+            )
+        for name in ("cloud_targets", "edge_targets"):
+            names = getattr(self, name)
+            if not 0 < len(set(names)) == len(names):
+                raise UserError(f"{name} is {names!r}; list one or more kernels, each once")
 
 
 class Generated(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lorax_gen.artifacts.generator import Generator, make_generator, save_generator
+from lorax_gen.artifacts.identity import Identities, identify
 from lorax_gen.config import Size
 from lorax_gen.cost import generated_ranks, generator_macs, prefill_macs, train_step_macs
 from lorax_gen.errors import UserError
@@ -73,16 +74,24 @@ def experiment(
             cloud_embedding=start,
         )
 
-    def generator(state: State) -> Generator:
+    def generator(state: State, models: Identities | None = None) -> Generator:
         shapes = {"cloud": cloud.config, "edge": edge.config}
-        return make_generator(config.generator, state["params"], state["stats"], **shapes)
+        return make_generator(
+            config.generator, state["params"], state["stats"], **shapes, models=models
+        )
+
+    def identities() -> Identities:
+        return Identities(cloud=identify(cloud, reads=True), edge=identify(edge, reads=False))
+
+    if hosts.several():  # all processes take part, but only the first one releases
+        identities()
 
     def answerer(state: State) -> LoraGen:
         made = generator(state)
         return LoraGen("lora_gen", "edge + LoRA-Gen", edge, cloud=cloud, generator=made)
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
-        save_generator(directory, generator(state), provenance)
+        save_generator(directory, generator(state, identities()), provenance)
 
     return assemble(
         config,

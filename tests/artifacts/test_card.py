@@ -63,7 +63,7 @@ def two_experts(generator):
 
 def gates_of(system, generator, prompt):
     batch = prompt_batch(Encoder(system.cloud.tokenizer), [prompt], 32)
-    spec = generator.spec(system.cloud.config, system.edge.config)
+    spec = generator.spec(system.cloud, system.edge)
     return prompt_gates(
         generator.params, generator.stats, system.cloud.params, spec, *batch.values()
     )
@@ -134,14 +134,14 @@ def test_dense_gates_of_the_gumbel_strategy_are_all_kept(system):
 
 def test_more_than_256_experts_still_have_their_numbers():
     config = SimpleNamespace(top_k=2, strategy="keep_top_k", n_experts=300, composition="factors")
-    generator = SimpleNamespace(config=config, pool_hash="pool", fingerprint="all")
+    generator = SimpleNamespace(config=config, pool_hash="0" * 16, fingerprint="1" * 16)
     gates = np.zeros((3, 300), np.float32)
     gates[:, [7, 299]] = 0.25, 0.75
     card = make_card(
         gates,
         "a prompt",
-        SimpleNamespace(fingerprint="cloud", tokenizer_fingerprint="words"),
-        SimpleNamespace(fingerprint="edge"),
+        SimpleNamespace(params={}, fingerprint="2" * 16, tokenizer_fingerprint="3" * 16),
+        SimpleNamespace(params={}, fingerprint="4" * 16),
         generator,
     )
     np.testing.assert_array_equal(card.indices, [[299, 7]] * 3)
@@ -226,6 +226,124 @@ def test_a_truncated_or_foreign_file_is_refused(cards, tmp_path):
         load_card(tmp_path / "nothing")
 
 
+def gates(*rows):
+    return {"gates": np.array(rows, np.float32)}
+
+
+def indices(*rows, dtype=np.uint8):
+    return {"indices": np.array(rows, dtype)}
+
+
+TWO = [0.75, 0.25]
+DAMAGE = [
+    (gates(TWO, [np.nan, 0.25]), "nan|finite"),
+    (gates(TWO, [1.0, 0.0]), "positive"),
+    (gates(TWO, [1.25, -0.25]), "positive"),
+    (gates(TWO, [0.75, 0.2501]), "sum to 1"),
+    (gates(TWO, TWO[::-1]), "in order"),
+    (gates(TWO), r"expected \[layers, experts\] twice"),
+    (gates(*TWO), r"expected \[layers, experts\] twice"),
+    ({"gates": np.ones((2, 2), np.float16)}, "gates are float16|F16"),
+    ({"gates": np.ones((2, 2), np.int32)}, "gates are int32|I32"),
+    (indices([3, 1], [2, 2]), "an expert twice"),
+    (indices([3, 1], [2, 0], dtype=np.int64), "indices are int64|I64"),
+    (indices([3, 1], [2, 0], dtype=np.float32), "indices are float32"),
+    (indices(), "indices are"),
+    ({"pool": "x" * 16}, "pool"),
+    ({"pool": "0" * 15}, "pool"),
+    ({"edge": "0" * 16 + "\n"}, "edge"),
+    ({"prompt": "the prompt itself"}, "prompt"),
+    ({"composition": "sum"}, "composition"),
+    ({"cloud": "F" * 16}, "cloud"),
+    ({"generator": 1}, "generator"),
+]
+
+
+def own_card(cards):
+    """With gates that are exact."""
+    return dataclasses.replace(cards[0], **indices([3, 1], [2, 0]), **gates(TWO, TWO))
+
+
+@pytest.mark.parametrize("change, message", DAMAGE)
+def test_what_is_no_card_is_refused_in_python_and_as_a_file(change, message, cards, tmp_path):
+    good = card_fields(own_card(cards))
+    with pytest.raises(UserError, match=message):
+        TaskCard(**good | change)
+    tensors = {name: (good | change).pop(name) for name in ("indices", "gates")}
+    names = {key: value for key, value in (good | change).items() if key not in tensors}
+    metadata = {"card": json.dumps({"format": "lorax-gen card 2", **names})}
+    write_tensors(tmp_path / "card", tensors, metadata)
+    with pytest.raises(UserError, match=message):
+        load_card(tmp_path / "card")
+
+
+def test_gates_may_miss_a_sum_of_one_by_rounding_only(cards):
+    gates = np.float32([[0.75, 0.25 + 2**-23]])
+    one = dataclasses.replace(own_card(cards), indices=np.uint8([[0, 1]]), gates=gates)
+    assert one.gates.sum(dtype=np.float64) > 1
+    with pytest.raises(UserError, match="sum to 1"):
+        dataclasses.replace(one, gates=np.float32([[0.75, 0.25 + 1e-5]]))
+
+
+def test_any_bit_of_the_content_that_flips_is_found(cards, tmp_path):
+    path, card = tmp_path / "card", own_card(cards)
+    save_card(path, card)
+    whole = path.read_bytes()
+    start = whole.index(b"lorax-gen card")
+    for at in [*range(start, len(whole) - 1, 5), len(whole) - 1]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError):
+            load_card(path)
+    lower = dataclasses.replace(card, gates=card.gates * np.float32(1 - 2**-23))
+    assert lower.digest != card.digest != dataclasses.replace(card, cloud="0" * 16).digest
+
+
+@pytest.mark.parametrize(
+    "entries, changes",
+    [
+        ({"other": "1"}, {}),
+        ({}, {"extra": 1}),
+        ({}, {"pool": None}),
+        ({}, {"digest": "0" * 16}),
+        ({}, {"digest": None}),
+        ({}, {"format": ["lorax-gen card 3"]}),
+        ({}, {"format": "lorax-gen card 4"}),
+        ({"card": "[1]"}, {}),
+        ({"card": "{"}, {}),
+        ({"card": '{"pool": NaN}'}, {}),
+        ({"card": "[" * 10_000}, {}),
+    ],
+)
+def test_damaged_metadata_are_refused(entries, changes, cards, tmp_path):
+    card = own_card(cards)
+    metadata = {"format": "lorax-gen card 3", **card.names(), "digest": card.digest} | changes
+    tensors = {"indices": card.indices, "gates": card.gates}
+    write_tensors(tmp_path / "card", tensors, {"card": json.dumps(metadata)} | entries)
+    with pytest.raises(UserError):
+        load_card(tmp_path / "card")
+
+
+def test_a_card_with_other_layers_or_experts_than_its_generator_is_refused(cards, generator):
+    card = own_card(cards)
+    for change in (
+        indices([3, 1], [2, 4]),
+        indices([3], [2]) | gates([1], [1]),
+        indices([3, 1]) | gates(TWO),
+        indices([3, 1], [2, 0], [2, 0]) | gates(TWO, TWO, TWO),
+        indices([3, 1], [2, 0], dtype=np.uint16),
+    ):
+        with pytest.raises(UserError, match=r"this card has .*; (use|specialise)"):
+            dataclasses.replace(card, **change).lora(generator)
+    card.lora(generator)
+
+
+def test_a_dense_gate_that_underflows_is_kept_as_the_smallest_number(system):
+    generator = make_generator(system, strategy="gumbel", composition="products")
+    gates = np.float32([[0.5, 0.5, 0, 0], [1, 0, 0, 0]])
+    card = make_card(gates, PROMPT, system.cloud, system.edge, generator)
+    np.testing.assert_array_equal(card.gates[1], [1, *[np.finfo(np.float32).tiny] * 3])
+
+
 @pytest.mark.parametrize(
     "metadata, tensors",
     [
@@ -259,18 +377,17 @@ def test_a_card_is_plain_values(cards):
     assert all(isinstance(cards[0].prompt, str) and len(card.prompt) == 64 for card in cards)
 
 
-def test_a_card_of_the_first_format_is_read_and_makes_the_same_lora(cards, system, tmp_path):
-    """It did not say which generator, cloud and tokenizer had made it."""
+@pytest.mark.parametrize("version, missing", [(1, ("generator", "cloud", "tokenizer")), (2, ())])
+def test_a_card_of_an_earlier_format_is_read(version, missing, cards, tmp_path):
+    """The first did not say which generator, cloud and tokenizer had made it."""
     card, path = cards[0], tmp_path / "first.card.safetensors"
-    metadata = {"format": "lorax-gen card 1"}
-    metadata |= {name: getattr(card, name) for name in ("pool", "edge", "prompt", "composition")}
+    metadata = {"format": f"lorax-gen card {version}"}
+    metadata |= {name: text for name, text in card.names().items() if name not in missing}
     tensors = {"indices": card.indices, "gates": card.gates}
     write_tensors(path, tensors, {"card": json.dumps(metadata)})
-    found = load_card(path)
-    assert (found.generator, found.cloud, found.tokenizer) == ("", "", "")
-    assert dataclasses.replace(found, generator=card.generator).pool == card.pool
-    np.testing.assert_array_equal(found.gates, card.gates)
-    np.testing.assert_array_equal(found.indices, card.indices)
+    chex.assert_trees_all_equal(
+        card_fields(load_card(path)), card_fields(card) | dict.fromkeys(missing, "")
+    )
 
 
 def test_a_card_names_what_made_it(system, generator):

@@ -143,6 +143,44 @@ def test_an_adapter_is_exported_as_a_card_is(format, made, tmp_path, write):
         chex.assert_trees_all_equal(gguf_tensors(own)[1], gguf_tensors(by_card)[1])
 
 
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_nothing_that_is_not_finite_is_written(format, number, made, tmp_path):
+    needed(format)
+    tree = jax.tree.map(np.array, load_adapter(made.folder / "adapter", made.edge.config))
+    tree["up"]["b"][1, 0, 3] = number
+    with pytest.raises(UserError, match=rf"LoRA for 'up', b, holds {number} at \[1, 0, 3\]"):
+        export(tree, tmp_path / "mine", format, made.edge)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_kernel_that_overflows_is_named(made, tmp_path):
+    tree = jax.tree.map(np.array, load_adapter(made.folder / "adapter", made.edge.config))
+    tree["up"] = {name: np.full_like(x, 1e30) for name, x in tree["up"].items()}
+    with pytest.raises(UserError, match=r"would hold NaN or an infinity in layers\.up"):
+        export(tree, tmp_path / "mine", "merged", made.edge)
+    tree["up"] = {name: np.full_like(x, 1e3) for name, x in tree["up"].items()}
+    with pytest.raises(
+        UserError, match=r"layers\.up .* float16 cannot hold; choose dtype bfloat16"
+    ):
+        export(tree, tmp_path / "mine", "merged", made.edge, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    export(tree, tmp_path / "mine", "merged", made.edge, dtype="bfloat16")
+
+
+def test_no_path_enters_what_is_exported(made, tmp_path):
+    edge = dataclasses.replace(made.edge, name=str(made.folder / "edge"))
+    for format in FORMATS:
+        needed(format)
+        output = tmp_path / format
+        export(made.folder / "adapter", output, format, edge)
+        for path in [output, *output.rglob("*")]:
+            assert path.is_dir() or str(made.folder).encode() not in path.read_bytes()
+
+
 # --- what it says of itself ----------------------------------------------------------------------
 
 

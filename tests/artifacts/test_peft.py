@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from lorax_gen import load_adapter, save_adapter
 from lorax_gen.artifacts.card import make_card
 from lorax_gen.artifacts.peft import CONFIG, TENSORS
+from lorax_gen.artifacts.peft_config import adapted_modules, read_config
 from lorax_gen.errors import UserError
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import kernel_shapes
@@ -192,7 +194,10 @@ def random_pairs(config=LLAMA, ranks=RANKS):
 
 
 def write_adapter(directory, pairs, suffix="weight", extra=None, **config):
-    """An adapter as others write it; a config field that is `...` is left out."""
+    """An adapter as others write it; a config field that is `...` is left out.
+
+    Without fields for them, the config has the modules and ranks of the pairs.
+    """
     tensors = {
         f"base_model.model.{module}.lora_{letter}.{suffix}": value
         for module, pair in pairs.items()
@@ -200,7 +205,9 @@ def write_adapter(directory, pairs, suffix="weight", extra=None, **config):
     }
     directory.mkdir()
     write_tensors(directory / TENSORS, tensors | (extra or {}), {"format": "pt"})
-    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]} | config
+    ranks = {rf"{re.escape(name)}": len(a) for name, (a, _) in pairs.items()}
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": sorted(pairs)}
+    raw |= {"rank_pattern": ranks} | config
     raw = {key: value for key, value in raw.items() if value is not ...}
     (directory / CONFIG).write_text(json.dumps(raw))
     return directory
@@ -228,7 +235,6 @@ def assert_deltas(tree, pairs, scale_of):
         ({"lora_alpha": ...}, {"": 8 / 4}),  # PEFT's default
         ({"lora_alpha": 10, "use_rslora": True}, {"": 10 / 2}),
         ({"lora_alpha": 10, "alpha_pattern": {"up_proj": 3}}, {"up_proj": 3 / 4, "": 10 / 4}),
-        ({"alpha_pattern": {"p_proj": 3}}, {"": 1}),  # no whole part of the name
         (
             {"alpha_pattern": {r"layers\.[02]\.self_attn\.q_proj": 6, "q_proj": 2, "mlp.*": 12}},
             {"0.self_attn.q_proj": 1.5, "2.self_attn.q_proj": 1.5, "q_proj": 0.5, "mlp": 3, "": 1},
@@ -256,7 +262,9 @@ def test_alpha_is_divided_by_the_rank_that_each_module_has(tmp_path):
 
 def test_layers_that_are_left_out_add_nothing(tmp_path):
     pairs = {full_name("q", 2): random_pairs()[full_name("q", 2)]}
-    path = write_adapter(tmp_path / "adapter", pairs, layers_to_transform=[2])
+    path = write_adapter(
+        tmp_path / "adapter", pairs, target_modules=["q_proj"], layers_to_transform=[2]
+    )
     tree = load_adapter(path, LLAMA)
     assert tree.keys() == {"q"}
     assert_deltas(tree, pairs, lambda module: 4 / 3)
@@ -301,12 +309,11 @@ def refused(directory, config=LLAMA):
         ({"target_parameters": ["mlp.experts"]}, "target_parameters="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices="),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
-        ({"peft_type": "LOHA"}, "is a LOHA adapter; expected LORA"),
-        ({"peft_type": ...}, "is a None adapter; expected LORA"),
-        ({"lora_alpha": "many"}, "lora_alpha='many'"),
-        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern={'q_proj': None}"),
-        ({"alpha_pattern": {"(": 4}}, "alpha_pattern={'(': 4}"),
-        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=['q_proj']"),
+        ({"use_something_new": True}, "use_something_new=True"),
+        ({"kasa_config": {"rank": 1}}, "kasa_config="),
+        ({"bias": True}, "bias=True"),
+        ({"peft_type": "LOHA"}, "is of a LOHA adapter; expected LORA"),
+        ({"peft_type": ...}, "is of a None adapter; expected LORA"),
         # These start from kernels that they change: a plain LoRA only after PEFT's conversion.
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
@@ -319,6 +326,128 @@ def refused(directory, config=LLAMA):
 def test_what_is_no_plain_lora_is_refused(changes, message, tmp_path):
     path = write_adapter(tmp_path / "adapter", random_pairs(), **changes)
     assert message in refused(path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lora_alpha": "many"}, "lora_alpha: expected float"),
+        ({"lora_alpha": 0}, "lora_alpha: expected float > 0"),
+        ({"lora_alpha": -4}, "lora_alpha: expected float > 0"),
+        ({"lora_alpha": 1e300}, "lora_alpha: expected float <= 1e"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern[...]: expected float"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern[...]: expected float > 0"),
+        ({"alpha_pattern": {"(": 4}}, "invalid regular expression"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern: expected object"),
+        ({"alpha_pattern": {"p_proj": 3}}, "alpha_pattern has 'p_proj', which applies to no"),
+        ({"alpha_pattern": {"_proj": 3, "lm_head": 2}}, "alpha_pattern has '_proj', which applies"),
+        ({"r": 0}, "r: expected int >= 1"),
+        ({"r": True}, "r: expected int"),
+        ({"r": 4.5}, "r: expected int"),
+        ({"rank_pattern": None}, "q_proj has rank 3, but r and rank_pattern"),
+        ({"rank_pattern": {".*": 3, "k_proj": 5}}, "rank_pattern has 'k_proj', which applies"),
+        ({"use_rslora": "yes"}, "use_rslora: expected bool"),
+        ({"target_modules": ...}, "missing required field target_modules"),
+        ({"target_modules": []}, "target_modules is [], which fits no kernel"),
+        ({"target_modules": ["proj"]}, "target_modules has 'proj', which is no kernel"),
+        ({"target_modules": "q_proj"}, "target_modules is 'q_proj', which fits no kernel"),
+        ({"target_modules": "*"}, "invalid regular expression"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules has 'lm_head'"),
+        ({"target_modules": ".*", "layers_pattern": "layers"}, "target_modules is a string"),
+        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
+        ({"layers_to_transform": [0, 3]}, "layers_to_transform has layer 3, but the model has 3"),
+        ({"layers_to_transform": -1}, "layers_to_transform: expected int >= 0"),
+        ({"layers_to_transform": 1, "layers_pattern": "blocks"}, "fits no kernel"),
+        # What the config does not name, and what it names and the tensors lack.
+        ({"target_modules": ["q_proj"], "rank_pattern": {".*": 3}}, "proj.lora_A.weight, which is"),
+        ({"target_modules": "model.*[qk]_proj", "rank_pattern": {"q_proj": 3, "k_proj": 5}},
+         "which is not a LoRA of this model's kernels that adapter_config.json names"),
+        ({"exclude_modules": ["q_proj"]}, "q_proj', which applies to no adapted module"),
+        ({"layers_to_transform": 2}, "which applies to no adapted module"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_wrong_or_disagrees_with_the_tensors_is_refused(
+    changes, message, tmp_path
+):
+    path = write_adapter(tmp_path / "adapter", random_pairs(), **changes)
+    found = refused(path)
+    assert message in found and CONFIG in found
+
+
+def test_a_target_without_tensors_is_named(tmp_path):
+    pairs = random_pairs(ranks={"q": 4})
+    names = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {}}
+    path = write_adapter(tmp_path / "adapter", pairs, **names)
+    assert f"lacks the tensor {full_name('v', 0)}.lora_A.weight" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"target_modules": ["q_proj", "mlp.up_proj"]}, "q0 q1 q2 up0 up1 up2"),
+        ({"target_modules": ["model.layers.1.self_attn.q_proj", "k_proj"]}, "q1 k0 k1 k2"),
+        ({"target_modules": r".*\.[01]\.self_attn\.[qk]_proj"}, "q0 q1 k0 k1"),
+        ({"target_modules": "ALL-linear", "exclude_modules": r".*(mlp|self_attn\.[kvo]).*"},
+         "q0 q1 q2"),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+         "q0 q2 k0 k1 k2"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, "q0"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": []}, "q0 q1 q2"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": "layers"},
+         "q2"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "l.*"]},
+         "q1"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": []}, "q1"),
+    ],
+)  # fmt: skip
+def test_the_modules_are_those_of_peft(options, expected, tmp_path):
+    chosen = [re.fullmatch(r"([a-z]+)(\d)", text).groups() for text in expected.split()]
+    every = [full_name(name, layer) for name in MODULES for layer in LAYERS]
+    found = adapted_modules(
+        read_config({"peft_type": "LORA", **options}, "here"), every, len(LAYERS), "here"
+    )
+    assert set(found) == {full_name(name, int(layer)) for name, layer in chosen}
+    peft = pytest.importorskip("peft", reason="needs peft: pip install -e '.[parity]'")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if str(options["target_modules"]).lower() == "all-linear":
+        options = options | {"target_modules": ".*"}  # what peft makes of it, for these names
+    theirs = [x for x in every if check_target_module_exists(peft.LoraConfig(**options), x)]
+    assert sorted(found) == sorted(theirs)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_number_that_is_not_finite_is_named(number, dtype, tmp_path):
+    pairs = random_pairs()
+    a, b = (value.astype(jnp.dtype(dtype)) for value in pairs[full_name("v", 1)])
+    b[2, 1] = number
+    pairs[full_name("v", 1)] = a, b
+    message = refused(write_adapter(tmp_path / "adapter", pairs))
+    assert f"{full_name('v', 1)}.lora_B.weight holds {number} at [2, 1]" in message
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "float64", "float8_e4m3fn"])
+def test_a_dtype_of_no_adapter_is_named(dtype, tmp_path):
+    pairs = random_pairs()
+    a, b = pairs[full_name("v", 1)]
+    pairs[full_name("v", 1)] = a.astype(jnp.dtype(dtype)), b
+    message = refused(write_adapter(tmp_path / "adapter", pairs))
+    assert f"{full_name('v', 1)}.lora_A.weight is " in message and "expected F32 or" in message
+
+
+def test_a_scale_beyond_fp32_is_refused(tmp_path):
+    pairs = random_pairs(ranks={"q": 4})
+    pairs = {name: (a, np.full_like(b, 1e20)) for name, (a, b) in pairs.items()}
+    message = refused(write_adapter(tmp_path / "adapter", pairs, lora_alpha=1e20))
+    assert "lora_B.weight, times its scale 2.5e+19, holds inf" in message
+
+
+def test_the_tensors_of_two_adapters_are_refused(tmp_path):
+    pairs = random_pairs(ranks={"q": 4})
+    key = f"base_model.model.{full_name('q', 1)}.lora_A.other.weight"
+    path = write_adapter(tmp_path / "adapter", pairs, extra={key: pairs[full_name("q", 1)][0]})
+    assert "of a second adapter; keep one adapter" in refused(path)
 
 
 A, B = (f"{full_name('q', 1)}.lora_{letter}.weight" for letter in "AB")
@@ -334,6 +463,7 @@ A, B = (f"{full_name('q', 1)}.lora_{letter}.weight" for letter in "AB")
         (B, (3, 24), "has factors (3, 16) and (3, 24), which do not fit its kernel (24, 16)"),
         (A, (3,), "has factors (3,)"),
         (A, (), "has factors ()"),
+        (A, (2, 16), "has factors (2, 16) and (24, 3)"),
         (A, (0, 16), "has factors (0, 16)"),
         (
             "lm_head.lora_A.weight",

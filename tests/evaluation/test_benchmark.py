@@ -188,7 +188,7 @@ def test_every_item_is_answered_with_the_lora_of_its_own_prompt(system, question
     counts = [len(Encoder.of(system.cloud).ids(prompt)) for prompt in prompts]
     assert [rows[i]["prompt_tokens"] for i in range(N)] == counts
     assert result.prompt_tokens == np.mean(counts)
-    spec = system.generator.spec(system.cloud.config, system.edge.config)
+    spec = system.generator.spec(system.cloud, system.edge)
     flops = [generator_macs(spec, count).flops for count in counts]
     assert result.cloud_flops == pytest.approx(np.mean(flops))
     assert result.context_tokens < result.prompt_tokens  # the shots are not in the edge's context
@@ -257,7 +257,7 @@ def test_gates_of_many_prompts_are_those_of_each(system, mesh):
     found = gates_of_prompts(
         [encoder.ids(PROMPTS[i]) for i in order],
         system.cloud,
-        system.edge.config,
+        system.edge,
         system.generator,
         tokens_per_batch=32,
         mesh=mesh,

@@ -197,6 +197,11 @@ def test_they_train_the_generator_that_one_process_trains(found, folder, capsys)
         np.testing.assert_allclose(ours[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
     moved = max(np.abs(value).max() for name, value in alone.items() if name.endswith(".b"))
     assert moved > 1e-2  # the second factors began at zero
+    ours, alone = (
+        json.loads((folder / name / "released" / "config.json").read_text())["models"]
+        for name in ("run", "alone")
+    )
+    assert ours == alone and ours["cloud"]["fingerprint"]  # of arrays that span both processes
 
 
 def test_only_the_first_one_speaks(found, folder):

@@ -74,7 +74,7 @@ def test_tasks_of_the_world_are_choices_too():
             questions.append(([f"<bos> {question}"], [f" {choice}" for choice in answers]))
             right.append(answers.index(answer))
     items = encode_items(edge, questions)
-    gates = gates_of_prompts(prompts, cloud, edge.config, generator)
+    gates = gates_of_prompts(prompts, cloud, edge, generator)
     scores = score_items(
         edge, items, adapter=gated_pool(generator.params["pool"], gates, generator.config)
     )
