@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorax_gen.errors import UserError
+from lorax_gen.prompts import check_text
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them is enough
@@ -43,9 +44,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, bos: bool | None = 
     Args:
       bos: whether to prepend BOS; None: the tokenizer's default.
 
-    Raises UserError if `bos` is set and the tokenizer has none.
+    Raises UserError if `bos` is set and the tokenizer has none, or the text is not UTF-8.
     """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(check_text(text), add_special_tokens=False)["input_ids"]
     if not (adds_bos(tokenizer) if bos is None else bos):
         return ids
     if tokenizer.bos_token_id is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from lorax_gen.errors import UserError
+from lorax_gen.prompts import check_size
 from lorax_gen.tokenizers import adds_bos, encode
 
 Batch = dict[str, np.ndarray]
@@ -16,12 +18,15 @@ Batch = dict[str, np.ndarray]
 class Encoder:
     """A tokenizer with a cache: question and answer pairs recur, prompts mostly do not.
 
-    `bos` is whether a text begins with BOS; None: the tokenizer's default. `Encoder.of(model)` has
-    the setting of a model, in training and in inference.
+    Args:
+      bos: whether a text begins with BOS; None: the tokenizer's default.
+      vocab_size: of the model that reads the ids; None: not checked. `Encoder.of(model)` has both
+        of a model, in training and in inference.
     """
 
-    def __init__(self, tokenizer, bos: bool | None = None):
+    def __init__(self, tokenizer, bos: bool | None = None, vocab_size: int | None = None):
         self.tokenizer, self.bos = tokenizer, adds_bos(tokenizer) if bos is None else bos
+        self.vocab_size = vocab_size
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.row = lru_cache(maxsize=1 << 16)(self._row)
         self.ids = lru_cache(maxsize=1 << 16)(self.encode)
@@ -29,24 +34,76 @@ class Encoder:
     @classmethod
     def of(cls, model) -> Encoder:
         """The encoder of a `models.model.Model`."""
-        return cls(model.tokenizer, model.bos)
+        return cls(model.tokenizer, model.bos, model.config.vocab_size)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; `ids` is the cached version."""
-        return encode(self.tokenizer, text, bos=self.bos)
+    @property
+    def end_of_text(self) -> int:
+        """The id of the end of text. Raises UserError where the tokenizer has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end of text, which is put after each answer; set eos_token "
+                "in its tokenizer_config.json"
+            )
+        return self.tokenizer.eos_token_id
+
+    def encode(self, text: str, most: int | None = None, what: str = "a text") -> list[int]:
+        """Token ids of a text; `ids` is the cached version.
+
+        Args:
+          most: tokens that `what`, the text, may have; None: any number.
+
+        Raises UserError for more tokens, for a token beyond the model's vocabulary, and for a text
+        that is not UTF-8.
+        """
+        if most is not None:
+            check_size(text, most, self.tokenizer, what)
+        ids = encode(self.tokenizer, text, bos=self.bos)
+        if self.vocab_size is not None:
+            check_ids(ids, self.vocab_size, self.tokenizer)
+        if most is not None:
+            check_length(ids, most, what)
+        return ids
 
     def joined(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Ids of context + continuation + end of text, and the index of the continuation.
 
-        The continuation includes its leading separator. Both are encoded together and split at the
-        token count of the context, whose trailing white space belongs to the continuation.
+        The continuation includes its leading separator, and trailing white space of the context.
+        Both are encoded together. The continuation begins at the first token that it changes: where
+        its first letters are merged with the last ones of the context, at the merged token.
+
+        Raises UserError where the tokenizer has no end of text, and as `encode`.
         """
-        together = self.encode(context + continuation)
-        return [*together, self.tokenizer.eos_token_id], len(self.encode(context.rstrip()))
+        end = self.end_of_text
+        alone, together = self.encode(context.rstrip()), self.encode(context + continuation)
+        while together and together[-1] == end:  # of the text, or added by a normaliser
+            together.pop()
+        start = len(os.path.commonprefix([alone, together]))
+        return [*together, end], start
 
     def _row(self, question: str, answer: str) -> tuple[list[int], int]:
         """Ids of a question, a space and its answer; see `joined`."""
         return self.joined(question, f" {answer}")
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, tokenizer) -> None:
+    """Raises UserError for a token id outside a model's vocabulary, which jax would clamp."""
+    for token in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token < vocab_size:
+            name = tokenizer.convert_ids_to_tokens(token) if token >= 0 else None
+            named = f"the token {name!r} has the id {token}" if name else f"{token} is a token id"
+            raise UserError(
+                f"{named}, but the model's vocabulary has {vocab_size} ids from 0; does the "
+                "tokenizer belong to another model?"
+            )
+
+
+def check_length(ids: Sequence[int], most: int, what: str) -> None:
+    """Raises UserError where `what` has more tokens than `most`."""
+    if len(ids) > most:
+        raise UserError(
+            f"{what} of {len(ids)} tokens is longer than the limit of {most}; shorten it or raise "
+            "the limit"
+        )
 
 
 def bucket(size: int, smallest: int = 32) -> int:
@@ -60,11 +117,7 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, pad_id: int, what: str)
     """`[len(rows), length]` int32. Raises UserError where a row is longer: nothing is truncated."""
     out = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
-        if len(row) > length:
-            raise UserError(
-                f"{what} of {len(row)} tokens is longer than the limit of {length}; "
-                "shorten it or raise the limit"
-            )
+        check_length(row, length, what)
         out[i, : len(row)] = row
     return out
 
@@ -75,6 +128,7 @@ def prompt_batch(encoder: Encoder, prompts: Sequence[str], length: int) -> Batch
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("the prompt is empty; describe the task in a sentence or more")
+        check_size(prompt, length, encoder.tokenizer, "a prompt")
         rows.append(encoder.ids(prompt))
     return {
         "prompt": pad_rows(rows, length, encoder.pad_id, "a prompt"),

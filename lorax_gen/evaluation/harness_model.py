@@ -27,13 +27,13 @@ from tqdm import tqdm
 from lorax_gen.artifacts.export import is_adapter, lora_of
 from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.errors import UserError
-from lorax_gen.files import read_prompt
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceItem, score_items
 from lorax_gen.inference.continuations import continue_texts, room_for
 from lorax_gen.mesh.sharding import serving_mesh, tree_shardings
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.models.model import Model
+from lorax_gen.prompts import read_prompt
 from lorax_gen.tokenizers import encode
 
 log = logging.getLogger(__name__)
