@@ -89,7 +89,7 @@ def check_ids(ids: Sequence[int], vocab_size: int, tokenizer) -> None:
     """Raises UserError for a token id outside a model's vocabulary, which jax would clamp."""
     for token in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= token < vocab_size:
-            name = tokenizer.convert_ids_to_tokens(token) if token >= 0 else None
+            name = tokenizer.convert_ids_to_tokens(int(token)) if 0 <= token < 2**31 else None
             named = f"the token {name!r} has the id {token}" if name else f"{token} is a token id"
             raise UserError(
                 f"{named}, but the model's vocabulary has {vocab_size} ids from 0; does the "

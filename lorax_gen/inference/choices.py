@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lorax_gen.data.tokens import check_ids
 from lorax_gen.errors import UserError
 from lorax_gen.inference.packing import RowBatch, Text, make_batches, pack
 from lorax_gen.mesh import hosts
@@ -37,6 +38,7 @@ from lorax_gen.models.attention import visible
 from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params
 from lorax_gen.models.model import Model
 from lorax_gen.models.scoring import score_tokens
+from lorax_gen.prompts import check_text
 
 TOKENS_PER_BATCH = 4096
 HEAD_CHUNK = 512  # predictions of a shard per call of the head: logits [chunk, V] are large
@@ -95,7 +97,6 @@ def encode_pairs(
     first = tokenizer.bos_token_id
     if bos and first is None:
         raise UserError("this tokenizer has no BOS token to put before a text")
-    prefix = tokenizer.eos_token_id if first is None else first
 
     def ids(text: str) -> Ids:
         found = ids_of[text]
@@ -106,15 +107,28 @@ def encode_pairs(
         if context:
             out.append((ids(context), ids(together)[len(ids(context)) :]))
         else:
-            found = ids_of[together]
+            found, prefix = ids_of[together], prefix_id(tokenizer)
             out.append(([prefix], found[1:] if found[:1] == [prefix] else found))
     return out
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """The token before a text without context: BOS, or the end of text.
+
+    Raises UserError where the tokenizer has neither.
+    """
+    first = tokenizer.bos_token_id
+    first = tokenizer.eos_token_id if first is None else first
+    if first is None:
+        raise UserError("a text has no context, and this tokenizer no BOS or end of text for one")
+    return first
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
     """Token ids of texts, without special tokens."""
     if not texts:
         return []
+    texts = [check_text(text) for text in texts]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -147,7 +161,8 @@ def encode_items(
     for i, count in enumerate(counts):
         name = names[i] if names else f"item {i}"
         items.append(ChoiceItem(tuple(next(encoded) for _ in range(count)), name))
-        for choice, (_, continuation) in enumerate(items[-1].choices):
+        for choice, (context, continuation) in enumerate(items[-1].choices):
+            check_ids([*context, *continuation], model.config.vocab_size, model.tokenizer)
             if not continuation:
                 text = questions[i][1][choice]
                 raise UserError(

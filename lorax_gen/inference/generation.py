@@ -136,7 +136,9 @@ def stream_text(
 def encoded(model: Model, text: str | Sequence[int], chat: bool, system: str) -> list[int]:
     """The token ids of a text, or of its turn in a chat; token ids as they are."""
     if not isinstance(text, str):
-        return [*text]
+        if not all(isinstance(token, int | np.integer) for token in text):
+            raise UserError(f"token ids should be integers, not as in {text!r}")
+        return [int(token) for token in text]
     limit = model.config.max_position_embeddings
     check_size(system + text, limit, model.tokenizer)
     return chat_ids(model.tokenizer, text, system) if chat else model.encode(text)
