@@ -75,17 +75,20 @@ def check_text(text: str) -> str:
 def check_size(text: str, most: int, tokenizer: Any, what: str = "a text") -> None:
     """Refuses a huge text before it takes the memory and the time to tokenise it.
 
-    Raises UserError where it cannot be encoded in `most` tokens, even if each were the longest one
-    of the vocabulary. Texts up to `UNCHECKED` characters pass: their tokens can be counted.
+    Raises UserError where it is `surely_longer` than `most` tokens.
     """
-    if len(text) <= UNCHECKED:
-        return
-    longest = max(map(len, tokenizer.get_vocab()), default=1)
-    if len(text) > most * longest:
+    if surely_longer(text, most, tokenizer):
         raise UserError(
-            f"{what} of {len(text):,} characters is longer than {most:,} tokens of at most "
-            f"{longest:,} characters each; shorten it"
+            f"{what} of {len(text):,} characters is longer than {most:,} tokens can be; shorten it"
         )
+
+
+def surely_longer(text: str, most: int, tokenizer: Any) -> bool:
+    """Whether a text cannot be encoded in `most` tokens, even if each were the longest one of the
+    vocabulary. Texts up to `UNCHECKED` characters pass: their tokens can be counted."""
+    if len(text) <= UNCHECKED:
+        return False
+    return len(text) > most * max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def _standard_input() -> bytes:

@@ -44,24 +44,18 @@ class Encoder:
                 "the tokenizer has no end of text, which is put after each answer; set eos_token "
                 "in its tokenizer_config.json"
             )
+        if self.vocab_size is not None:
+            check_ids([self.tokenizer.eos_token_id], self.vocab_size, self.tokenizer)
         return self.tokenizer.eos_token_id
 
-    def encode(self, text: str, most: int | None = None, what: str = "a text") -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Token ids of a text; `ids` is the cached version.
 
-        Args:
-          most: tokens that `what`, the text, may have; None: any number.
-
-        Raises UserError for more tokens, for a token beyond the model's vocabulary, and for a text
-        that is not UTF-8.
+        Raises UserError for a token beyond the model's vocabulary, or a text that is not UTF-8.
         """
-        if most is not None:
-            check_size(text, most, self.tokenizer, what)
         ids = encode(self.tokenizer, text, bos=self.bos)
         if self.vocab_size is not None:
             check_ids(ids, self.vocab_size, self.tokenizer)
-        if most is not None:
-            check_length(ids, most, what)
         return ids
 
     def joined(self, context: str, continuation: str) -> tuple[list[int], int]:
@@ -97,15 +91,6 @@ def check_ids(ids: Sequence[int], vocab_size: int, tokenizer) -> None:
             )
 
 
-def check_length(ids: Sequence[int], most: int, what: str) -> None:
-    """Raises UserError where `what` has more tokens than `most`."""
-    if len(ids) > most:
-        raise UserError(
-            f"{what} of {len(ids)} tokens is longer than the limit of {most}; shorten it or raise "
-            "the limit"
-        )
-
-
 def bucket(size: int, smallest: int = 32) -> int:
     """`size` rounded up to a power of two, above 128 to a multiple of 128: few compilations."""
     return (
@@ -117,7 +102,11 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, pad_id: int, what: str)
     """`[len(rows), length]` int32. Raises UserError where a row is longer: nothing is truncated."""
     out = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
-        check_length(row, length, what)
+        if len(row) > length:
+            raise UserError(
+                f"{what} of {len(row)} tokens is longer than the limit of {length}; "
+                "shorten it or raise the limit"
+            )
         out[i, : len(row)] = row
     return out
 

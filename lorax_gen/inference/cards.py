@@ -23,6 +23,7 @@ from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import place, put_batch, row_shards, tree_shardings
 from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.models.model import Model
+from lorax_gen.prompts import check_size
 from lorax_gen.system import prompt_gates
 
 Ids = Sequence[int]
@@ -128,6 +129,7 @@ def specialize(
     for text in prompts:
         if not text.strip():
             raise UserError("the prompt is empty; describe the task in a sentence or more")
+        check_size(text, room, cloud.tokenizer, "a prompt")
         rows.append(encoder.ids(text))
         if len(rows[-1]) > room:
             raise UserError(

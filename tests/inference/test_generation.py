@@ -610,5 +610,5 @@ def test_token_ids_that_are_no_integers_are_refused(model):
 
 def test_a_huge_text_is_refused_before_it_is_tokenised(model, monkeypatch):
     monkeypatch.setattr(type(model), "encode", None)
-    with pytest.raises(UserError, match="a text of 20,000,000 characters is longer than 2,048 tok"):
+    with pytest.raises(UserError, match="a text of 20,000,000 characters is longer than 2,048 to"):
         generate_text(model, ["apple bell" * 2_000_000])
