@@ -14,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorax_gen.chat import render_chat
 from lorax_gen.errors import UserError
 from lorax_gen.prompts import check_text
 
@@ -68,16 +69,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "") ->
     """Token ids of a user's turn in the tokenizer's chat template, up to where the answer begins.
 
     Raises UserError if the tokenizer has no chat template, or its template refuses the turns
-    (Gemma's has no system turn).
+    (Gemma's has no system turn) or goes beyond the limits of `chat`.
     """
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template; leave out --chat")
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": user})
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise anything
-        raise UserError(f"the chat template refuses these turns: {error}") from None
+    turns = [{"role": "system", "content": check_text(system)}] if system else []
+    turns.append({"role": "user", "content": check_text(user)})
+    text = render_chat(tokenizer, turns)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds them
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from lorax_gen.artifacts.export import is_adapter, lora_of
 from lorax_gen.artifacts.generator import load_generator
+from lorax_gen.chat import render_chat
 from lorax_gen.data.tokens import check_ids
 from lorax_gen.documents import convert
 from lorax_gen.errors import UserError
@@ -166,9 +167,9 @@ class HarnessModel(TemplateLM):
         """The text of a chat, up to the model's answer or, if it has begun, to its end so far."""
         if not self.tokenizer.chat_template:
             raise UserError("this tokenizer has no chat template; leave out --apply_chat_template")
-        return self.tokenizer.apply_chat_template(
+        return render_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
