@@ -26,9 +26,11 @@ def read_text(path: AnyPath) -> str:
     """
     try:
         with path.open("rb") as file, maybe_gzip(file, path) as content:
-            data = content.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UserError(f"{path} is too large; expected at most {MAX_BYTES:,} bytes of text")
+            data = bytearray()
+            while part := content.read(1 << 20):  # all at once would reserve the most there may be
+                data += part
+                if len(data) > MAX_BYTES:
+                    raise UserError(f"{path} is too large; expected at most {MAX_BYTES:,} bytes")
         return data.decode("utf-8-sig")  # some editors write a byte order mark
     except OSError as error:  # includes a broken gzip header
         reason = error.strerror or str(error)
