@@ -11,21 +11,22 @@ import sys
 from transformers.utils.chat_template_utils import render_jinja_template
 
 MEMORY = 1 << 30  # bytes that rendering may allocate
-LONGEST = 16 << 20  # characters of a rendered chat
+LONGEST = 1 << 20  # characters of a rendered chat, beyond four times its request
 
 
-def answer(request: dict) -> dict[str, str]:
+def answer(request: str) -> dict[str, str]:
     """`{'text': ...}`, or `{'error': ...}` with the reason why there is none."""
     try:
-        (text,), _ = render_jinja_template(**request)
+        (text,), _ = render_jinja_template(**json.loads(request))
     except MemoryError:
         return {"error": f"it needs more than {MEMORY >> 20:,} MiB"}
     except RecursionError:
         return {"error": "it calls itself too often"}
     except Exception as error:  # a template may raise anything
         return {"error": str(error) or type(error).__name__}
-    if len(text) > LONGEST:
-        return {"error": f"it writes {len(text):,} characters; the most are {LONGEST:,}"}
+    most = LONGEST + 4 * len(request)
+    if len(text) > most:
+        return {"error": f"it writes {len(text):,} characters; the most are {most:,}"}
     return {"text": text}
 
 
@@ -42,4 +43,4 @@ if __name__ == "__main__":
     limit_memory()
     print(flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(answer(line)), flush=True)

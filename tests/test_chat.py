@@ -63,7 +63,7 @@ GROWS = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x
         ("{{ 9 ** (9 ** 9) }}", "does not end within 1 second"),
         (GROWS, "needs more than 1,024 MiB"),
         ("{{ 'x' * 10 ** 10 }}", "needs more than 1,024 MiB"),
-        ("{{ 'x' * 10 ** 8 }}", "writes 100,000,000 characters; the most are 16,777,216"),
+        ("{{ 'x' * 10 ** 8 }}", "writes 100,000,000 characters; the most are 1,0"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "calls itself too often"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -78,6 +78,11 @@ def test_a_template_cannot_go_beyond_its_limits(template, message, monkeypatch):
         render_chat(make(template), TURNS[:1])
     assert time.monotonic() - start < 8
     assert render_chat(make("{{ messages[0].role }}"), TURNS) == "system"  # the next one works
+
+
+def test_a_long_turn_may_be_repeated():
+    turn = {"role": "user", "content": "long " * 10**6}
+    assert len(render_chat(make("{{ messages[0].content * 2 }}"), [turn])) == 10**7
 
 
 def test_a_tokenizer_with_several_templates_and_none_to_take_is_refused():
