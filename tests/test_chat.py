@@ -24,7 +24,8 @@ LLAMA2 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
     "{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}"
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %}{{ m.content + eos_token }}{% endif %}{% if loop.index0 == 7 %}{% break %}{% endif %}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{% if loop.index0 == 7 %}{% break %}{% endif %}"
     "{% endfor %}{% generation %}{{ messages | tojson }}{% endgeneration %}"
 )
 
@@ -53,14 +54,14 @@ def test_an_unfinished_answer_is_continued():
 
 
 LONG = "{% for i in range(99999) %}" * 3 + "{% set x = i %}" + "{% endfor %}" * 3
-GROWS = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+GROWS = "{% set n = namespace(x='ab') %}" + "{% set n.x = n.x ~ n.x %}" * 60
 
 
 @pytest.mark.parametrize(
     "template, message",
     [
-        (LONG, "does not end within 1 second"),
-        ("{{ 9 ** (9 ** 9) }}", "does not end within 1 second"),
+        (LONG, "does not end within 2 second"),
+        ("{{ 9 ** (9 ** 9) }}", "does not end within 2 second"),
         (GROWS, "needs more than 1,024 MiB"),
         ("{{ 'x' * 10 ** 10 }}", "needs more than 1,024 MiB"),
         ("{{ 'x' * 10 ** 8 }}", "writes 100,000,000 characters; the most are 1,0"),
@@ -72,11 +73,12 @@ GROWS = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x
     ids=lambda value: value[:24],
 )
 def test_a_template_cannot_go_beyond_its_limits(template, message, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 1.0)
+    if "does not end" in message:
+        monkeypatch.setattr(chat, "SECONDS", 2.0)
     start = time.monotonic()
     with pytest.raises(UserError, match=message):
         render_chat(make(template), TURNS[:1])
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 15
     assert render_chat(make("{{ messages[0].role }}"), TURNS) == "system"  # the next one works
 
 

@@ -68,14 +68,14 @@ def test_bytes_that_are_not_utf8_are_refused(given, data, message):
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud83d", "@caf\udce9"])
 def test_a_text_with_half_a_character_is_refused(text):
-    with pytest.raises(UserError, match="the text is not UTF-8: .* which stands for no character"):
+    with pytest.raises(UserError, match=r"the text is not UTF-8: .* which stands for no character"):
         read_prompt(text)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", ".", "a\0b", ""])
 def test_a_file_that_cannot_be_read_says_how_to_write_an_at(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="cannot read the prompt file .* @@ stands for an @"):
+    with pytest.raises(UserError, match=r"cannot read the prompt file .* @@ stands for an @"):
         read_prompt(f"@{name}")
 
 

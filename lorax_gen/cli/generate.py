@@ -27,9 +27,9 @@ class Generate:
     questions: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION ...")
     ]
-    """Texts to continue, used as they are; `-` is the text of standard input, `@FILE` that of a file
-    without its last line end, `@@` stands for an @ that begins a text, and `--` goes before a text
-    that begins with -."""
+    """Texts to continue, used as they are; `-` is the text of standard input, `@FILE` that of a
+    file without its last line end, `@@` stands for an @ that begins a text, and `--` goes before a
+    text that begins with -."""
     card: UserPath | None = None
     """A task card or a PEFT adapter directory, merged into the model first."""
     context: str = ""

@@ -78,7 +78,8 @@ def lettered(column: str) -> Callable[[Row], Row]:
         labels, texts = (list_of(row["choices"], name) for name in ("label", "text"))
         key = text_of(row, "answerKey").strip()
         if key not in labels:
-            raise UserError(f"answerKey {key!r} is not one of the labels {', '.join(map(str, labels))}")
+            known = ", ".join(map(str, labels))
+            raise UserError(f"answerKey {key!r} is not one of the labels {known}")
         if len(labels) != len(texts) or labels.count(key) > 1:
             raise UserError(f"{len(texts)} texts need a label each, all different: not {labels}")
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -71,12 +71,18 @@ class Encoder:
         alone, together = self.encode(context.rstrip()), self.encode(context + continuation)
         while together and together[-1] == end:  # of the text, or added by a normaliser
             together.pop()
-        start = len(os.path.commonprefix([alone, together]))
+        start = common_prefix(alone, together)
         return [*together, end], start
 
     def _row(self, question: str, answer: str) -> tuple[list[int], int]:
         """Ids of a question, a space and its answer; see `joined`."""
         return self.joined(question, f" {answer}")
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """The number of leading items that two sequences share."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return sum(1 for _ in same)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, tokenizer) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import decoders
 
+from lorax_gen.data.tokens import common_prefix
 from lorax_gen.models.model import Model
 
 Ids = Sequence[int]
@@ -91,7 +91,9 @@ def settled_text(decoder: Decoder, ids: Ids, stop: Sequence[str]) -> str:
     text = text[: len(text) - _begun(text, stop)]
     if stop:
         text = min(text, before(decoder, ids, len(marked) - _begun(marked, stop)), key=len)
-    return os.path.commonprefix([text, decoder.text(ids[:-3])]) if decoder.cleans else text
+    if decoder.cleans:
+        text = text[: common_prefix(text, decoder.text(ids[:-3]))]
+    return text
 
 
 def before(decoder: Decoder, ids: Ids, cut: int) -> str:
@@ -103,8 +105,7 @@ def before(decoder: Decoder, ids: Ids, cut: int) -> str:
         (
             i
             for i, token in enumerate(ids)
-            if token in decoder.special_ids
-            and cut < len(decoder.text(ids[: i + 1], special=True))
+            if token in decoder.special_ids and cut < len(decoder.text(ids[: i + 1], special=True))
         ),
         len(ids),
     )

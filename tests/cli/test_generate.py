@@ -50,8 +50,7 @@ def test_the_same_text_is_continued_however_it_is_given(call, bytes_model, tmp_p
 
 def test_what_is_between_context_and_question_is_said(call, bytes_model):
     def generate(*words):
-        code, out, _ = call("generate", *words, "--model", bytes_model, "--max-new-tokens", 6)
-        return out
+        return call("generate", *words, "--model", bytes_model, "--max-new-tokens", 6)[1]
 
     found = {}
     for given in ("", " ", "\n\n"):

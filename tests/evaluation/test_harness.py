@@ -354,4 +354,3 @@ def test_the_prompt_is_that_of_specialize(directory, tmp_path):
     given = make(directory, prompt=PROMPTS[0]).model.fingerprint
     assert make(directory, prompt=f"@{tmp_path}/prompt.txt").model.fingerprint == given
     assert make(directory, prompt=PROMPTS[0] + "\n x").model.fingerprint != given
-
