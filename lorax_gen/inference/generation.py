@@ -85,6 +85,8 @@ def stream_text(
     Raises UserError for an option out of range, an empty text where the tokenizer adds no token, a
     text too long for the model, or a tokenizer without a chat template.
     """
+    if isinstance(texts, str):
+        raise UserError("texts is a string, not a list of strings; pass [text]")
     stop = [stop] if isinstance(stop, str) else stop
     check_options(max_new_tokens, temperature, top_k, top_p, seed, stop)
     top_p = None if top_p == 1 else top_p  # rounding would drop the far tail

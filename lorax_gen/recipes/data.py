@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,8 @@ def world_batches(
 def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Evaluate:
     """Accuracy on the benchmarks that a config names, and the means over seen and unseen ones.
 
-    For an answerer that reads prompts, each question has its own prompt.
+    For an answerer that reads prompts, each question has its own prompt. `truncated/questions` and
+    `truncated/prompts` count those that were truncated on the left to fit their model.
     """
     records = [find_benchmark(name) for name in data.evaluate_on]
     asked = [load_questions(r, "test", data.root)[: data.evaluate_questions] for r in records]
@@ -146,14 +148,16 @@ def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Ev
 
     def evaluate(answerer: Answerer) -> dict[str, float]:
         result, splits = {}, {"seen": [], "unseen": []}
+        cut = Counter(questions=0, prompts=0)
         for record, questions, solved in zip(records, asked, train, strict=True):
             found = evaluate_benchmark(
                 record, questions, answerer, shots=shots, train=solved, mesh=mesh
             )
             result[f"accuracy/{record.name}"] = found.acc
             splits["unseen" if record.unseen else "seen"].append(found.acc)
+            cut.update(questions=found.truncated, prompts=found.prompts_truncated)
         means = {f"accuracy/{split}": float(np.mean(own)) for split, own in splits.items() if own}
-        return result | means
+        return result | means | {f"truncated/{what}": cut[what] for what in cut}
 
     return evaluate
 

@@ -245,9 +245,18 @@ def test_the_models_of_lm_eval_stay_in_the_registry():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_task_that_lm_eval_does_not_have_is_named(capsys):
-    with pytest.raises(UserError, match="Tasks not found: no_such_task; `lorax-gen lm-eval ls"):
-        harness.main(["--model", "lorax_gen", "--tasks", "no_such_task"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tasks", "no_such_task"], "Tasks not found: no_such_task; `lorax-gen lm-eval ls"),
+        ([], "No tasks specified"),
+        (["--tasks", "piqa", "--log_samples"], "lm-eval: Specify --output_path"),
+    ],
+    ids=["unknown task", "no task", "no path"],
+)
+def test_what_lm_eval_refuses_is_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        harness.main(["--model", "lorax_gen", *options])
 
 
 def test_what_was_answered_is_kept_for_the_next_time(ours, monkeypatch):

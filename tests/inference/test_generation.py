@@ -451,6 +451,11 @@ def test_an_option_out_of_range_is_named(options, message, model):
     assert "\n" not in str(error.value)
 
 
+def test_a_single_string_is_no_batch(model):
+    with pytest.raises(UserError, match=r"texts is a string, .* pass \[text\]"):
+        generate_text(model, "apple")
+
+
 def test_a_text_without_tokens_is_refused():
     model = scripted({"a": ["b"]})
     with pytest.raises(UserError, match="the text '' has no tokens to continue"):
