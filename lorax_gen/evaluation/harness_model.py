@@ -31,7 +31,6 @@ from tqdm import tqdm
 from lorax_gen.artifacts.export import is_adapter, lora_of
 from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.chat import render_chat
-from lorax_gen.data.tokens import check_ids
 from lorax_gen.documents import convert
 from lorax_gen.errors import UserError
 from lorax_gen.inference.cards import specialize
@@ -180,9 +179,7 @@ class HarnessModel(TemplateLM):
         first = self.tokenizer.bos_token
         if add_special_tokens is None and first and string.startswith(first):
             bos = False  # a chat template has added it
-        ids = encode(self.tokenizer, string, bos=bos)
-        check_ids(ids, self.model.config.vocab_size, self.tokenizer)
-        return ids
+        return encode(self.tokenizer, string, bos=bos)
 
     # --- requests --------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.data.tokens import Encoder, bucket, pad_rows
+from lorax_gen.data.tokens import Encoder, bucket, check_ids, pad_rows
 from lorax_gen.errors import UserError
 from lorax_gen.inference.choices import TOKENS_PER_BATCH
 from lorax_gen.inference.packing import deal
@@ -49,7 +49,8 @@ def gates_of_prompts(
       mesh: prompts are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of prompts finished since the last call.
 
-    Raises UserError if a model does not have the shape that the generator was trained with.
+    Raises UserError if a model does not have the shape that the generator was trained with, or a
+    token is not in the cloud's vocabulary.
     """
     spec = generator.spec(cloud.config, edge)
     shape = edge.num_hidden_layers, generator.config.n_experts
@@ -57,6 +58,8 @@ def gates_of_prompts(
         return np.zeros((0, *shape), np.float32)
     distinct = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = list(distinct)
+    for ids in rows:
+        check_ids(ids, cloud.config.vocab_size, cloud.tokenizer)
     index = np.array([distinct[tuple(ids)] for ids in prompts])
     weights, shards, execution = (generator.params, generator.stats, cloud.params), 1, Execution()
     if mesh is not None:

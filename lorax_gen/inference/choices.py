@@ -161,8 +161,7 @@ def encode_items(
     for i, count in enumerate(counts):
         name = names[i] if names else f"item {i}"
         items.append(ChoiceItem(tuple(next(encoded) for _ in range(count)), name))
-        for choice, (context, continuation) in enumerate(items[-1].choices):
-            check_ids([*context, *continuation], model.config.vocab_size, model.tokenizer)
+        for choice, (_, continuation) in enumerate(items[-1].choices):
             if not continuation:
                 text = questions[i][1][choice]
                 raise UserError(
@@ -237,12 +236,15 @@ def score_items(
         next batch.
 
     Raises UserError if an item has no choices, a context or a continuation has no tokens, a
-    continuation is longer than `max_length`, or `max_length` exceeds the model's positions.
+    continuation is longer than `max_length`, `max_length` exceeds the model's positions, or a token
+    is not in the model's vocabulary.
     """
     positions = model.config.max_position_embeddings
     limit = positions if max_length is None else max_length
     if not 0 < limit <= positions:
         raise UserError(f"max_length={limit}: choose from 1 to the model's {positions} positions")
+    for context, continuation in (pair for item in items for pair in item.choices):
+        check_ids([*context, *continuation], model.config.vocab_size, model.tokenizer)
     results = [Pending(item, item.name or f"item {i}", limit) for i, item in enumerate(items)]
     rows = [
         row

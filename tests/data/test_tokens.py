@@ -210,7 +210,7 @@ def test_ids_beyond_the_vocabulary_are_refused(encoder):
         with pytest.raises(UserError, match="vocabulary"):
             question_batch(small, [("say it", text)], 8)
     with pytest.raises(UserError, match="vocabulary"):
-        Encoder(encoder.tokenizer, vocab_size=3).end_of_text
+        Encoder(encoder.tokenizer, vocab_size=3).joined("", "")
 
 
 def test_a_tokenizer_without_an_end_of_text_makes_no_row(encoder):
