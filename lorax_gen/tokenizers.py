@@ -1,4 +1,4 @@
-"""Tokenizers. No other file imports `transformers`, and nothing else of it is used."""
+"""Tokenizers. Only `chat_worker` imports `transformers` too, and nothing else of it is used."""
 
 from __future__ import annotations
 

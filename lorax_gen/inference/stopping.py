@@ -13,8 +13,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import decoders
-
 from lorax_gen.data.tokens import common_prefix
 from lorax_gen.models.model import Model
 
@@ -50,7 +48,7 @@ class Decoder:
         if getattr(self.tokenizer, "clean_up_tokenization_spaces", False):
             return True
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return backend is not None and isinstance(backend.decoder, decoders.WordPiece)
+        return type(getattr(backend, "decoder", None)).__name__ == "WordPiece"
 
     def text(self, ids: Ids, special: bool = False) -> str:
         """The text of new tokens, with or without special tokens and a stop token."""
