@@ -27,7 +27,9 @@ class Encoder:
     def __init__(self, tokenizer, bos: bool | None = None, vocab_size: int | None = None):
         self.tokenizer, self.bos = tokenizer, adds_bos(tokenizer) if bos is None else bos
         self.vocab_size = vocab_size
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        # Padding is never attended to, but must be a row of the embedding.
+        pad = tokenizer.pad_token_id
+        self.pad_id = 0 if pad is None or (vocab_size and pad >= vocab_size) else pad
         self.row = lru_cache(maxsize=1 << 16)(self._row)
         self.ids = lru_cache(maxsize=1 << 16)(self.encode)
 
@@ -142,7 +144,8 @@ def question_batch(
 
     With `full_sequence` it marks every token of a row: the loss is on the full edge sequence.
 
-    Raises UserError for a row longer than `length`, or one with more than `answer_length` marks.
+    Raises UserError for a row longer than `length`, one with more than `answer_length` marks, or
+    one whose answer has no token before it.
     """
     rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
     return answer_batch(rows, starts, length, encoder.pad_id, full_sequence, answer_length)
@@ -157,6 +160,11 @@ def answer_batch(
     answer_length: int | None = None,
 ) -> Batch:
     """As `question_batch`, from rows of ids and the index where each answer begins."""
+    if not full_sequence and min(starts) == 0:
+        raise UserError(
+            "an answer has no token before it, so its first one cannot be learned; write a question "
+            "before it, or use a tokenizer that adds BOS"
+        )
     answer = np.zeros((len(rows), length), bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         answer[i, 0 if full_sequence else start : len(row)] = True

@@ -165,7 +165,8 @@ def encode_items(
             if not continuation:
                 text = questions[i][1][choice]
                 raise UserError(
-                    f"{name}: choice {choice} ({text!r}) has no tokens to score; give it a text"
+                    f"{name}: choice {choice} ({text!r}) has no tokens to score after its context; "
+                    "give it a text that begins with a space"
                 )
     return items
 

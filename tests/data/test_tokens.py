@@ -196,6 +196,23 @@ def test_an_answer_that_is_merged_with_its_question_begins_at_the_merged_token()
     assert encoder.joined("ab", "x") == ([1, 2, 5, 0], 2)
 
 
+def test_an_answer_with_nothing_before_it_is_refused():
+    encoder = Encoder(Around.make())
+    assert encoder.joined("", "red") == ([6, 1], 0)
+    with pytest.raises(UserError, match="an answer has no token before it"):
+        question_batch(encoder, [("say", "it"), ("", "red")], 8)
+    batch = question_batch(encoder, [("", "red")], 8, full_sequence=True)
+    assert batch["answer"].sum() == 2
+
+
+def test_padding_is_a_row_of_the_embedding(encoder):
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    size = len(encoder.tokenizer)
+    assert Encoder(tokenizer).pad_id == size
+    assert Encoder(tokenizer, vocab_size=size).pad_id == 0
+
+
 def test_an_answer_that_writes_its_end_out_gets_no_second(encoder):
     assert encoder.row("say it", "red <eos>") == encoder.row("say it", "red")
 
