@@ -162,8 +162,8 @@ def answer_batch(
     """As `question_batch`, from rows of ids and the index where each answer begins."""
     if not full_sequence and min(starts) == 0:
         raise UserError(
-            "an answer has no token before it, so its first one cannot be learned; write a question "
-            "before it, or use a tokenizer that adds BOS"
+            "an answer has no token before it, so its first one cannot be learned; write a "
+            "question before it, or use a tokenizer that adds BOS"
         )
     answer = np.zeros((len(rows), length), bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):

@@ -272,7 +272,7 @@ def test_rows_with_a_changed_value(kind, data, tmp_path_factory):
 
 def words_of(value):
     """All words that may be in a text: those of the strings in a value, and numbers as names."""
-    names = [f"{kind}-test-{i}" for kind in ROWS for i in range(3)]
+    names = [f"{kind}-test-{i}" for kind in ROWS for i in range(9)]
     words, level = {"", "no", "yes", *map(str, range(9)), *names}, [value]
     while level:
         each = level.pop()
