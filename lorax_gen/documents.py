@@ -26,11 +26,12 @@ MAX_DEPTH = 50
 MAX_VALUES = 100_000  # of a YAML document, with its aliases expanded
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, most: int = MAX_BYTES) -> Any:
     """The value of a JSON text, which may begin with a byte order mark.
 
     Args:
       where: source of the text, for messages.
+      most: the largest size of the text.
 
     Raises UserError where it is invalid or beyond the limits, has a key twice in an object, or has
     NaN, an infinity, an integer beyond 64 bits or half a surrogate pair.
@@ -39,7 +40,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     def parse(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
 
-    return _parsed(parse, text, where, "JSON", MAX_BYTES)
+    return _parsed(parse, text, where, "JSON", most)
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:

@@ -25,7 +25,6 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -115,21 +114,6 @@ def store_error(error: BaseException) -> str | None:
 
 
 # --- reading -------------------------------------------------------------------------------------
-
-
-def read_prompt(text: str) -> str:
-    """The prompt itself, or the text of standard input (`-`) or of a file (`@FILE`)."""
-    if text == "-":
-        return sys.stdin.read()
-    if text.startswith("@"):
-        path = to_path(text[1:])
-        try:
-            return path.read_text()
-        except (OSError, UnicodeDecodeError):
-            raise UserError(
-                f"cannot read the prompt file {path}; @ is followed by the name of a text file"
-            ) from None
-    return text
 
 
 def find(directory: AnyPath, pattern: str) -> list[AnyPath]:

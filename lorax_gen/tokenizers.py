@@ -1,4 +1,4 @@
-"""Tokenizers. No other file imports `transformers`, and nothing else of it is used."""
+"""Tokenizers. Only `chat_worker` imports `transformers` too, and nothing else of it is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorax_gen.chat import render_chat
 from lorax_gen.errors import UserError
+from lorax_gen.prompts import check_text
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # read in this order, one is enough
@@ -141,9 +143,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, bos: bool | None = 
     Args:
       bos: whether to prepend BOS; None: the tokenizer's default.
 
-    Raises UserError if `bos` is set and the tokenizer has none.
+    Raises UserError if `bos` is set and the tokenizer has none, or the text is not UTF-8.
     """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(check_text(text), add_special_tokens=False)["input_ids"]
     if not (adds_bos(tokenizer) if bos is None else bos):
         return ids
     if tokenizer.bos_token_id is None:
@@ -192,16 +194,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "") ->
     """Token ids of a user's turn in the tokenizer's chat template, up to where the answer begins.
 
     Raises UserError if the tokenizer has no chat template, or its template refuses the turns
-    (Gemma's has no system turn).
+    (Gemma's has no system turn) or goes beyond the limits of `chat`.
     """
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template; leave out --chat")
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": user})
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise anything
-        raise UserError(f"the chat template refuses these turns: {error}") from None
+    turns = [{"role": "system", "content": check_text(system)}] if system else []
+    turns.append({"role": "user", "content": check_text(user)})
+    text = render_chat(tokenizer, turns)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds them
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 import tyro
@@ -10,6 +11,7 @@ import tyro
 from lorax_gen.cli.artifacts import generator_of
 from lorax_gen.cli.parse import UserPath
 from lorax_gen.errors import UserError
+from lorax_gen.prompts import read_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +27,16 @@ class Generate:
     questions: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION ...")
     ]
-    """Texts to continue."""
+    """Texts to continue, used as they are; `-` is the text of standard input, `@FILE` that of a
+    file without its last line end, `@@` stands for an @ that begins a text, and `--` goes before a
+    text that begins with -."""
     card: UserPath | None = None
     """A task card or a PEFT adapter directory, merged into the model first."""
     context: str = ""
-    """A prompt that precedes every question; with --chat the system message."""
+    """A prompt that precedes every question, read as a question is; with --chat the system
+    message."""
+    separator: str = " "
+    """What is put between the context and a question; not used with --chat."""
     chat: bool = False
     """Wrap each question in the tokenizer's chat template."""
     edge: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "world/edge"
@@ -47,13 +54,19 @@ class Generate:
     seed: int = 0
     """Seed of sampling."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer, besides the model's end of text."""
+    """Strings that end an answer, besides the model's end of text; they may be, or contain, special
+    tokens. Used as they are: bash writes a new line as $'\\n'; --stop=-x begins with -."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters; bfloat16 on GPUs and TPUs."""
 
     def run(self) -> int:
         if not self.questions:
             raise UserError('no question given; for example: lorax-gen generate "apple :"')
+        if self.chat and self.separator != " ":
+            raise UserError("--separator has no use with --chat: the template separates the turns")
+        if [self.context, *self.questions].count("-") > 1:
+            raise UserError("- is given twice, but standard input can be read only once")
+        context, *questions = map(read_prompt, (self.context, *self.questions))
         import lorax_gen
         from lorax_gen.artifacts.export import lora_of
 
@@ -61,9 +74,9 @@ class Generate:
         if self.card is not None:
             tree, *_ = lora_of(self.card, model, generator_of(self.card, self.generator))
             model = model.merged(tree)
-        texts = list(self.questions)
-        if not self.chat:
-            texts = [f"{self.context} {question}".strip() for question in texts]
+        texts = questions
+        if context and not self.chat:
+            texts = [f"{context}{self.separator}{question}" for question in questions]
         stream = lorax_gen.stream_text(
             model,
             texts,
@@ -74,19 +87,31 @@ class Generate:
             seed=self.seed,
             stop=self.stop,
             chat=self.chat,
-            system=self.context if self.chat else "",
+            system=context if self.chat else "",
+            in_context=not self.chat,
         )
-        if len(texts) == 1:
-            shown = ""
-            for [answer] in stream:
-                text = f"{self.questions[0]} {answer}"
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-            print()
-            return 0
-        answers = []
-        for answers in stream:  # noqa: B007
-            pass
-        for question, answer in zip(self.questions, answers, strict=True):
-            print(f"{question} {answer}")
+        # An answer in a chat is a turn of its own, not the continuation of the question's words.
+        shown_as = [f"{question} " if self.chat else question for question in questions]
+        try:
+            show(shown_as, stream)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the output cannot show {error.object[error.start]!r} in {error.encoding}; set "
+                "PYTHONIOENCODING=utf-8"
+            ) from None
         return 0
+
+
+def show(questions: Sequence[str], stream: Iterator[list[str]]) -> None:
+    """Prints each question with its answer; a single one as it is written."""
+    shown, answers = "", [""] * len(questions)
+    for answers in stream:
+        if len(questions) == 1:
+            text = questions[0] + answers[0]
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if len(questions) == 1:
+        print()
+        return
+    for question, answer in zip(questions, answers, strict=True):
+        print(question + answer)

@@ -28,6 +28,7 @@ from lorax_gen.cli import (
 )
 from lorax_gen.cli.parse import parse
 from lorax_gen.errors import UserError
+from lorax_gen.prompts import check_text
 
 COMMANDS = {
     "demo": demo.Demo,
@@ -84,6 +85,8 @@ def run(arguments: list[str]) -> int:
 
     Raises UserError for bad input, SystemExit after `--help`.
     """
+    for argument in arguments:
+        check_text(argument)
     if arguments == ["--version"]:
         print(f"lorax-gen {__version__}")
         return 0

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lorax_gen.cli.parse import UserPath
+from lorax_gen.prompts import read_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Specialize:
     """
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
-    """The system prompt; `-` reads it from standard input, `@FILE` from a file."""
+    """The system prompt, used as it is; `-` is the text of standard input, `@FILE` that of a file
+    without its last line end, `@@` stands for an @ that begins a prompt, and `--` goes before a
+    prompt that begins with -."""
     output: UserPath = Path("task.card.safetensors")
     """The card, a new file."""
     merged: UserPath | None = None
@@ -52,6 +55,7 @@ class Specialize:
         files.must_be_new(self.output)
         if self.merged is not None:
             files.must_be_new(self.merged)
+        prompt = read_prompt(self.prompt)
         mesh = serving_mesh(self.fsdp, self.tensor)
         shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
         cloud = lorax_gen.load_model(
@@ -61,9 +65,7 @@ class Specialize:
         generator = lorax_gen.load_generator(
             self.generator, allow_other_models=self.allow_other_models
         )
-        card = lorax_gen.specialize(
-            files.read_prompt(self.prompt), cloud, edge, generator, mesh=mesh
-        )
+        card = lorax_gen.specialize(prompt, cloud, edge, generator, mesh=mesh)
         lorax_gen.save_card(self.output, card)
         print(f"card: {self.output}")
         if self.merged is not None:

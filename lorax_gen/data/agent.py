@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lorax_gen.data.readers import FORMATS, Row, parse_row, read_rows, text_of
+from lorax_gen.data.readers import FORMATS, Row, name_of, parse_row, read_rows, text_of
 from lorax_gen.data.sources import Episode, cycled
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, find, to_path
@@ -91,7 +91,7 @@ def _item(row: Row, number: int) -> AgentItem:
         raise UserError("input should be empty: the request is part of the instruction")
     if not output.strip():
         raise UserError("the output is empty")
-    return AgentItem(str(row.get("id", number)), *split_instruction(instruction), output)
+    return AgentItem(name_of(row, "id", str(number)), *split_instruction(instruction), output)
 
 
 def _find_file(names: Sequence[str], directory: AnyPath) -> AnyPath:

@@ -61,10 +61,12 @@ class MixtureConfig:
     sources: tuple[str, ...] = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
     """What to train on: benchmarks by name, alpaca, natural_instructions, gpt4tools, or paths: a
     .jsonl, .json or .parquet file of instruction triples, an archive or directory of Natural
-    Instructions tasks. A name may have a weight, how often an epoch takes a sample: alpaca=0.5."""
+    Instructions tasks. A name may have a weight, how often an epoch takes a sample: alpaca=0.5.
+    A path that holds = is given with its weight (a=b.jsonl=1), one that is the name of a benchmark
+    or a set with its directory (./boolq)."""
     leave_out: tuple[str, ...] = ()
-    """Tasks of Natural Instructions to leave out, as glob patterns: *winogrande*. Those made from
-    an unseen benchmark must be left out, since they are refused."""
+    """Tasks of Natural Instructions to leave out, as glob patterns: *winogrande*; [*] is a star.
+    Those made from an unseen benchmark must be left out, since they are refused."""
     per_task: Size | None = 1000
     """Most instances of a task of Natural Instructions, evenly spaced; None: all, so that the
     largest tasks dominate."""
@@ -127,13 +129,17 @@ class MixtureConfig:
 
 
 def split_weight(entry: str) -> tuple[str, float]:
-    """`name=weight`, or a name of weight 1. Raises UserError where the weight is not a number."""
-    name, given, weight = entry.partition("=")
+    """`name=weight`, or a name of weight 1. A name with `=` in it is written with its weight.
+
+    Raises UserError where the weight is not a number.
+    """
+    name, given, weight = entry.rpartition("=")
     try:
-        return name, float(weight) if given else 1.0
+        return (name, float(weight)) if given else (entry, 1.0)
     except ValueError:
         raise UserError(
-            f"the source {entry!r} has a weight that is not a number; write it as in alpaca=0.5"
+            f"the source {entry!r} has a weight that is not a number; write it as in alpaca=0.5, "
+            f"or {entry}=1 if this is the name of a file"
         ) from None
 
 

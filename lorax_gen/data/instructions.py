@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from lzma import LZMAError
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from lorax_gen.data.hub_rows import HubData, load_hub_rows
-from lorax_gen.data.readers import Row, is_text, parse_row, read_rows, text_of
+from lorax_gen.data.readers import MAX_BYTES, Row, is_text, list_of, parse_row, read_rows, text_of
 from lorax_gen.data.sources import Episode, Pair, cycled, draw
 from lorax_gen.data.unseen import refuse_name
+from lorax_gen.documents import parse_json
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, local_copy, to_path
 
@@ -145,10 +147,7 @@ def load_tasks(
     local = local_copy(path)
     for file, data in _members(local, only, leave_out):
         location = f"{path}, {file}" if local.is_file() else str(path / file)
-        try:
-            row = json.loads(data)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{location}: not valid JSON ({error})") from None
+        row = parse_json(data, location)
         if not isinstance(row, dict):
             raise UserError(f"{location}: expected an object, not a {type(row).__name__}")
         name = Path(file).stem
@@ -174,25 +173,31 @@ def _members(path: Path, only, leave_out) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.isfile() and wanted(member.name):
+                    if member.size > MAX_BYTES:
+                        raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes")
                     yield member.name, archive.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError, LZMAError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, tarfile.TarError, LZMAError, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise UserError(
             f"cannot read {path} ({reason}); expected a tar archive or a directory of tasks"
         ) from None
 
 
 def _natural_task(name: str, row: Row) -> NaturalTask:
-    examples = row.get("Examples", row)["Positive Examples"]
+    examples = list_of(row.get("Examples", row), "Positive Examples")
     definition = row["Definition"]
     definition = " ".join(definition) if isinstance(definition, list) else definition
+    if not is_text(definition) or not definition.strip():
+        raise UserError(f"Definition should be a text or a list of texts, not {definition!r}")
     about = {k: v for k, v in row.items() if k not in ("Instances", "Examples")}
     about = {k: v for k, v in about.items() if not k.endswith("Examples")}
     return NaturalTask(
         name=name,
         definition=definition.strip(),
         examples=tuple((text_of(e, "input"), _outputs(e)[0]) for e in examples),
-        instances=tuple((text_of(i, "input"), _outputs(i)) for i in row["Instances"]),
+        instances=tuple((text_of(i, "input"), _outputs(i)) for i in list_of(row, "Instances")),
         source=json.dumps(about),
     )
 
@@ -200,7 +205,7 @@ def _natural_task(name: str, row: Row) -> NaturalTask:
 def _outputs(row: dict[str, Any]) -> tuple[str, ...]:
     found = row["output"]
     found = [found] if isinstance(found, str) else found
-    if not found or not all(map(is_text, found)):
+    if not isinstance(found, list) or not found or not all(map(is_text, found)):
         raise UserError(f"output should be a text or a list of texts, not {found!r}")
     return tuple(found)
 

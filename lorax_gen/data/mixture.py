@@ -18,6 +18,7 @@ from lorax_gen.data.sources import Episode, Source
 from lorax_gen.data.tokens import Batch, Encoder, answer_batch, pad_rows
 from lorax_gen.data.unseen import refuse_name, refuse_unseen
 from lorax_gen.errors import UserError
+from lorax_gen.prompts import surely_longer
 
 ATTEMPTS = 100  # samples drawn to replace one that does not fit, before an error is raised
 Rows = list[tuple[list[int], int]]
@@ -205,6 +206,8 @@ class Mixture:
         """The tokenised episode, with fewer shots if too long; None, counted, if still too long."""
         if not episode.prompt.strip():
             raise UserError(f"a prompt of {episode.task!r} is empty")
+        if any(self._huge("".join(pair)) for pair in episode.questions):
+            return self._dropped("question")
         rows = [self.edge.joined(*pair) for pair in episode.questions]
         if any(len(ids) > self.question_length for ids, _ in rows):
             return self._dropped("question")
@@ -213,15 +216,25 @@ class Mixture:
             return self._dropped("answer")
         if self.cloud is None:
             return Sample(episode.task, [], rows)
-        prompt, left_out = self.cloud.encode(episode.prompt), 0
-        while len(prompt) > self.buckets[-1] and episode.shots:
+        prompt, left_out = self._prompt(episode), 0
+        while prompt is None and episode.shots:
             episode, left_out = episode.without_last_shot(), left_out + 1
-            prompt = self.cloud.encode(episode.prompt)
-        if len(prompt) > self.buckets[-1]:
+            prompt = self._prompt(episode)
+        if prompt is None:
             return self._dropped("prompt")
         self.counts["shots_left_out"] += left_out
         self.counts["prompts_shortened"] += bool(left_out)
         return Sample(episode.task, prompt, rows)
+
+    def _prompt(self, episode: Episode) -> list[int] | None:
+        """The ids of a prompt; None if there are more than fit."""
+        if surely_longer(episode.prompt, self.buckets[-1], self.cloud.tokenizer):
+            return None
+        ids = self.cloud.encode(episode.prompt)
+        return ids if len(ids) <= self.buckets[-1] else None
+
+    def _huge(self, question: str) -> bool:
+        return surely_longer(question, self.question_length, self.edge.tokenizer)
 
     def _dropped(self, what: str) -> None:
         self.counts[f"dropped_{what}s"] += 1

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from lorax_gen.data.readers import Row, is_text, text_of
+from lorax_gen.data.readers import Row, index_of, is_text, list_of, name_of, text_of
 from lorax_gen.errors import UserError
 
 
@@ -56,11 +56,10 @@ def read_question(row: Row, columns: Callable[[Row], Row], default_id: str) -> Q
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise UserError(f"answer should be the index of a choice, not {answer!r}")
     choices = fields["choices"]
-    if isinstance(choices, str) or not all(map(is_text, choices)):
+    if not isinstance(choices, list | tuple) or not all(map(is_text, choices)):
         raise UserError(f"choices should be strings, not {choices!r}")
-    name = fields.get("id", row.get("id", default_id))
     return Question(
-        id=str(name),
+        id=name_of({"id": row.get("id", default_id)} | fields, "id", default_id),
         question=text_of(fields, "question"),
         choices=tuple(choices),
         answer=answer,
@@ -76,12 +75,16 @@ def lettered(column: str) -> Callable[[Row], Row]:
     """ARC and OpenBookQA: choices `{text, label}`, and `answerKey` is one of the labels."""
 
     def columns(row: Row) -> Row:
-        labels, key = list(row["choices"]["label"]), row["answerKey"].strip()
+        labels, texts = (list_of(row["choices"], name) for name in ("label", "text"))
+        key = text_of(row, "answerKey").strip()
         if key not in labels:
-            raise UserError(f"answerKey {key!r} is not one of the labels {', '.join(labels)}")
+            known = ", ".join(map(str, labels))
+            raise UserError(f"answerKey {key!r} is not one of the labels {known}")
+        if len(labels) != len(texts) or labels.count(key) > 1:
+            raise UserError(f"{len(texts)} texts need a label each, all different: not {labels}")
         return {
             "question": row[column],
-            "choices": row["choices"]["text"],
+            "choices": texts,
             "answer": labels.index(key),
         }
 
@@ -91,8 +94,9 @@ def lettered(column: str) -> Callable[[Row], Row]:
 def boolq(row: Row) -> Row:
     """BoolQ of SuperGLUE: `label` 1 means yes."""
     fields = {"question": row["question"], "choices": ("no", "yes"), "answer": row["label"]}
-    numbered = {"id": f"boolq-{row['idx']}"} if "idx" in row else {}
-    return fields | numbered | {"passage": row.get("passage") or ""}
+    numbered = {"id": f"boolq-{name_of(row, 'idx', '')}"} if "idx" in row else {}
+    passage = row.get("passage")
+    return fields | numbered | {"passage": "" if passage is None else passage}
 
 
 def social_iqa(row: Row) -> Row:
@@ -101,7 +105,7 @@ def social_iqa(row: Row) -> Row:
         "context": row["context"],
         "question": row["question"],
         "choices": (row["answerA"], row["answerB"], row["answerC"]),
-        "answer": int(row["label"]) - 1,
+        "answer": index_of(row, "label") - 1,
     }
 
 
@@ -110,12 +114,12 @@ def hellaswag(row: Row) -> Row:
 
     The unfinished sentence is capitalised, as in the harness.
     """
-    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-    numbered = {"id": f"hellaswag-{row['ind']}"} if "ind" in row else {}
+    context = f"{text_of(row, 'ctx_a')} {text_of(row, 'ctx_b').capitalize()}"
+    numbered = {"id": f"hellaswag-{name_of(row, 'ind', '')}"} if "ind" in row else {}
     return numbered | {
-        "question": f"{row['activity_label']}: {context}",
-        "choices": tuple(row["endings"]),
-        "answer": int(row["label"]),
+        "question": f"{text_of(row, 'activity_label')}: {context}",
+        "choices": tuple(list_of(row, "endings")),
+        "answer": index_of(row, "label"),
     }
 
 
@@ -124,7 +128,7 @@ def winogrande(row: Row) -> Row:
     return {
         "question": row["sentence"],
         "choices": (row["option1"], row["option2"]),
-        "answer": int(row["answer"]) - 1,
+        "answer": index_of(row, "answer") - 1,
     }
 
 

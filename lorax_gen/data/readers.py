@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+from lorax_gen.documents import parse_json
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, local_copy
 
 Row = dict[str, Any]
 T = TypeVar("T")
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+MAX_BYTES = 4 << 30  # of a file, decompressed: all of it is read at once
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: AnyPath) -> str:
     """The text of a file, decompressed where its name ends in `.gz`.
 
-    Raises UserError where it is missing, is not UTF-8 text or cannot be decompressed.
+    Raises UserError where it is missing, is not UTF-8 text, is too large or cannot be decompressed.
     """
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        with path.open("rb") as file, maybe_gzip(file, path) as content:
+            data = bytearray()
+            while part := content.read(1 << 20):  # all at once would reserve the most there may be
+                data += part
+                if len(data) > MAX_BYTES:
+                    raise UserError(f"{path} is too large; expected at most {MAX_BYTES:,} bytes")
         return data.decode("utf-8-sig")  # some editors write a byte order mark
     except OSError as error:  # includes a broken gzip header
         reason = error.strerror or str(error)
@@ -34,6 +39,11 @@ def read_text(path: AnyPath) -> str:
         raise UserError(f"{path} is truncated or broken ({error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error})") from None
+
+
+def maybe_gzip(file: BinaryIO, path: AnyPath) -> BinaryIO:
+    """The content of an open file, decompressed where its name ends in `.gz`."""
+    return gzip.open(file) if path.suffix == ".gz" else file
 
 
 def read_rows(path: AnyPath) -> Iterator[tuple[str, Row]]:
@@ -50,12 +60,9 @@ def read_rows(path: AnyPath) -> Iterator[tuple[str, Row]]:
         for number, line in enumerate(read_text(path).split("\n"), 1):
             location = f"{path}, line {number}"
             if line.strip():
-                yield location, _object(location, line)
+                yield location, _checked(location, parse_json(line, location))
     elif path.name.endswith((".json", ".json.gz")):
-        try:
-            rows = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        rows = parse_json(read_text(path), str(path), MAX_BYTES)
         if not isinstance(rows, list):
             raise UserError(f"{path} should hold a list of objects, not a {type(rows).__name__}")
         for number, row in enumerate(rows, 1):
@@ -91,18 +98,35 @@ def text_of(row: Row, column: str, default: str | None = None) -> str:
     return value
 
 
+def list_of(row: Row, column: str) -> list:
+    """A column's list. Raises UserError for another type: a string is none."""
+    value = row[column]
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{column} should be a list, not {value!r}")
+    return list(value)
+
+
+def index_of(row: Row, column: str) -> int:
+    """A column's index, which some data sets write as a string. Raises UserError for others."""
+    value = row[column]
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{column} should be an index, not {value!r}")
+    return value
+
+
+def name_of(row: Row, column: str, default: str) -> str:
+    """A column's name or number, as a string. Raises UserError for another type."""
+    value = row.get(column, default)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UserError(f"{column} should be a string or a number, not {value!r}")
+    return str(value)
+
+
 def is_text(value: Any) -> bool:
-    """Whether it is a string without lone surrogates: JSON can escape them, UTF-8 has none."""
+    """Whether it is a string without lone surrogates: UTF-8 has none."""
     return isinstance(value, str) and not _SURROGATE.search(value)
-
-
-def _object(location: str, line: str) -> Row:
-    try:
-        return _checked(location, json.loads(line))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{location}: not valid JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        raise UserError(f"{location}: cannot be read ({error})") from None
 
 
 def _checked(location: str, row: Any) -> Row:
@@ -117,7 +141,11 @@ def _parquet_rows(path: AnyPath) -> Iterator[tuple[str, Row]]:
 
     try:
         with ParquetFile(local_copy(path)) as file:
+            names = file.schema_arrow.names
             rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read {path} ({reason})") from None
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has two columns of the same name; keep one")
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))

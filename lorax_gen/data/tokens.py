@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from lorax_gen.errors import UserError
+from lorax_gen.prompts import check_size
 from lorax_gen.tokenizers import adds_bos, encode
 
 Batch = dict[str, np.ndarray]
@@ -16,37 +18,85 @@ Batch = dict[str, np.ndarray]
 class Encoder:
     """A tokenizer with a cache: question and answer pairs recur, prompts mostly do not.
 
-    `bos` is whether a text begins with BOS; None: the tokenizer's default. `Encoder.of(model)` has
-    the setting of a model, in training and in inference.
+    Args:
+      bos: whether a text begins with BOS; None: the tokenizer's default.
+      vocab_size: of the model that reads the ids; None: not checked. `Encoder.of(model)` has both
+        of a model, in training and in inference.
     """
 
-    def __init__(self, tokenizer, bos: bool | None = None):
+    def __init__(self, tokenizer, bos: bool | None = None, vocab_size: int | None = None):
         self.tokenizer, self.bos = tokenizer, adds_bos(tokenizer) if bos is None else bos
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.vocab_size = vocab_size
+        # Padding is never attended to, but must be a row of the embedding.
+        pad = tokenizer.pad_token_id
+        self.pad_id = 0 if pad is None or (vocab_size and pad >= vocab_size) else pad
         self.row = lru_cache(maxsize=1 << 16)(self._row)
         self.ids = lru_cache(maxsize=1 << 16)(self.encode)
 
     @classmethod
     def of(cls, model) -> Encoder:
         """The encoder of a `models.model.Model`."""
-        return cls(model.tokenizer, model.bos)
+        return cls(model.tokenizer, model.bos, model.config.vocab_size)
+
+    @property
+    def end_of_text(self) -> int:
+        """The id of the end of text. Raises UserError where the tokenizer has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end of text, which is put after each answer; set eos_token "
+                "in its tokenizer_config.json"
+            )
+        if self.vocab_size is not None:
+            check_ids([self.tokenizer.eos_token_id], self.vocab_size, self.tokenizer)
+        return self.tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; `ids` is the cached version."""
-        return encode(self.tokenizer, text, bos=self.bos)
+        """Token ids of a text; `ids` is the cached version.
+
+        Raises UserError for a token beyond the model's vocabulary, or a text that is not UTF-8.
+        """
+        ids = encode(self.tokenizer, text, bos=self.bos)
+        if self.vocab_size is not None:
+            check_ids(ids, self.vocab_size, self.tokenizer)
+        return ids
 
     def joined(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Ids of context + continuation + end of text, and the index of the continuation.
 
-        The continuation includes its leading separator. Both are encoded together and split at the
-        token count of the context, whose trailing white space belongs to the continuation.
+        The continuation includes its leading separator, and trailing white space of the context.
+        Both are encoded together. The continuation begins at the first token that it changes: where
+        its first letters are merged with the last ones of the context, at the merged token.
+
+        Raises UserError where the tokenizer has no end of text, and as `encode`.
         """
-        together = self.encode(context + continuation)
-        return [*together, self.tokenizer.eos_token_id], len(self.encode(context.rstrip()))
+        end = self.end_of_text
+        alone, together = self.encode(context.rstrip()), self.encode(context + continuation)
+        while together and together[-1] == end:  # of the text, or added by a normaliser
+            together.pop()
+        start = common_prefix(alone, together)
+        return [*together, end], start
 
     def _row(self, question: str, answer: str) -> tuple[list[int], int]:
         """Ids of a question, a space and its answer; see `joined`."""
         return self.joined(question, f" {answer}")
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """The number of leading items that two sequences share."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return sum(1 for _ in same)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, tokenizer) -> None:
+    """Raises UserError for a token id outside a model's vocabulary, which jax would clamp."""
+    for token in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token < vocab_size:
+            name = tokenizer.convert_ids_to_tokens(int(token)) if 0 <= token < 2**31 else None
+            named = f"the token {name!r} has the id {token}" if name else f"{token} is a token id"
+            raise UserError(
+                f"{named}, but the model's vocabulary has {vocab_size} ids from 0; does the "
+                "tokenizer belong to another model?"
+            )
 
 
 def bucket(size: int, smallest: int = 32) -> int:
@@ -75,6 +125,7 @@ def prompt_batch(encoder: Encoder, prompts: Sequence[str], length: int) -> Batch
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("the prompt is empty; describe the task in a sentence or more")
+        check_size(prompt, length, encoder.tokenizer, "a prompt")
         rows.append(encoder.ids(prompt))
     return {
         "prompt": pad_rows(rows, length, encoder.pad_id, "a prompt"),
@@ -93,7 +144,8 @@ def question_batch(
 
     With `full_sequence` it marks every token of a row: the loss is on the full edge sequence.
 
-    Raises UserError for a row longer than `length`, or one with more than `answer_length` marks.
+    Raises UserError for a row longer than `length`, one with more than `answer_length` marks, or
+    one whose answer has no token before it.
     """
     rows, starts = zip(*(encoder.row(*pair) for pair in questions), strict=True)
     return answer_batch(rows, starts, length, encoder.pad_id, full_sequence, answer_length)
@@ -108,6 +160,11 @@ def answer_batch(
     answer_length: int | None = None,
 ) -> Batch:
     """As `question_batch`, from rows of ids and the index where each answer begins."""
+    if not full_sequence and min(starts) == 0:
+        raise UserError(
+            "an answer has no token before it, so its first one cannot be learned; write a "
+            "question before it, or use a tokenizer that adds BOS"
+        )
     answer = np.zeros((len(rows), length), bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         answer[i, 0 if full_sequence else start : len(row)] = True

@@ -84,7 +84,7 @@ def document_batch(encoder: Encoder, documents: Sequence[Sequence[Piece]], lengt
         for text, trained in pieces:
             piece = encoder.ids(text)[len(encoder.ids("")) :]
             ids, mark = ids + piece, mark + [trained] * len(piece)
-        rows.append([*ids, encoder.tokenizer.eos_token_id])
+        rows.append([*ids, encoder.end_of_text])
         marks.append([*mark, True])
     return {
         "tokens": pad_rows(rows, length, encoder.pad_id, "a document"),

@@ -152,7 +152,10 @@ class LoraGen(Answerer):
         """Most tokens of a prompt that fit into the cloud before the meta tokens."""
         positions = self.cloud.config.max_position_embeddings
         limit = min(self.max_length or positions, positions)
-        return limit - self.model.config.num_hidden_layers
+        meta = self.model.config.num_hidden_layers
+        if limit <= meta:
+            raise UserError(f"{meta} meta tokens leave no room for a prompt in {limit} positions")
+        return limit - meta
 
     def prompts(self, cases: Cases) -> list[Prompt]:
         encoder = Encoder.of(self.cloud)

@@ -14,6 +14,8 @@ import sys
 from lorax_gen.errors import UserError
 
 NAME = "lorax_gen"
+# How lm-eval's errors about its own options begin.
+MISTAKES = ("Specify --output_path", "If --samples", "When `fewshot_as_multiturn`", "seed ")
 
 
 def register() -> None:
@@ -37,7 +39,7 @@ def register() -> None:
 def main(arguments: list[str]) -> int:
     """Runs lm-eval's command line with our model in its registry; returns the exit code.
 
-    Raises UserError for a task that it does not have.
+    Raises UserError for a task that it does not have, and for options that lm-eval refuses.
     """
     register()
     from lm_eval.__main__ import cli_evaluate
@@ -47,9 +49,11 @@ def main(arguments: list[str]) -> int:
     try:
         cli_evaluate()
     except ValueError as error:
-        if not str(error).startswith("Tasks not found"):
-            raise
-        raise UserError(f"{error}; `lorax-gen lm-eval ls tasks` lists all tasks") from None
+        if str(error).startswith(("Tasks not found", "No tasks specified", "Need to specify task")):
+            raise UserError(f"{error}; `lorax-gen lm-eval ls tasks` lists all tasks") from None
+        if str(error).startswith(MISTAKES):
+            raise UserError(f"lm-eval: {error}") from None
+        raise
     finally:
         sys.argv = before
     return 0

@@ -15,25 +15,31 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self, get_type_hints
 
 import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
 from tqdm import tqdm
 
 from lorax_gen.artifacts.export import is_adapter, lora_of
 from lorax_gen.artifacts.generator import load_generator
+from lorax_gen.chat import render_chat
+from lorax_gen.documents import convert
 from lorax_gen.errors import UserError
-from lorax_gen.files import read_prompt
 from lorax_gen.inference.cards import specialize
-from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceItem, score_items
+from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceItem, prefix_id, score_items
 from lorax_gen.inference.continuations import continue_texts, room_for
 from lorax_gen.mesh.sharding import serving_mesh, tree_shardings
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.models.model import Model
+from lorax_gen.prompts import read_prompt
 from lorax_gen.tokenizers import encode
 
 log = logging.getLogger(__name__)
@@ -41,6 +47,10 @@ log = logging.getLogger(__name__)
 Ids = list[int]
 Pair = tuple[Ids, Ids]
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "auto": None}
+OPTIONS = {
+    "stop": list[str], "max_new_tokens": int, "temperature": float, "top_k": int | None,
+    "top_p": float | None, "seed": int,
+}  # fmt: skip
 # Values of transformers' generation options that have no effect; tasks may set them.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": 1}
 
@@ -51,7 +61,8 @@ class HarnessModel(TemplateLM):
     Args:
       edge: the model that answers: a directory, a shipped one or a hub name.
       card: a task card or a PEFT adapter directory, merged into the edge first.
-      prompt: specialise the edge to this text first, or to that of a file (`@FILE`).
+      prompt: specialise the edge to this text first, or to that of a file (`@FILE`), which may hold
+        commas; see `prompts.read_prompt`.
       cloud, generator: used for the prompt; a card needs the generator that it was made with.
       dtype: of the parameters: float32, bfloat16, float16, or auto: that of the file.
       max_length: most tokens of a sequence; by default the positions of the model. Longer sequences
@@ -62,7 +73,10 @@ class HarnessModel(TemplateLM):
       add_bos_token: whether texts begin with BOS; None: the tokenizer's default, as in lm-eval's
         own `hf`. Its releases before 0.4.4, and the paper, use none for LLaMA.
       fsdp, tensor: devices that weights are sharded over; the batch is sharded over all others.
-      max_batch_size, device: passed by lm-eval and ignored, since jax chooses its devices itself.
+      max_batch_size, device, trust_remote_code: passed by lm-eval and ignored: jax chooses its
+        devices itself, and no code of a model is ever run.
+
+    lm-eval reads `2024`, `1e3`, `true` and `none` as numbers and so on; quotes make them texts.
     """
 
     def __init__(
@@ -81,12 +95,18 @@ class HarnessModel(TemplateLM):
         tensor: int = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        trust_remote_code: bool | None = None,
         **unknown: Any,
     ):
+        given = dict(locals())
         super().__init__()
         refuse_unknown(unknown)
+        check_types(given)
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+        if tokens_per_batch < 1:
+            raise UserError(f"tokens_per_batch is {tokens_per_batch}: choose at least 1")
+        self.tokens_per_batch, self.most_rows = tokens_per_batch, most_rows_of(batch_size)
         self.mesh = serving_mesh(fsdp, tensor)
         shardings = partial(tree_shardings, mesh=self.mesh) if self.mesh else None
         model = load_model(edge, DTYPES[dtype], shardings=shardings, bos=add_bos_token)
@@ -97,10 +117,20 @@ class HarnessModel(TemplateLM):
         config = dataclasses.replace(model.config, max_position_embeddings=max_length or positions)
         self.model = dataclasses.replace(model, config=config)
         self.tokenizer = model.tokenizer
-        self.tokens_per_batch = tokens_per_batch
-        self.most_rows = None if str(batch_size).startswith("auto") else int(batch_size)
-        if self.most_rows == 1:
-            self.most_rows = None
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Self:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> Self:
+        """The model of `--model_args` and of the options of lm-eval's own that it passes on."""
+        own = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        for key in own.keys() & arg_dict.keys():
+            raise UserError(f"--model_args: {key} is an option of lm-eval's own; use --{key}")
+        return cls(**arg_dict, **own)
 
     # --- properties of the model that lm-eval reads ----------------------------------------------
 
@@ -109,14 +139,13 @@ class HarnessModel(TemplateLM):
         return self.model.config.max_position_embeddings
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context: BOS, or the end of text."""
-        first = self.tokenizer.bos_token_id
-        return self.eot_token_id if first is None else first
+        return prefix_id(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -137,9 +166,9 @@ class HarnessModel(TemplateLM):
         """The text of a chat, up to the model's answer or, if it has begun, to its end so far."""
         if not self.tokenizer.chat_template:
             raise UserError("this tokenizer has no chat template; leave out --apply_chat_template")
-        return self.tokenizer.apply_chat_template(
+        return render_chat(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
@@ -147,9 +176,8 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Ids:
         """Token ids; where `add_special_tokens` is None, BOS follows `add_bos_token`."""
         bos = self.model.bos if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and string.startswith(
-            self.tokenizer.decode([self.prefix_token_id])
-        ):
+        first = self.tokenizer.bos_token
+        if add_special_tokens is None and first and string.startswith(first):
             bos = False  # a chat template has added it
         return encode(self.tokenizer, string, bos=bos)
 
@@ -292,10 +320,13 @@ def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError for one that would change the result and is not supported.
     """
-    asked = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
+    try:
+        asked = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the task's generation options cannot be used: {error}") from None
     sampled = asked.pop("do_sample") and asked.get("temperature", 1.0) > 0
     options = {
-        "stop": [string for string in asked.pop("until") if string],
+        "stop": [string for string in asked.pop("until") if string != ""],
         "max_new_tokens": asked.pop("max_gen_toks"),
     }
     temperature, top_k, top_p = (asked.pop(key, None) for key in ("temperature", "top_k", "top_p"))
@@ -304,8 +335,11 @@ def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
             "temperature": 1.0 if temperature is None else temperature,
             "top_k": top_k or None,  # 0 restricts nothing
             "top_p": top_p,
-            "seed": int(asked.pop("seed", 0)),
+            "seed": asked.pop("seed", 0),
         }
+    for key, kind in OPTIONS.items():
+        if key in options:
+            options[key] = convert(options[key], kind, f"the task's generation options: {key}")
     for key, value in asked.items():
         if key != "seed" and NEUTRAL.get(key) != value:
             raise UserError(
@@ -313,6 +347,28 @@ def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
                 "until, max_gen_toks, do_sample, temperature, top_k, top_p and seed"
             )
     return options
+
+
+def most_rows_of(batch_size: int | str) -> int | None:
+    """The most rows of a batch; None where `tokens_per_batch` decides."""
+    if str(batch_size).partition(":")[0] == "auto":
+        return None
+    if not str(batch_size).isascii() or not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise UserError(f"batch_size is {batch_size!r}: choose auto, or a number of at least 1")
+    return None if int(batch_size) == 1 else int(batch_size)
+
+
+def check_types(given: dict[str, Any]) -> None:
+    """Raises UserError where an argument of the model is of another type than declared."""
+    for name, kind in get_type_hints(HarnessModel.__init__).items():
+        if name not in given or name == "unknown":
+            continue
+        try:
+            convert(given[name], kind)
+        except UserError as error:
+            message = f"--model_args: {name} is {given[name]!r}, {error}"
+            quoted = f"; a text is written in quotes: {name}='{given[name]}'"
+            raise UserError(message + (quoted if "str" in str(kind) else "")) from None
 
 
 def refuse_unknown(unknown: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.data.tokens import Encoder, bucket, pad_rows
+from lorax_gen.data.tokens import Encoder, bucket, check_ids, pad_rows
 from lorax_gen.errors import UserError
 from lorax_gen.inference.choices import TOKENS_PER_BATCH
 from lorax_gen.inference.packing import deal
@@ -23,6 +23,7 @@ from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import place, put_batch, row_shards, tree_shardings
 from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.models.model import Model
+from lorax_gen.prompts import check_size
 from lorax_gen.system import prompt_gates
 
 Ids = Sequence[int]
@@ -51,7 +52,8 @@ def gates_of_prompts(
       mesh: prompts are sharded over its batch axes, weights as in training; None: no mesh.
       progress: called with the number of prompts finished since the last call.
 
-    Raises UserError if a model is not the one that the generator was trained with.
+    Raises UserError if a model is not the one that the generator was trained with, or a token is
+    not in the cloud's vocabulary.
     """
     spec = generator.spec(cloud, edge)
     shape = spec.edge.num_hidden_layers, generator.config.n_experts
@@ -59,6 +61,8 @@ def gates_of_prompts(
         return np.zeros((0, *shape), np.float32)
     distinct = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = list(distinct)
+    for ids in rows:
+        check_ids(ids, cloud.config.vocab_size, cloud.tokenizer)
     index = np.array([distinct[tuple(ids)] for ids in prompts])
     asked = index if wanted is None else index[np.array(wanted, int)]
     weights, shards, execution = (generator.params, generator.stats, cloud.params), 1, Execution()
@@ -135,6 +139,7 @@ def specialize(
     for text in prompts:
         if not text.strip():
             raise UserError("the prompt is empty; describe the task in a sentence or more")
+        check_size(text, room, cloud.tokenizer, "a prompt")
         rows.append(encoder.ids(text))
         if len(rows[-1]) > room:
             raise UserError(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lorax_gen.data.tokens import check_ids
 from lorax_gen.errors import UserError
 from lorax_gen.inference.packing import RowBatch, Text, make_batches, needed, pack
 from lorax_gen.mesh import hosts
@@ -37,6 +38,7 @@ from lorax_gen.models.attention import visible
 from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params
 from lorax_gen.models.model import Model
 from lorax_gen.models.scoring import score_tokens
+from lorax_gen.prompts import check_text
 
 TOKENS_PER_BATCH = 4096
 HEAD_CHUNK = 512  # predictions of a shard per call of the head: logits [chunk, V] are large
@@ -95,7 +97,6 @@ def encode_pairs(
     first = tokenizer.bos_token_id
     if bos and first is None:
         raise UserError("this tokenizer has no BOS token to put before a text")
-    prefix = tokenizer.eos_token_id if first is None else first
 
     def ids(text: str) -> Ids:
         found = ids_of[text]
@@ -106,15 +107,28 @@ def encode_pairs(
         if context:
             out.append((ids(context), ids(together)[len(ids(context)) :]))
         else:
-            found = ids_of[together]
+            found, prefix = ids_of[together], prefix_id(tokenizer)
             out.append(([prefix], found[1:] if found[:1] == [prefix] else found))
     return out
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """The token before a text without context: BOS, or the end of text.
+
+    Raises UserError where the tokenizer has neither.
+    """
+    first = tokenizer.bos_token_id
+    first = tokenizer.eos_token_id if first is None else first
+    if first is None:
+        raise UserError("a text has no context, and this tokenizer no BOS or end of text for one")
+    return first
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
     """Token ids of texts, without special tokens."""
     if not texts:
         return []
+    texts = [check_text(text) for text in texts]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -151,7 +165,8 @@ def encode_items(
             if not continuation:
                 text = questions[i][1][choice]
                 raise UserError(
-                    f"{name}: choice {choice} ({text!r}) has no tokens to score; give it a text"
+                    f"{name}: choice {choice} ({text!r}) has no tokens to score after its context; "
+                    "give it a text that begins with a space"
                 )
     return items
 
@@ -225,12 +240,15 @@ def score_items(
         next batch.
 
     Raises UserError if an item has no choices, a context or a continuation has no tokens, a
-    continuation is longer than `max_length`, or `max_length` exceeds the model's positions.
+    continuation is longer than `max_length`, `max_length` exceeds the model's positions, or a token
+    is not in the model's vocabulary.
     """
     positions = model.config.max_position_embeddings
     limit = positions if max_length is None else max_length
     if not 0 < limit <= positions:
         raise UserError(f"max_length={limit}: choose from 1 to the model's {positions} positions")
+    for context, continuation in (pair for item in items for pair in item.choices):
+        check_ids([*context, *continuation], model.config.vocab_size, model.tokenizer)
     results = [Pending(item, item.name or f"item {i}", limit) for i, item in enumerate(items)]
     rows = [
         row

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.data.tokens import bucket, pad_rows
+from lorax_gen.data.tokens import bucket, check_ids, pad_rows
 from lorax_gen.errors import UserError
+from lorax_gen.inference.stopping import Decoder, finished_text, settled_text
 from lorax_gen.mesh import hosts
 from lorax_gen.mesh.sharding import keep_decoding, place_adapter, put_batch, row_shards
 from lorax_gen.models import decoding
@@ -22,6 +23,7 @@ from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoder import Execution
 from lorax_gen.models.decoding import Sampling
 from lorax_gen.models.model import Model
+from lorax_gen.prompts import check_size, check_text
 from lorax_gen.tokenizers import chat_ids
 
 CHUNK = 8  # tokens between two detokenisations: few enough to stream, enough to hide their time
@@ -59,6 +61,7 @@ def stream_text(
     adapter: Adapter | None = None,
     chat: bool = False,
     system: str = "",
+    in_context: bool = False,
     mesh: Mesh | None = None,
 ) -> Iterator[list[str]]:
     """Yields all continuations so far, a few tokens longer each time.
@@ -71,23 +74,25 @@ def stream_text(
       temperature: 0 is greedy; above 0, tokens are sampled, restricted by `top_k` and `top_p`.
       seed: of sampling; row i uses the same random numbers in all calls with one seed.
       stop: strings that end a continuation and are removed from it; so do the model's `stop_ids`.
+        They may be, or contain, special tokens; see `inference.stopping`.
       adapter: see `models.adapter`; its rows are one per text.
       chat: texts are user turns in the tokenizer's chat template, after `system`.
+      in_context: continuations begin with the space that some tokenizers leave out before the first
+        word, so that text + continuation is what the model has read and written.
       mesh: that the weights are sharded over (`load_model(..., shardings=...)`); texts are sharded
         over its batch axes. None: no mesh.
 
     Raises UserError for an option out of range, an empty text where the tokenizer adds no token, a
     text too long for the model, or a tokenizer without a chat template.
     """
+    if isinstance(texts, str):
+        raise UserError("texts is a string, not a list of strings; pass [text]")
     stop = [stop] if isinstance(stop, str) else stop
     check_options(max_new_tokens, temperature, top_k, top_p, seed, stop)
     top_p = None if top_p == 1 else top_p  # rounding would drop the far tail
     if not texts:
         return
-    if chat:
-        rows = [chat_ids(model.tokenizer, text, system) for text in texts]
-    else:
-        rows = [model.encode(text) if isinstance(text, str) else [*text] for text in texts]
+    rows = [encoded(model, text, chat, system) for text in texts]
     check_rows(rows, texts, max_new_tokens, model)
     shards = 1 if mesh is None else row_shards(mesh)
     count = bucket(-(-len(rows) // shards), 1) * shards
@@ -110,13 +115,15 @@ def stream_text(
     slots = tokens.shape[1] + bucket(max_new_tokens)
     state = prefill(params, config, *put((tokens, lengths)), slots=slots, **shared)
     ids = np.asarray(hosts.gather(state.token))[:, None]
+    decoders = [Decoder.of(model, row if in_context else ()) for row in rows]
     shown, ended = [""] * len(texts), np.ones(len(rows), bool)  # padding rows have ended
     ended[: len(texts)] = False
     while True:
         full = ids.shape[1] >= max_new_tokens
         for i in np.flatnonzero(~ended):  # an ended row only repeats its last token
-            text, ended[i] = text_of(model, ids[i, :max_new_tokens], stop)
-            text = text if full or ended[i] else settled(text, stop)
+            own = ids[i, :max_new_tokens].tolist()
+            text, ended[i] = finished_text(decoders[i], own, stop)
+            text = text if full or ended[i] else settled_text(decoders[i], own, stop)
             # With byte tokens, an incomplete character makes those before it undecodable too.
             shown[i] = text if text.startswith(shown[i]) else shown[i]
         yield list(shown)
@@ -128,29 +135,15 @@ def stream_text(
         ids = np.concatenate([ids, np.asarray(hosts.gather(more))], axis=1)
 
 
-def text_of(model: Model, ids: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text of new tokens up to a stop token or string, and whether there was one.
-
-    Of several strings the first to be complete counts, however many tokens a chunk has.
-    """
-    ends = np.flatnonzero(np.isin(ids, model.stop_ids))
-    ids = ids[: ends[0]] if len(ends) else ids
-    text = model.tokenizer.decode(ids, skip_special_tokens=True)
-    found = [(text.index(string) + len(string), -len(string)) for string in stop if string in text]
-    if found:
-        end, length = min(found)
-        return text[: end + length], True
-    return text, bool(len(ends))
-
-
-def settled(text: str, stop: Sequence[str]) -> str:
-    """A text without the end that the next tokens may still change."""
-    text = text.rstrip("\ufffd")  # bytes of an incomplete character
-    held = max(
-        (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])),
-        default=0,
-    )
-    return text[: len(text) - held]
+def encoded(model: Model, text: str | Sequence[int], chat: bool, system: str) -> list[int]:
+    """The token ids of a text, or of its turn in a chat; token ids as they are."""
+    if not isinstance(text, str):
+        if not all(isinstance(token, int | np.integer) for token in text):
+            raise UserError(f"token ids should be integers, not as in {text!r}")
+        return [int(token) for token in text]
+    limit = model.config.max_position_embeddings
+    check_size(system + text, limit, model.tokenizer)
+    return chat_ids(model.tokenizer, text, system) if chat else model.encode(text)
 
 
 def pad_rows_of(adapter: Adapter | None, rows: int, padded: int) -> Adapter | None:
@@ -168,10 +161,13 @@ def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None
         f"top_p={top_p}: choose a probability above 0, up to 1": top_p is None or 0 < top_p <= 1,
         f"seed={seed}: choose a number of at least 0 and below 2**63": 0 <= seed < 2**63,
         "a stop string is empty: it would end every text immediately": "" not in stop,
+        "stop should hold strings": all(isinstance(string, str) for string in stop),
     }
     for message, holds in valid.items():
         if not holds:
             raise UserError(message)
+    for string in stop:
+        check_text(string)
 
 
 def check_rows(rows, texts, max_new_tokens: int, model: Model) -> None:
@@ -179,6 +175,7 @@ def check_rows(rows, texts, max_new_tokens: int, model: Model) -> None:
     for row, text in zip(rows, texts, strict=True):
         if not row:
             raise UserError(f"the text {text!r} has no tokens to continue; write some")
+        check_ids(row, model.config.vocab_size, model.tokenizer)
         if len(row) + max_new_tokens > limit:
             raise UserError(
                 f"a text of {len(row)} tokens and {max_new_tokens} new ones are more than the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ from lorax_gen.data.config import MixtureConfig, WorldConfig
 from lorax_gen.data.tokens import Batch, Encoder
 from lorax_gen.data.unseen import without_texts
 from lorax_gen.data.world_batches import generator_batch, tuning_batch
+from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.evaluation.benchmark import evaluate_benchmark
 from lorax_gen.evaluation.world import WorldQuiz
 from lorax_gen.mesh import hosts
+from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.model import Model
 from lorax_gen.recipes.base import Data, EdgeConfig
 
@@ -47,9 +50,16 @@ def open_data(
       samples: P prompts, with Q = `queries` questions each; without a reader B questions.
       full_sequence: the loss is on all tokens of a row, not only on its answer.
 
-    Raises UserError where the data cannot be opened.
+    Raises UserError where the data cannot be opened, or a batch could hold what a model cannot read
+    when it is used.
     """
     data, prompted = config.data, reader is not None
+    check_positions("data.question_length", data.question_length, edge.config, "the edge model")
+    if prompted:
+        meta = edge.config.num_hidden_layers
+        longest = data.prompt_length
+        check_positions("data.prompt_length", longest, reader.config, "the cloud model", meta)
+    needs_end_of_text(edge, "edge", "training puts it after each answer")
     shapes = batch_shapes(data, samples, queries, prompted)
     if edge.is_abstract:
         return Data(shapes, closed, closed)
@@ -65,6 +75,30 @@ def open_data(
     mixture = data.mixture(to_reader, to_edge, **options)
     evaluate = benchmark_accuracy(data, over, data.evaluate_shots if prompted else 0)
     return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts)
+
+
+def check_positions(
+    key: str, length: int, config: DecoderConfig, model: str, meta_tokens: int = 0
+) -> None:
+    """Raises UserError where rows of a config's length are longer than a model's positions: it
+    would be trained on what it cannot read when it is used."""
+    positions = config.max_position_embeddings
+    most = positions - meta_tokens
+    if length > most:
+        less = f", less {meta_tokens} meta tokens" if meta_tokens else ""
+        raise UserError(
+            f"{key} is {length}, but {model} reads at most {most} tokens ({positions} positions, "
+            f"max_position_embeddings{less}); set {key} to {most} or less"
+        )
+
+
+def needs_end_of_text(model: Model, role: str, why: str) -> None:
+    """Raises UserError where the tokenizer of a model has no end of text."""
+    if not model.is_abstract and model.tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the {role} model's tokenizer has no end of text, and {why}; set eos_token in its "
+            "tokenizer_config.json"
+        )
 
 
 def batch_shapes(
@@ -105,7 +139,8 @@ def world_batches(
 def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Evaluate:
     """Accuracy on the benchmarks that a config names, and the means over seen and unseen ones.
 
-    For an answerer that reads prompts, each question has its own prompt.
+    For an answerer that reads prompts, each question has its own prompt. `truncated/questions` and
+    `truncated/prompts` count those that were truncated on the left to fit their model.
     """
     records = [find_benchmark(name) for name in data.evaluate_on]
     asked = [load_questions(r, "test", data.root)[: data.evaluate_questions] for r in records]
@@ -113,14 +148,16 @@ def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Ev
 
     def evaluate(answerer: Answerer) -> dict[str, float]:
         result, splits = {}, {"seen": [], "unseen": []}
+        cut = Counter(questions=0, prompts=0)
         for record, questions, solved in zip(records, asked, train, strict=True):
             found = evaluate_benchmark(
                 record, questions, answerer, shots=shots, train=solved, mesh=mesh
             )
             result[f"accuracy/{record.name}"] = found.acc
             splits["unseen" if record.unseen else "seen"].append(found.acc)
+            cut.update(questions=found.truncated, prompts=found.prompts_truncated)
         means = {f"accuracy/{split}": float(np.mean(own)) for split, own in splits.items() if own}
-        return result | means
+        return result | means | {f"truncated/{what}": cut[what] for what in cut}
 
     return evaluate
 

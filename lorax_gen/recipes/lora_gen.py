@@ -14,6 +14,7 @@ from lorax_gen.artifacts.generator import Generator, make_generator, save_genera
 from lorax_gen.artifacts.identity import Identities, identify
 from lorax_gen.config import Size
 from lorax_gen.cost import generated_ranks, generator_macs, prefill_macs, train_step_macs
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import LoraGen
 from lorax_gen.mesh import hosts
@@ -23,7 +24,7 @@ from lorax_gen.models.decoder import Array, embed, kernel_shapes
 from lorax_gen.models.huggingface import load_model
 from lorax_gen.models.model import Model
 from lorax_gen.recipes.base import EdgeConfig, Load, assemble
-from lorax_gen.recipes.data import open_data
+from lorax_gen.recipes.data import needs_end_of_text, open_data
 from lorax_gen.system import GeneratorSpec
 from lorax_gen.training.experiment import Experiment
 from lorax_gen.training.state import State
@@ -144,7 +145,8 @@ def end_of_text(cloud: Model) -> Array:
     is compiled, all embeddings would become a constant."""
     if cloud.is_abstract:
         return jnp.zeros(cloud.config.hidden_size, cloud.params["embed"].dtype)
-    return hosts.gather(embed(cloud.params, cloud.config, cloud.tokenizer.eos_token_id))
+    needs_end_of_text(cloud, "cloud", "meta tokens begin as copies of it")
+    return hosts.gather(embed(cloud.params, cloud.config, Encoder.of(cloud).end_of_text))
 
 
 def count_work(config: LoraGenConfig, spec: GeneratorSpec, batch: Batch) -> dict[str, float]:

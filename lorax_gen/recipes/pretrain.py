@@ -24,6 +24,7 @@ from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.models.huggingface import load_model, save_model
 from lorax_gen.models.model import Model
 from lorax_gen.recipes.base import Data, Load, RecipeConfig, assemble
+from lorax_gen.recipes.data import check_positions
 from lorax_gen.tokenizers import word_level
 from lorax_gen.training.experiment import Experiment
 from lorax_gen.training.state import State
@@ -82,6 +83,7 @@ def experiment(
     world = make_world(config.world_seed)
     tokenizer = word_level(vocabulary(world))
     shape = config.decoder(len(tokenizer))
+    check_positions("document_length", config.document_length, shape, "the model")
 
     def trained(state: State) -> Model:
         return Model(shape, state["params"], tokenizer)
@@ -108,7 +110,7 @@ def experiment(
     return assemble(
         config,
         mesh,
-        lessons_and_exercises(config, world, Encoder(tokenizer), over),
+        lessons_and_exercises(config, world, Encoder(tokenizer, vocab_size=len(tokenizer)), over),
         init=lambda: (decoder.init_params(jax.random.key(config.run.seed), shape), {}),
         loss=pretraining_loss(shape, execution=Execution(constrain=constrain)),
         frozen={},

@@ -1,12 +1,88 @@
 """`lorax-gen generate`: what is printed for questions, and which options are refused."""
 
+import io
+
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from lorax_gen import cli, generate_text, load_model
+from lorax_gen.models.decoder import DecoderConfig
+from lorax_gen.models.huggingface import save_model
+from lorax_gen.models.model import Model
 
 
 def test_a_context_stands_before_every_question(call, models):
     _, out, _ = call("generate", "apple :", "--edge", models / "edge", "--context", "red box")
     _, same, _ = call("generate", "red box apple :", "--edge", models / "edge")
     assert out.split(":")[1] == same.split(":")[1]
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory, random_params):
+    """A model of bytes, which continues a text with a new line at its end in another way."""
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    config = DecoderConfig(256, 16, 16, 1, 2, 1, 8)
+    path = tmp_path_factory.mktemp("bytes") / "model"
+    save_model(path, Model(config, random_params(config, 3), tokenizer))
+    return path
+
+
+def test_the_same_text_is_continued_however_it_is_given(call, bytes_model, tmp_path, monkeypatch):
+    """As in Python, and printed as the text with its continuation and nothing else."""
+    text = "### Response:\n"
+    [written] = generate_text(load_model(bytes_model), [text], max_new_tokens=6)
+    assert written != generate_text(load_model(bytes_model), [text.strip()], max_new_tokens=6)[0]
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    for given in (text, "@prompt.txt", "-"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\n"))
+        words = ["generate", given, "--model", bytes_model, "--max-new-tokens", 6]
+        assert call(*words) == (0, f"{text}{written}\n", "")
+    words = ["generate", "--model", bytes_model, "--max-new-tokens", 6, "--", "@@x", "-y"]
+    _, out, _ = call(*words)
+    assert out.startswith("@x") and "\n-y" in out
+
+
+def test_what_is_between_context_and_question_is_said(call, bytes_model):
+    def generate(*words):
+        return call("generate", *words, "--model", bytes_model, "--max-new-tokens", 6)[1]
+
+    found = {}
+    for given in ("", " ", "\n\n"):
+        found[given] = generate("apple", "--context", "red box", "--separator", given)
+        assert found[given] == generate(f"red box{given}apple").removeprefix(f"red box{given}")
+    assert len(set(found.values())) == 3
+    assert generate("apple", "--context", "red box") == found[" "]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["-", "-"], "- is given twice"),
+        (["a", "-", "--context", "-"], "- is given twice"),
+        (["a", "--chat", "--separator", ""], "--separator has no use with --chat"),
+        (["@missing"], "cannot read the prompt file missing"),
+        (["a", "--context", "@missing"], "cannot read the prompt file missing"),
+        (["caf\udce9"], "the text is not UTF-8"),
+        (["a", "--stop", "caf\udce9"], "the text is not UTF-8"),
+        (["a", "--card", "caf\udce9"], "the text is not UTF-8"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused(refused, models, words, message):
+    assert message in refused("generate", "--edge", models / "edge", *words)
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_an_error(models, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "café", "--edge", str(models / "edge")])
+    assert stop.value.code == 2
+    assert "cannot show 'é' in ascii; set PYTHONIOENCODING=utf-8" in capfd.readouterr().err
 
 
 def test_a_single_text_is_streamed_as_it_would_be_printed(generate):

@@ -32,8 +32,8 @@ def test_a_specialised_edge_answers_through_its_card(call, specialize, models, t
 
 
 def test_a_prompt_comes_from_a_file_or_from_standard_input(call, specialize, tmp_path, monkeypatch):
-    (tmp_path / "prompt.txt").write_text(PROMPT)
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    (tmp_path / "prompt.txt").write_text(f"{PROMPT}\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\r\n".encode())))
     for i, prompt in enumerate((PROMPT, "@prompt.txt", "-")):
         assert call(*specialize(prompt, "--output", f"{i}"))[0] == 0
     cards = [(tmp_path / f"{i}").read_bytes() for i in range(3)]
@@ -47,8 +47,10 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(call, specialize, tmp
         ("thing " * 60, "a prompt of 61 tokens is longer than the 38 positions"),
         ("@nowhere.txt", "cannot read the prompt file nowhere.txt"),
         ("@.", "cannot read the prompt file"),
+        ("Sort each caf\udce9 .", "the text is not UTF-8"),
+        (" \n ", "the prompt is empty"),
     ],
-    ids=["empty", "long", "missing file", "directory"],
+    ids=["empty", "long", "missing file", "directory", "no text", "blank"],
 )
 def test_a_prompt_that_cannot_be_read_is_refused(refused, specialize, tmp_path, prompt, message):
     assert message in refused(*specialize(prompt))

@@ -131,7 +131,7 @@ def test_triples_are_read_from_lines_and_from_a_list(tmp_path):
     with pytest.raises(UserError, match=r"a.json, item 2: input should be a string, not 3"):
         load_triples(listed)
     listed.write_text('[\n{"a": 1},\n{"b" 1}]')
-    with pytest.raises(UserError, match=r"a.json, line 3: not valid JSON"):
+    with pytest.raises(UserError, match=r"a.json is not valid JSON .*line 3"):
         load_triples(listed)
     listed.write_text("{}")
     with pytest.raises(UserError, match=r"a.json should hold a list of objects, not a dict"):
@@ -214,7 +214,10 @@ def test_large_tasks_are_thinned_evenly(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"Definition": None}, "a value is malformed"),
+        ({"Definition": None}, "Definition should be a text or a list of texts, not None"),
+        ({"Definition": [" "]}, "Definition should be a text"),
+        ({"Instances": "xy"}, "Instances should be a list, not 'xy'"),
+        ({"Instances": [{"input": "x", "output": {"y": 1}}]}, "output should be a text or a list"),
         ({"Instances": [{"input": "x", "output": []}]}, "output should be a text or a list"),
         ({"Instances": [{"input": 1, "output": "y"}]}, "input should be a string, not 1"),
         ({"Instances": [{"output": "y"}]}, "no column 'input'"),
@@ -234,7 +237,7 @@ def test_what_is_no_archive_is_named(tmp_path):
         with pytest.raises(UserError, match=rf"cannot read {path}.*expected a tar archive"):
             load_tasks(path)
     (tmp_path / "task.json").write_text("{")
-    with pytest.raises(UserError, match=r"task.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"task.json is not valid JSON"):
         load_tasks(tmp_path)
     (tmp_path / "task.json").write_text("[]")
     with pytest.raises(UserError, match=r"task.json: expected an object, not a list"):

@@ -203,6 +203,26 @@ def test_what_is_too_long_is_dropped_and_replaced_by_its_own_source(encoder, par
     assert f"{again.counts[f'dropped_{part}s']:,} {part}s" in again.summary()
 
 
+@pytest.mark.parametrize("part", ["instruction", "questions", "shots"])
+def test_a_huge_text_is_dropped_before_it_is_tokenised(encoder, part, monkeypatch):
+    def episode(self, index, rng, shots, queries):
+        found, huge = Numbered.episode(self, index, rng, shots, queries), "a0 " * 10**6
+        text = {"instruction": huge, "questions": ((huge, " a0"),) * queries, "shots": (huge,)}
+        return found if index % 2 else dataclasses.replace(found, **{part: text[part]})
+
+    def encode(self, text):
+        assert len(text) < 10**6
+        return encoded(self, text)
+
+    encoded = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", encode)
+    sources = [type("Huge", (Numbered,), {"episode": episode})("task0", 8), Numbered("task1", 8)]
+    mixture = mix(Encoder(encoder.tokenizer), sources, prompts=16)
+    mixture.batch(0)
+    named = {"instruction": "dropped_prompts", "questions": "dropped_questions"}
+    assert mixture.counts[named.get(part, "shots_left_out")] >= 4
+
+
 def test_a_source_that_never_fits_is_an_error(encoder):
     long = dict.fromkeys(range(12), "question")
     with pytest.raises(UserError, match="samples of task0 in a row are too long for prompt_length"):

@@ -1,10 +1,14 @@
 """Batches are a function of (seed, step), mark exactly what is trained, and cut nothing."""
 
+import copy
 from collections import Counter
+from typing import ClassVar
 
 import chex
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.data.tasks import Task, behind_prompt
@@ -134,7 +138,105 @@ def test_an_answer_brings_what_parts_it_from_its_question(encoder):
     for question, answer in (("say it", " red"), ("say it\n", "red"), ("say it ", "red")):
         assert encoder.joined(question, answer) == encoder.row("say it", "red")
     ids, start = encoder.joined("apple be", "ll red")
-    assert (text_of(encoder, ids), start) == ("apple bell red", 3)
+    assert (text_of(encoder, ids), start) == ("apple bell red", 2)  # `bell` is part of the answer
+
+
+class Around:
+    """Tokenizers of words that add something to a text by themselves."""
+
+    IDS: ClassVar = {"<bos>": 0, "<eos>": 1, "<sep>": 2, "<unk>": 3, "say": 4, "it": 5, "red": 6}
+
+    @classmethod
+    def make(cls, around=None, before="", after=""):
+        """`around`: a template of the post-processor; `before`, `after`: of the normaliser."""
+        tokenizer = Tokenizer(models.WordLevel(cls.IDS, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        steps = [normalizers.Prepend(before)] if before else []
+        steps += [normalizers.Replace(Regex("$"), after)] if after else []
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        if around:
+            special = [(name, cls.IDS[name]) for name in ("<bos>", "<eos>", "<sep>")]
+            tokenizer.post_processor = processors.TemplateProcessing(around, special_tokens=special)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        )
+
+
+@pytest.mark.parametrize(
+    "added, bos",
+    [
+        ({}, []),
+        ({"around": "<bos> $A"}, [0]),
+        ({"around": "<bos> $A <eos>"}, [0]),
+        ({"around": "$A <eos>"}, []),
+        ({"around": "<bos> <bos> $A <sep>"}, [0]),
+        ({"around": "$A <sep> <eos>"}, []),
+        ({"before": "<bos> "}, [0]),
+        ({"before": "<bos> ", "around": "<bos> $A <eos>"}, [0]),
+        ({"after": " <eos>"}, []),
+        ({"after": " <eos> <eos>", "around": "<bos> $A"}, [0]),
+    ],
+    ids=str,
+)
+def test_what_a_tokenizer_adds_moves_no_mark(added, bos):
+    """A row is BOS, if at all, the question, the answer and one end of text; the last two count."""
+    batch = question_batch(Encoder(Around.make(**added)), [("say it", "red"), ("say", "it red")], 8)
+    rows = [row[: 1 + np.flatnonzero(row == 1)[0]].tolist() for row in batch["tokens"]]
+    assert rows == [[*bos, 4, 5, 6, 1], [*bos, 4, 5, 6, 1]]
+    marked = [row[mask].tolist() for row, mask in zip(*batch.values(), strict=True)]
+    assert marked == [[6, 1], [5, 6, 1]]
+
+
+def test_an_answer_that_is_merged_with_its_question_begins_at_the_merged_token():
+    """`ab` + `c` are the tokens a, bc: counted by tokens of the question, none would be left."""
+    ids = {"<eos>": 0, "a": 1, "b": 2, "c": 3, "bc": 4, "x": 5}
+    tokenizer = Tokenizer(models.BPE(ids, [("b", "c")]))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
+    assert encoder.joined("ab", "c") == ([1, 4, 0], 1)
+    assert encoder.joined("ab", "x") == ([1, 2, 5, 0], 2)
+
+
+def test_an_answer_with_nothing_before_it_is_refused():
+    encoder = Encoder(Around.make())
+    assert encoder.joined("", "red") == ([6, 1], 0)
+    with pytest.raises(UserError, match="an answer has no token before it"):
+        question_batch(encoder, [("say", "it"), ("", "red")], 8)
+    batch = question_batch(encoder, [("", "red")], 8, full_sequence=True)
+    assert batch["answer"].sum() == 2
+
+
+def test_padding_is_a_row_of_the_embedding(encoder):
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    size = len(encoder.tokenizer)
+    assert Encoder(tokenizer).pad_id == size
+    assert Encoder(tokenizer, vocab_size=size).pad_id == 0
+
+
+def test_an_answer_that_writes_its_end_out_gets_no_second(encoder):
+    assert encoder.row("say it", "red <eos>") == encoder.row("say it", "red")
+
+
+def test_ids_beyond_the_vocabulary_are_refused(encoder):
+    small = Encoder(encoder.tokenizer, vocab_size=len(encoder.tokenizer) - 1)
+    small.encode("say it")
+    (last,) = encoder.tokenizer.convert_ids_to_tokens([small.vocab_size])
+    for text in (last, f"say {last} it"):
+        with pytest.raises(UserError, match=rf"{small.vocab_size}.*vocabulary"):
+            small.encode(text)
+        with pytest.raises(UserError, match="vocabulary"):
+            question_batch(small, [("say it", text)], 8)
+    with pytest.raises(UserError, match="vocabulary"):
+        Encoder(encoder.tokenizer, vocab_size=3).joined("", "")
+
+
+def test_a_tokenizer_without_an_end_of_text_makes_no_row(encoder):
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.eos_token = None
+    endless = Encoder(tokenizer)
+    assert endless.encode("say it") == encoder.encode("say it")
+    with pytest.raises(UserError, match="the tokenizer has no end of text"):
+        endless.joined("say it", " red")
 
 
 def test_an_encoder_puts_a_bos_in_front_as_it_is_told(encoder):

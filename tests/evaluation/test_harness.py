@@ -245,9 +245,18 @@ def test_the_models_of_lm_eval_stay_in_the_registry():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_task_that_lm_eval_does_not_have_is_named(capsys):
-    with pytest.raises(UserError, match="Tasks not found: no_such_task; `lorax-gen lm-eval ls"):
-        harness.main(["--model", "lorax_gen", "--tasks", "no_such_task"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tasks", "no_such_task"], "Tasks not found: no_such_task; `lorax-gen lm-eval ls"),
+        ([], "No tasks specified"),
+        (["--tasks", "piqa", "--log_samples"], "lm-eval: Specify --output_path"),
+    ],
+    ids=["unknown task", "no task", "no path"],
+)
+def test_what_lm_eval_refuses_is_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        harness.main(["--model", "lorax_gen", *options])
 
 
 def test_what_was_answered_is_kept_for_the_next_time(ours, monkeypatch):
@@ -304,8 +313,14 @@ def test_generation_options_are_translated():
         "stop": [], "max_new_tokens": 256, "temperature": 0.7, "top_k": None, "top_p": 0.9,
         "seed": 0,
     }  # fmt: skip
-    with pytest.raises(UserError, match="num_beams=4"):
-        generation_options({"num_beams": 4})
+    for asked, message in (
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"until": [1]}, "stop: .*expected str"),
+        ({"max_gen_toks": "x"}, "cannot be used"),
+        ({"do_sample": True, "temperature": 1.0, "seed": "x"}, "seed: expected int"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generation_options(asked)
 
 
 @pytest.mark.parametrize(
@@ -315,8 +330,36 @@ def test_generation_options_are_translated():
         ({"card": "a", "prompt": "b"}, "give one of them"),
         ({"dtype": "int8"}, "choose one of float32"),
         ({"max_length": 10**6}, "choose from 1 to"),
+        ({"max_length": "64"}, "max_length is '64', expected int"),
+        ({"max_length": True}, "max_length is True, expected int"),
+        ({"batch_size": "many"}, "batch_size is 'many': choose auto, or a number"),
+        ({"batch_size": 0}, "batch_size is 0: choose"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch is 0"),
+        ({"prompt": 12}, "prompt is 12, .* a text is written in quotes: prompt='12'"),
+        ({"edge": None}, "edge is None, expected str"),
+        ({"parallelize": True}, "unknown key parallelize"),
     ],
 )
 def test_model_args_out_of_range_are_named(directory, options, message):
     with pytest.raises(UserError, match=message):
         make(directory, **options)
+
+
+def test_what_lm_eval_passes_to_every_model_is_taken(directory):
+    edge, own = str(directory / "edge"), {"batch_size": "auto:4", "max_batch_size": 8}
+    own |= {"device": "cuda:0"}
+    flags = {"edge": edge, "trust_remote_code": True}  # what its flag of that name makes
+    assert HarnessModel.create_from_arg_obj(flags, own).most_rows is None
+    text = f"edge={edge},max_length=32"
+    found = HarnessModel.create_from_arg_string(text, own | {"batch_size": "8"})
+    assert (found.most_rows, found.max_length) == (8, 32)
+    with pytest.raises(UserError, match="batch_size is an option of lm-eval's own; use --batch"):
+        HarnessModel.create_from_arg_obj({"edge": edge, "batch_size": 2}, own)
+
+
+def test_the_prompt_is_that_of_specialize(directory, tmp_path):
+    """In --model_args, of a file with what an editor adds, and in Python."""
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbf" + PROMPTS[0].encode() + b"\r\n")
+    given = make(directory, prompt=PROMPTS[0]).model.fingerprint
+    assert make(directory, prompt=f"@{tmp_path}/prompt.txt").model.fingerprint == given
+    assert make(directory, prompt=PROMPTS[0] + "\n x").model.fingerprint != given

@@ -305,3 +305,22 @@ def test_a_choice_without_tokens_is_named(gemma):
         score_items(gemma, [ChoiceItem((([], [1]),), "item 5")])
     with pytest.raises(UserError, match="has no choices"):
         score_items(gemma, [ChoiceItem(())])
+
+
+@pytest.mark.parametrize("pair", [([V, 1], [2]), ([1], [2, -1]), ([1], [V + 5])], ids=str)
+def test_tokens_beyond_the_vocabulary_are_refused(model, pair):
+    with pytest.raises(UserError, match=rf"the model's vocabulary has {V} ids"):
+        score_items(model, [ChoiceItem((pair,))])
+
+
+def test_a_context_of_nothing_needs_a_token_to_stand_for_it():
+    tokenizer = word_level(["a"])
+    tokenizer.bos_token = tokenizer.eos_token = None
+    assert encode_pair(tokenizer, "a", " a", bos=False) == ([4], [4])
+    with pytest.raises(UserError, match="no BOS or end of text"):
+        encode_pair(tokenizer, "", "a", bos=False)
+
+
+def test_a_choice_that_is_not_unicode_is_refused(model):
+    with pytest.raises(UserError, match="the text is not UTF-8"):
+        encode_item(model, ["a"], [" caf\udce9"])

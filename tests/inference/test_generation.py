@@ -451,6 +451,11 @@ def test_an_option_out_of_range_is_named(options, message, model):
     assert "\n" not in str(error.value)
 
 
+def test_a_single_string_is_no_batch(model):
+    with pytest.raises(UserError, match=r"texts is a string, .* pass \[text\]"):
+        generate_text(model, "apple")
+
+
 def test_a_text_without_tokens_is_refused():
     model = scripted({"a": ["b"]})
     with pytest.raises(UserError, match="the text '' has no tokens to continue"):
@@ -515,3 +520,100 @@ def test_caches_are_split_by_rows_and_heads(mesh, spread):
     held = (8 // row_shards(mesh), 8, size[1] // mesh.shape["tensor"], size[0])
     for leaf in jax.tree.leaves(state.cache):
         assert leaf.addressable_shards[0].data.shape == held
+
+
+# --- stop strings and special tokens -------------------------------------------------------------
+
+END, SEP = "<|im_end|>", "<|sep|>"
+
+
+def chatty(script):
+    """As `scripted` behind an `a`, with `END` and `SEP` as special tokens that end no text."""
+    tokenizer = byte_tokenizer([])
+    tokenizer.add_special_tokens({"additional_special_tokens": [END, SEP]})
+    ids = [tokenizer.convert_tokens_to_ids(p) if len(p) > 1 else ord(p) for p in script]
+    return follow(tokenizer, {ord("a"): ids})
+
+
+@pytest.mark.parametrize(
+    "script, stop, expected",
+    [
+        (["b", END, "c"], [END], "b"),  # a special token alone
+        (["b", "c", END, "\n", "d"], [f"{END}\n"], "bc"),  # with text after it
+        (["b", "c", END, "d"], [f"c{END}"], "b"),  # and before it
+        (["b", SEP, "c", END, "d"], [END], "bc"),  # another one before it
+        (["b", SEP, "c", END, "d"], [f"{SEP}c{END}"], "b"),  # from one to the other
+        (["b", END, "c", "d"], ["end|>c"], "b"),  # begins within a special token's text
+        (["b", END, "c", "d"], ["<|im"], "b"),
+        (["b", SEP, "c", "d"], ["bc"], ""),  # of the text that is returned
+        (["b", SEP, "c", "d"], ["zz", END], "bcd"),  # none is written
+        (["b", "c"], [f"c{EOS}"], "b"),  # with the model's own end of text
+        (["b", END, "c", SEP, "d"], ["d", SEP, f"{END}c"], "b"),  # the first to be complete
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, CHUNK])
+def test_a_stop_string_may_contain_special_tokens(script, stop, expected, chunk, monkeypatch):
+    monkeypatch.setattr(generation, "CHUNK", chunk)
+    (yielded,) = stream(chatty(script), ["a"], stop=stop)
+    assert yielded[-1] == expected
+    assert all(expected.startswith(text) for text in yielded)
+
+
+def test_a_text_before_the_special_token_of_a_stop_string_is_held_back(token_by_token):
+    (yielded,) = stream(chatty(["b", "c", END, "d"]), ["a"], stop=[f"c{END}\n"])
+    assert yielded[:4] == ("b", "b", "b", "bcd")
+
+
+def test_cleaning_of_spaces_takes_nothing_back(token_by_token):
+    """`do n ' t` becomes `don't` when the last of it is written."""
+    words = "a do n ' t go , he said . x".split()
+    ids = {EOS: 0, **{word: i for i, word in enumerate(words, 1)}}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=True
+    )
+    model = follow(tokenizer, {1: [ids[word] for word in words[1:]]})
+    (yielded,) = stream(model, ["a"])
+    assert yielded[-1] == "don't go, he said. x"
+    (yielded,) = stream(model, ["a"], stop=[", he"])
+    assert yielded[-1] == "don't go"
+
+
+def test_without_any_stop_token_a_text_goes_on_to_the_most_tokens():
+    model = dataclasses.replace(scripted({"a": list("bcd")}), tokenizer=byte_tokenizer([]))
+    model.tokenizer.eos_token = None
+    model = dataclasses.replace(model, stop_ids=())
+    assert model.stop_ids == ()
+    (text,) = generate_text(model, ["a"], max_new_tokens=12)
+    assert text.startswith("bcd")
+
+
+def test_a_continuation_in_context_begins_with_its_space(model):
+    (alone,) = generate_text(model, TEXTS[:1], max_new_tokens=4)
+    (found,) = generate_text(model, TEXTS[:1], max_new_tokens=4, in_context=True)
+    assert found == f" {alone}" != alone
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud83d", "a\udfff"])
+def test_a_text_that_is_not_unicode_is_refused(model, text):
+    for texts, options in (([text], {}), (["apple"], {"stop": [text]})):
+        with pytest.raises(UserError, match="the text is not UTF-8"):
+            generate_text(model, texts, **options)
+
+
+@pytest.mark.parametrize("ids", [[1, SIZE], [-1, 5], [2**40]])
+def test_token_ids_that_the_model_does_not_have_are_refused(ids):
+    with pytest.raises(UserError, match=f"the model's vocabulary has {SIZE} ids from 0"):
+        generate_text(scripted({"a": ["b"]}), [ids])
+
+
+def test_token_ids_that_are_no_integers_are_refused(model):
+    with pytest.raises(UserError, match="token ids should be integers"):
+        generate_text(model, [[1, 1.5]])
+
+
+def test_a_huge_text_is_refused_before_it_is_tokenised(model, monkeypatch):
+    monkeypatch.setattr(type(model), "encode", None)
+    with pytest.raises(UserError, match="a text of 20,000,000 characters is longer than 2,048 to"):
+        generate_text(model, ["apple bell" * 2_000_000])

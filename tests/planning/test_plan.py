@@ -291,7 +291,7 @@ def test_an_int8_cloud_is_sent_in_half_the_bytes(config, libtpu):
 
 
 def test_what_a_tpu_cannot_hold_is_refused(config, libtpu):
-    long = {"prompts": 4096, "mesh": MeshConfig(), "data": WorldConfig(prompt_length=2048)}
+    long = {"prompts": 16384, "mesh": MeshConfig(), "data": WorldConfig(prompt_length=508)}
     report = plan.make_plan(change(config, **long), "v5e:2x2")
     assert not report["fits"] and report["memory"]["method"] == "refused"
     assert report["memory"]["needed"] > report["memory"]["usable"]

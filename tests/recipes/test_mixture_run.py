@@ -71,6 +71,7 @@ def test_a_mixture_trains_and_what_it_trained_is_released(
     assert all(row["tokens_per_second"] > 0 for row in steps)
     assert set(evaluation) == {
         "step", "accuracy/boolq", "accuracy/winogrande", "accuracy/seen", "accuracy/unseen",
+        "truncated/questions", "truncated/prompts",
     }  # fmt: skip
     assert evaluation["accuracy/unseen"] == evaluation["accuracy/winogrande"]
     if recipe == "lora_gen":
