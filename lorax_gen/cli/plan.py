@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import sys
 from typing import Annotated
 
 import tyro
@@ -63,7 +66,12 @@ def run_config(name: str, overrides: list[str], target: Target = Target()) -> in
     target = parsed.target
     if target.output is not None:
         files.must_be_new(target.output)
-    report = make_plan(parsed.config, target.topology, target.utilisation)
+    try:
+        report = make_plan(parsed.config, target.topology, target.utilisation)
+    except KeyboardInterrupt:
+        # Nothing is half-written, and to end in order would wait for the compiler, or crash in it.
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     print_plan(report)
     if target.output is not None:
         with files.new_file(target.output) as path:

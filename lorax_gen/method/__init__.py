@@ -3,8 +3,9 @@
 Pure functions over arrays and plain dicts of arrays: insert meta tokens after a prompt and read
 their states (`meta_tokens`), route each state to gates over the experts (`router`), sum the gated
 experts into a LoRA (`experts`), balance the experts (`balance`), apply or merge the LoRA (`lora`).
-`generator` composes them. Nothing here depends on a transformer, tokenizer, file or mesh; equation
-numbers in the docstrings are the paper's.
+`generator` composes them. Nothing here depends on a transformer, tokenizer, file or mesh; under a
+mesh with explicit axes results are sharded as `explicit` says. Equation numbers in the docstrings
+are the paper's.
 
 Dims: this is the legend of the package; a module lists only letters that it adds or redefines.
 

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lorax_gen.method.explicit import shards
 
 Array = jax.Array
 
@@ -36,6 +39,7 @@ def expert_load(gates: Array) -> Array:
     return gates.mean(0)
 
 
+@shards(lambda gates, *_, **__: P())
 def gate_distance(gates: Array, axis_name: str | None = None) -> Array:
     """How differently prompts are routed: 0 if all have equal gates, 1 if no two share an expert.
 

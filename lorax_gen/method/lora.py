@@ -11,8 +11,10 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from lorax_gen.errors import UserError
+from lorax_gen.method.explicit import shards
 
 Array = jax.Array
 Tree = dict[str, dict[str, Array]]
@@ -46,6 +48,7 @@ def scaled(tree: Tree, s: float) -> Tree:
     return {name: {"a": pair["a"], "b": pair["b"] * s} for name, pair in tree.items()}
 
 
+@shards(lambda x, pair: P(*x[:-1], pair["b"][-1]))
 def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
     """The low-rank term of eq. 1, (x A) B, for one layer's pair, in the dtype of `x`.
 
@@ -88,6 +91,7 @@ def check_fits(tree: Tree, shapes: Mapping[str, tuple[int, int]], layers: int) -
             )
 
 
+@shards(lambda kernels, tree: kernels)
 def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     """Eq. 1: kernels with W~ = W + A B, added in fp32 and rounded once to the kernel's dtype.
 
@@ -110,6 +114,7 @@ def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     return merged
 
 
+@shards(lambda tree, index: jax.tree.map(lambda leaf: P(leaf[0], *leaf[2:]), tree))
 def take_example(tree: Tree, index: int) -> Tree:
     """One example's shared tree from a per-example one: `[L, B, ...] -> [L, ...]`."""
     return jax.tree.map(lambda leaf: leaf[:, index], tree)

@@ -8,6 +8,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lorax_gen.method.explicit import shards
 
 Array = jax.Array
 
@@ -29,6 +32,7 @@ def init_meta_tokens(
     return embedding.astype(jnp.float32) + perturbation
 
 
+@shards(lambda embeddings, *_, **__: P(embeddings[0], None, embeddings[2]))
 def insert_meta_tokens(embeddings: Array, lengths: Array, meta: Array, layers: int) -> Array:
     """Writes the meta tokens to positions `length .. length + L - 1` of every row.
 
@@ -50,6 +54,7 @@ def insert_meta_tokens(embeddings: Array, lengths: Array, meta: Array, layers: i
     return jax.vmap(insert_row)(padded, lengths)
 
 
+@shards(lambda hidden, *_, **__: P(hidden[0], None, hidden[2]))
 def read_meta_states(hidden: Array, lengths: Array, layers: int) -> Array:
     """The states T^1 .. T^L at the meta positions: `[B, T + L, D] -> [B, L, D]`."""
 

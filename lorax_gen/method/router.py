@@ -7,6 +7,10 @@ Dims beyond the legend (`lorax_gen.method`): H router width.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lorax_gen.errors import UserError
+from lorax_gen.method.explicit import shards
 
 Array = jax.Array
 Params = dict[str, Array]
@@ -41,6 +45,7 @@ def init_router(
     return params, stats
 
 
+@shards(lambda params, stats, states, **_: (P(*states[:2], params["w2"][-1]), stats))
 def router_logits(
     params: Params,
     stats: Params,
@@ -99,6 +104,7 @@ def _batch_statistics(logits: Array, axes: tuple[int, ...], axis_name: str | Non
     return {"mean": mean, "var": global_mean(jnp.square(logits - mean))}
 
 
+@shards(lambda logits, k: logits)
 def keep_top_k(logits: Array, k: int) -> Array:
     """Eq. 6, 7: softmax over all N, keep the K largest, renormalise them to sum 1.
 
@@ -111,7 +117,12 @@ def keep_top_k(logits: Array, k: int) -> Array:
 
     Returns:
       gates `[..., N]` fp32.
+
+    Raises:
+      UserError: K is not between 1 and N.
     """
+    if not 1 <= k <= logits.shape[-1]:
+        raise UserError(f"k is {k} for {logits.shape[-1]} experts: choose 1 up to all of them")
     kept, indices = jax.lax.top_k(logits, k)
     gates = jnp.maximum(jax.nn.softmax(kept), jnp.finfo(kept.dtype).tiny)
     one_hot = jax.nn.one_hot(indices, logits.shape[-1], dtype=gates.dtype)

@@ -17,7 +17,6 @@ import dataclasses
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +37,7 @@ from lorax_gen.models.config_json import read_config
 from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
 from lorax_gen.models.model import Model
 from lorax_gen.planning import hlo, memory
+from lorax_gen.planning.compiling import compile_aloud
 from lorax_gen.planning.topology import Absent, find_devices
 from lorax_gen.recipes.base import EdgeConfig, RecipeConfig
 from lorax_gen.recipes.lora_gen import LoraGenConfig
@@ -146,18 +146,23 @@ def abstract_step(config: RecipeConfig, devices: list) -> Step:
 # --- memory and collectives ----------------------------------------------------------------------
 
 
-def compile_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | None]:
+def compile_step(
+    step: Step, what: str = "the train step"
+) -> tuple[dict[str, Any], dict[str, hlo.Traffic] | None]:
     """Memory and collectives of the step as compiled for the mesh's devices.
 
     Where it does not fit, XLA gives no program, only the memory that it would need. Collectives
     are also None where libtpu is newer than jaxlib and jaxlib cannot read its programs.
+
+    Args:
+      what: names what is compiled, for the user who waits.
     """
     held = arguments(step)["total"]
     jitted = jit_step(step.experiment.train_step(), step.state, step.mesh)
     with jax.set_mesh(step.mesh):
         lowered = jitted.lower(step.state, step.frozen, step.batch)
         try:
-            compiled = lowered.compile()
+            compiled = compile_aloud(lowered.compile, what)
         except jax.errors.JaxRuntimeError as error:
             return read_out_of_memory(str(error), held), None
     sizes = compiled.memory_analysis()
@@ -326,12 +331,9 @@ def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> 
         needs, traffic = estimate_step(step)
     else:
         names = " and ".join(model["name"] for model in models.values()) or "the model"
-        print(
-            f"compiling the train step of {names} for {len(devices)} x {chip.kind}; for models of "
-            "billions of parameters it takes minutes ...",
-            file=sys.stderr,
+        needs, traffic = compile_step(
+            step, f"the train step of {names} for {len(devices)} x {chip.kind}"
         )
-        needs, traffic = compile_step(step)
     usable = int(chip.usable * GIB)
     work = step.experiment.work(step.batch)
     flops = {"useful": work["flops"], "executed": work["executed"]}

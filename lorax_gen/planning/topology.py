@@ -10,6 +10,7 @@ from typing import Any
 
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.chips import Chip, find_chip
+from lorax_gen.planning.compiling import plain_signals
 
 # Names that `--topology` takes.
 TPUS = {
@@ -88,3 +89,5 @@ def tpu_devices(topology: str) -> list:
         return topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:  # from libtpu: an unsupported shape
         raise UserError(f"no topology {topology}: {str(error).splitlines()[0]}") from None
+    finally:
+        plain_signals()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorax_gen.errors import UserError
-from lorax_gen.method import apply_lora, compose, init_pool, merge, take_example
+from lorax_gen.method import apply_experts, apply_lora, compose, init_pool, merge, take_example
 
 B, L, N, K, D, F, R = 3, 2, 5, 2, 6, 7, 4
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles much faster than the default
@@ -145,3 +145,30 @@ def test_vmap_over_tasks_equals_the_batched_call(pool, gates, composition):
 def test_an_unknown_composition_is_refused(pool, gates):
     with pytest.raises(UserError, match="'sum': choose one of factors, products"):
         compose(pool, gates, "sum", K)
+
+
+def test_gates_of_other_experts_or_layers_are_refused_with_both_sizes(pool, gates):
+    layers = " in each of 2 layers" if pool["up"]["a"].ndim == 4 else ""
+    expected = rf"'down' has 5 experts{layers}, but the gates are \(3, 2, 4\)"
+    for composition in ("factors", "products"):
+        with pytest.raises(UserError, match=expected):
+            compose(dict(sorted(pool.items())), gates[..., :4], composition)
+    if layers:
+        with pytest.raises(UserError, match=r"5 experts in each of 2 layers, .* are \(3, 1, 5\)"):
+            composed(pool, gates[:, :1])
+    pair = {"a": np.zeros((N, D, R)), "b": np.zeros((N, R, F))}
+    with pytest.raises(UserError, match=r"5 experts, but the gates are \(3, 4\)"):
+        apply_experts(np.zeros((B, 1, D)), pair, gates[:, 0, :4])
+
+
+def test_products_refuse_gates_that_top_k_would_drop(pool, gates):
+    with pytest.raises(UserError, match=r"top_k is 1, but 2 gates of a row are not zero.*choose 2"):
+        compose(pool, gates, "products", 1)
+    for k in (K, K + 1, None):  # more is not wrong, but in the rank
+        assert compose(pool, gates, "products", k)["up"]["b"].shape[-2] == (k or N) * R
+
+
+@pytest.mark.parametrize("k", [0, N + 1])
+def test_a_top_k_that_the_pool_does_not_have_is_refused(pool, gates, k):
+    with pytest.raises(UserError, match=f"top_k is {k} for 5 experts: choose 1 up to all"):
+        composed(pool, gates, "products", k)

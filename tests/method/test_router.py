@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax_gen.errors import UserError
 from lorax_gen.method import gumbel, init_router, keep_top_k, router_logits
 
 B, L, D, H, N = 8, 3, 6, 10, 5
@@ -155,6 +156,12 @@ def test_keep_top_k_follows_eq_6_and_7_step_by_step(k):
     np.testing.assert_allclose(gates, expected, rtol=1e-5)
     np.testing.assert_allclose(gates.sum(-1), np.ones(40), rtol=1e-6)
     assert ((gates > 0).sum(-1) == k).all()
+
+
+@pytest.mark.parametrize("k", [-1, 0, N + 1])
+def test_keep_top_k_refuses_more_or_fewer_experts_than_there_are(k):
+    with pytest.raises(UserError, match=f"k is {k} for 5 experts: choose 1 up to all of them"):
+        keep(np.zeros(N, np.float32), k)
 
 
 def test_keep_top_k_equals_a_softmax_over_the_kept_logits():
