@@ -10,7 +10,7 @@ import numpy as np
 
 from lorax_gen.errors import UserError
 from lorax_gen.prompts import check_size
-from lorax_gen.tokenizers import adds_bos, encode
+from lorax_gen.tokenizers import adds_bos, check_ids, encode
 
 Batch = dict[str, np.ndarray]
 
@@ -85,18 +85,6 @@ def common_prefix(a: Sequence, b: Sequence) -> int:
     """The number of leading items that two sequences share."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
     return sum(1 for _ in same)
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, tokenizer) -> None:
-    """Raises UserError for a token id outside a model's vocabulary, which jax would clamp."""
-    for token in (min(ids, default=0), max(ids, default=0)):
-        if not 0 <= token < vocab_size:
-            name = tokenizer.convert_ids_to_tokens(int(token)) if 0 <= token < 2**31 else None
-            named = f"the token {name!r} has the id {token}" if name else f"{token} is a token id"
-            raise UserError(
-                f"{named}, but the model's vocabulary has {vocab_size} ids from 0; does the "
-                "tokenizer belong to another model?"
-            )
 
 
 def bucket(size: int, smallest: int = 32) -> int:

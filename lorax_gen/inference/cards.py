@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.data.tokens import Encoder, bucket, check_ids, pad_rows
+from lorax_gen.data.tokens import Encoder, bucket, pad_rows
 from lorax_gen.errors import UserError
 from lorax_gen.inference.choices import TOKENS_PER_BATCH
 from lorax_gen.inference.packing import deal
@@ -25,6 +25,7 @@ from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.models.model import Model
 from lorax_gen.prompts import check_size
 from lorax_gen.system import prompt_gates
+from lorax_gen.tokenizers import check_ids
 
 Ids = Sequence[int]
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.data.tokens import check_ids
 from lorax_gen.errors import UserError
 from lorax_gen.inference.packing import RowBatch, Text, make_batches, needed, pack
 from lorax_gen.mesh import hosts
@@ -39,6 +38,7 @@ from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params
 from lorax_gen.models.model import Model
 from lorax_gen.models.scoring import score_tokens
 from lorax_gen.prompts import check_text
+from lorax_gen.tokenizers import check_ids
 
 TOKENS_PER_BATCH = 4096
 HEAD_CHUNK = 512  # predictions of a shard per call of the head: logits [chunk, V] are large

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.data.tokens import bucket, check_ids, pad_rows
+from lorax_gen.data.tokens import bucket, pad_rows
 from lorax_gen.errors import UserError
 from lorax_gen.inference.stopping import Decoder, finished_text, settled_text
 from lorax_gen.mesh import hosts
@@ -24,7 +24,7 @@ from lorax_gen.models.decoder import Execution
 from lorax_gen.models.decoding import Sampling
 from lorax_gen.models.model import Model
 from lorax_gen.prompts import check_size, check_text
-from lorax_gen.tokenizers import chat_ids
+from lorax_gen.tokenizers import chat_ids, check_ids
 
 CHUNK = 8  # tokens between two detokenisations: few enough to stream, enough to hide their time
 
