@@ -11,7 +11,12 @@ import jax.numpy as jnp
 
 from lorax_gen.method import generator, meta_tokens
 from lorax_gen.method.experts import apply_experts
-from lorax_gen.method.generator import GeneratorConfig, gates_from_states, lora_from_gates
+from lorax_gen.method.generator import (
+    GeneratorConfig,
+    gates_from_states,
+    lora_from_gates,
+    select_kernels,
+)
 from lorax_gen.method.lora import Tree, apply_lora
 from lorax_gen.models import decoder
 from lorax_gen.models.adapter import Adapter, Apply, LowRank
@@ -20,11 +25,18 @@ from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params, ke
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorSpec:
-    """The static part of a LoRA-Gen system: the configs of the generator and of both models."""
+    """The static part of a LoRA-Gen system: the configs of the generator and of both models.
+
+    Raises UserError where a target is not a kernel of its model.
+    """
 
     generator: GeneratorConfig
     cloud: DecoderConfig
     edge: DecoderConfig
+
+    def __post_init__(self):
+        select_kernels(kernel_shapes(self.cloud), self.generator.cloud_targets, "cloud")
+        select_kernels(kernel_shapes(self.edge), self.generator.edge_targets, "edge")
 
 
 def meta_states(

@@ -10,6 +10,7 @@ import tyro
 
 from lorax_gen.cli.artifacts import generator_of
 from lorax_gen.cli.parse import UserPath
+from lorax_gen.config import Size
 from lorax_gen.errors import UserError
 from lorax_gen.prompts import read_prompt
 
@@ -43,11 +44,11 @@ class Generate:
     """The model that answers: a directory or a hub name."""
     generator: str = "world/generator"
     """Generator that the card was made with."""
-    max_new_tokens: int = 16
+    max_new_tokens: Size = 16
     """Most tokens of an answer."""
     temperature: float = 0.0
     """0 is greedy; higher is more varied."""
-    top_k: int | None = None
+    top_k: Size | None = None
     """Sample from the k most likely tokens."""
     top_p: float | None = None
     """Sample from the smallest set of most likely tokens with this total probability."""

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lorax_gen.cli.parse import UserPath
+from lorax_gen.config import Size
 from lorax_gen.prompts import read_prompt
 
 
@@ -42,9 +43,9 @@ class Specialize:
     cloud_int8: bool = False
     """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
     'lorax-gen[int8]')."""
-    fsdp: int = 1
+    fsdp: Size = 1
     """Devices that the cloud model's weights are sharded over, so that it need not fit on one."""
-    tensor: int = 1
+    tensor: Size = 1
     """Devices that heads and feed-forward width are sharded over."""
 
     def run(self) -> int:

@@ -71,11 +71,16 @@ def new_report(
     for name in report.keys() - {"device", "versions", "rows"}:
         if name == "cloud" and None in (old.get(name), report[name]):
             continue  # not every answerer needs one
-        if old.get(name) != report[name]:
-            raise UserError(
-                f"{path} is of {name} {old.get(name)!r}, this evaluation of {report[name]!r}; "
-                "choose another run directory"
-            )
+        found, ours = old.get(name), report[name]
+        if found == ours:
+            continue
+        if isinstance(found, dict) and isinstance(ours, dict):
+            key = next(key for key in {**ours, **found} if found.get(key) != ours.get(key))
+            name, found, ours = f"{name}.{key}", found.get(key), ours.get(key)
+        raise UserError(
+            f"{path} is of {name} {found!r}, this evaluation of {ours!r}; choose another run "
+            "directory"
+        )
     return report | {"cloud": report["cloud"] or old["cloud"], "rows": old["rows"]}
 
 

@@ -127,8 +127,8 @@ def init_generator(
     Raises:
       UserError: a target is not a kernel of its model.
     """
-    edge = _select(edge_shapes, config.edge_targets, "edge")
-    cloud = _select(cloud_shapes, config.cloud_targets, "cloud")
+    edge = select_kernels(edge_shapes, config.edge_targets, "edge")
+    cloud = select_kernels(cloud_shapes, config.cloud_targets, "cloud")
     router_layers = edge_layers if config.router == "per_layer" else None
     pool_layers = edge_layers if config.pool == "per_layer" else None
     meta_key, cloud_key, router_key, pool_key = jax.random.split(key, 4)
@@ -144,7 +144,8 @@ def init_generator(
     return params, stats
 
 
-def _select(shapes: Shapes, targets: tuple[str, ...], model: str) -> Shapes:
+def select_kernels(shapes: Shapes, targets: tuple[str, ...], model: str) -> Shapes:
+    """The shapes of the targets; raises UserError for one that is no kernel of the model."""
     for name in targets:
         if name not in shapes:
             raise UserError(

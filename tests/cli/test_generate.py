@@ -153,9 +153,9 @@ def test_generate_without_a_question_is_refused(refused, models):
     [
         (["--chat"], "no chat template; leave out --chat"),
         (["--temperature", "-1"], "temperature=-1.0: choose 0 (greedy) or more"),
-        (["--top-k", "0"], "top_k=0: choose at least 1"),
+        (["--top-k", "0"], "top_k is 0; expected int >= 1"),
         (["--top-p", "1.5"], "top_p=1.5: choose a probability above 0, up to 1"),
-        (["--max-new-tokens", "0"], "max_new_tokens=0: choose at least 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0; expected int >= 1"),
         (["--max-new-tokens", "9999"], "more than the 2048 positions of the model"),
         (["--stop", ""], "a stop string is empty"),
     ],

@@ -171,8 +171,8 @@ def test_a_mesh_takes_all_devices_and_one_size_may_be_left_open(devices):
         ((-1, -1, 1), "does not fit 8 devices.* one may be -1"),
         ((2, 2, 1), "uses 4 of 8 devices; set one of them to -1"),
         ((4, 4, 1), "8 devices"),
-        ((0, 1, 1), "data=0"),
-        ((-2, 1, 1), "data=-2"),
+        ((0, 1, 1), "a mesh axis has size 0"),
+        ((-2, 1, 1), "mesh.data is -2; expected int >= -1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message, devices):

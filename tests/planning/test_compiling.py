@@ -12,6 +12,14 @@ import pytest
 from lorax_gen.planning.compiling import compile_aloud
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as in a terminal, here and in what is started: a job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_it_returns_what_is_compiled_and_says_how_long_it_took(capsys):
     assert compile_aloud(lambda: 7, "a step") == 7
     before, after = capsys.readouterr().err.splitlines()
