@@ -85,7 +85,7 @@ def test_modes_may_come_in_several_calls(system, directory, tmp_path):
     assert both["rows"]["plain"] == first["rows"]["plain"]
     again = evaluate_suite(alone, NAMES, ["plain"], **options)
     assert again["cloud"] == both["cloud"] and list(again["rows"]) == ["plain", "lora_gen"]
-    with pytest.raises(UserError, match=r"of columns \{'boolq': .*, this evaluation of"):
+    with pytest.raises(UserError, match=r"of columns\.piqa \{.*, this evaluation of None"):
         evaluate_suite(alone, NAMES[:1], ["plain"], **options)
 
 
