@@ -59,11 +59,11 @@ class AdapterConfig(Struct):
     lora_ga_config: Any = None
 
 
-# Any other option must be off. These have further values that are: others of init_lora_weights,
-# such as pissa and olora, change the base model's kernels too.
+# Any other option must be off. These have values of their own that are: others of
+# init_lora_weights, such as pissa and olora, change the base model's kernels too.
 HARMLESS = {
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
-    "bias": ("none",),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "bias": (None, "none"),
 }
 OFF = (None, False, [], {}, "")
 
@@ -85,7 +85,7 @@ def read_config(raw: dict[str, Any], where: str) -> AdapterConfig:
     for name, value in raw.items():
         if name in AdapterConfig.__struct_fields__:
             continue
-        off = [*OFF, *HARMLESS.get(name, ())]
+        off = HARMLESS.get(name, OFF)
         if not any(value is each or (value == each and value.__class__ is each.__class__)
                    for each in off):  # fmt: skip
             raise UserError(f"{where} has {name}={value!r}, which is not a plain LoRA")
