@@ -125,3 +125,14 @@ def linear_experiment(run: RunConfig, batch=None) -> Experiment:
         optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0),
         mesh=make_mesh(MeshConfig()),
     )
+
+
+# The head of a config that trains the system of `write_system`; `.format(system=, family=)`.
+TINY_RUN = """\
+method: lora_gen
+cloud: {system}/cloud
+edge: {system}/edge
+prompts: 8
+queries_per_prompt: 2
+data: {{kind: world, families: [{family}]}}
+generator: {{n_experts: 4, rank: 2, alpha: 2, router_width: 8, cloud_rank: 2, cloud_alpha: 2}}"""

@@ -19,22 +19,18 @@ from lorax_gen.mesh.hosts import Hosts, initialize
 from lorax_gen.tensors import read_tensors
 from lorax_gen.training.loop import fit
 from lorax_gen.training.run import RunConfig
-from tests.tiny import linear_experiment, write_system
+from tests.tiny import TINY_RUN, linear_experiment, write_system
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = """
-method: lora_gen
-cloud: {system}/cloud
-edge: {system}/edge
-prompts: 8
-queries_per_prompt: 2
-data: {{kind: world, families: [{family}]}}
-generator: {{n_experts: 4, rank: 2, alpha: 2, router_width: 8, cloud_rank: 2, cloud_alpha: 2}}
+CONFIG = (
+    TINY_RUN
+    + """
 run: {{steps: 3, log_every: 1, checkpoint_every: 2, best: accuracy/unseen}}
 optimizer: {{learning_rate: 0.01, warmup_steps: 0}}
 # Each weight over both processes: of the four parts along fsdp, two lie in each.
 mesh: {{data: 1, fsdp: 4, tensor: 2}}
 """
+)
 LINEAR = RunConfig(steps=6, log_every=1, evaluate_every=4, checkpoint_every=2)
 
 # One of two processes. What it finds is printed as one line of JSON.

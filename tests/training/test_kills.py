@@ -20,19 +20,14 @@ import pytest
 
 from lorax_gen.data.world import FAMILIES
 from tests.data import rows
-from tests.tiny import make_generator, write_system
+from tests.tiny import TINY_RUN, make_generator, write_system
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("KILLS", "2"))
 ITEMS = 240  # of the evaluation
-CONFIG = """
-method: lora_gen
-cloud: {system}/cloud
-edge: {system}/edge
-prompts: 8
-queries_per_prompt: 2
-data: {{kind: world, families: [{family}]}}
-generator: {{n_experts: 4, rank: 2, alpha: 2, router_width: 8, cloud_rank: 2, cloud_alpha: 2}}
+CONFIG = (
+    TINY_RUN
+    + """
 run:
   steps: 60
   log_every: 1
@@ -42,6 +37,7 @@ run:
   best: accuracy/unseen
 optimizer: {{learning_rate: 0.01, warmup_steps: 2}}
 """
+)
 
 
 @pytest.fixture(scope="module")

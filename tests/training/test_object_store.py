@@ -23,19 +23,15 @@ from lorax_gen.training.loop import fit
 from lorax_gen.training.run import RunConfig
 from tests.data import rows
 from tests.stores import bucket  # noqa: F401
-from tests.tiny import PROMPTS, linear_experiment, make_generator, write_system
+from tests.tiny import PROMPTS, TINY_RUN, linear_experiment, make_generator, write_system
 
-CONFIG = """
-method: lora_gen
-cloud: {system}/cloud
-edge: {system}/edge
-prompts: 8
-queries_per_prompt: 2
-data: {{kind: world, families: [{family}]}}
-generator: {{n_experts: 4, rank: 2, alpha: 2, router_width: 8, cloud_rank: 2, cloud_alpha: 2}}
+CONFIG = (
+    TINY_RUN
+    + """
 run: {{steps: 6, log_every: 1, evaluate_every: 3, checkpoint_every: 3, keep: 1, tensorboard: true}}
 optimizer: {{learning_rate: 0.01, warmup_steps: 2}}
 """
+)
 
 # The command, in a process that dies without warning when it asks for the batch of step 5; the
 # checkpoint of step 3 is in the store by then.
