@@ -1,6 +1,5 @@
 """Object stores on this machine: what S3's and Google's clients take for the real ones."""
 
-import atexit
 import functools
 import os
 from collections.abc import Iterator
@@ -61,7 +60,6 @@ def _serve_gs() -> Iterator[dict[str, str]]:
 
 
 _servers = ExitStack()
-atexit.register(_servers.close)
 
 
 @functools.cache
@@ -78,7 +76,14 @@ def _start_store(kind: str) -> files.AnyPath:
     return store
 
 
+@pytest.fixture(scope="session")
+def servers():
+    """Ends what was started: Python would wait for a server's thread, and never come to atexit."""
+    yield
+    _servers.close()
+
+
 @pytest.fixture(params=["s3", "gs"], scope="session")
-def bucket(request):
+def bucket(request, servers):
     """The URL of a bucket in either store, for this process and those that it starts."""
     return _start_store(request.param)

@@ -13,7 +13,7 @@ import pytest
 from lorax_gen import documents, files, temporary
 from lorax_gen.errors import UserError
 from lorax_gen.tensors import write_tensors
-from tests.stores import bucket  # noqa: F401
+from tests.stores import bucket, servers  # noqa: F401
 
 
 def snapshot(directory):

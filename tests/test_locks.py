@@ -11,7 +11,7 @@ import pytest
 
 from lorax_gen import locks
 from lorax_gen.errors import UserError
-from tests.stores import bucket  # noqa: F401
+from tests.stores import bucket, servers  # noqa: F401
 
 HOLDER = """
 import sys, time
@@ -71,7 +71,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_where_nothing_can_be_locked_the_user_is_warned(tmp_path, monkeypatch):
-    monkeypatch.setattr("filelock._unix.fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     told = pytest.warns(UserWarning, match="cannot be locked .*: start only one process")
     with told, locks.only_writer(tmp_path / "run"):
         pass

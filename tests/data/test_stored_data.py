@@ -14,7 +14,7 @@ from lorax_gen.data.agent import load_agent
 from lorax_gen.data.config import MixtureConfig, open_source
 from lorax_gen.errors import UserError
 from tests.data import rows
-from tests.stores import bucket  # noqa: F401
+from tests.stores import bucket, servers  # noqa: F401
 
 TRIPLES = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(4)]
 TASK = {

@@ -22,7 +22,7 @@ from lorax_gen.training.checkpoint import Checkpoints
 from lorax_gen.training.loop import fit
 from lorax_gen.training.run import RunConfig
 from tests.data import rows
-from tests.stores import bucket  # noqa: F401
+from tests.stores import bucket, servers  # noqa: F401
 from tests.tiny import PROMPTS, TINY_RUN, linear_experiment, make_generator, write_system
 
 CONFIG = (
