@@ -1,0 +1,89 @@
+"""Frames: the text around an input that the edge model reads in place of a prompt.
+
+A generator acts on inputs in the frame that it was trained with, so the frame is stored with it.
+
+    plain     {input}
+    io        Input: {input}
+              Output:
+    chat      the user's turn in the edge model's chat template, up to where the answer begins
+    others    a text of one's own with {input} in it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lorax_gen.chat import render_chat
+from lorax_gen.errors import UserError
+from lorax_gen.prompts import check_text
+
+SLOT = "{input}"
+NAMED = {"plain": SLOT, "io": f"Input: {SLOT}\nOutput:"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A text with `{input}` in it, once, and what separates it from the answer.
+
+    Raises UserError where `{input}` is missing or repeated.
+    """
+
+    template: str = SLOT
+    separator: str = " "
+
+    def __post_init__(self):
+        check_text(self.template)
+        check_text(self.separator)
+        if self.template.count(SLOT) != 1:
+            raise UserError(
+                f"the frame {self.template!r} has {SLOT} {self.template.count(SLOT)} times; "
+                "expected it once"
+            )
+
+    def wrap(self, text: str) -> str:
+        """The input in its frame, as the edge model reads it."""
+        before, _, after = self.template.partition(SLOT)
+        return f"{before}{text}{after}"
+
+    def pair(self, text: str, output: str) -> tuple[str, str]:
+        """The input in its frame, and the output with its separator."""
+        return self.wrap(text), f"{self.separator}{output}"
+
+
+def make_frame(name: str, tokenizer: Any) -> Frame:
+    """The frame of a config: `plain`, `io`, `chat`, or a text with `{input}`.
+
+    Args:
+      tokenizer: of the edge model, for `chat`; None (an abstract model): any frame will do.
+
+    Raises UserError for an unknown name, or where there is no chat template.
+    """
+    if name == "chat":
+        return Frame() if tokenizer is None else chat_frame(tokenizer)
+    template = NAMED.get(name, name)
+    if SLOT not in template:
+        raise UserError(
+            f"unknown frame {name!r}; choose one of {', '.join(NAMED)}, chat, or a text with "
+            f"{SLOT} where the input goes"
+        )
+    return Frame(template, "" if template[-1:].isspace() else " ")
+
+
+def chat_frame(tokenizer: Any) -> Frame:
+    """A tokenizer's chat template around one turn of the user, as a frame.
+
+    Raises UserError where there is no template, or it does more than put text around a turn.
+    """
+    rendered = []
+    for word in ("first-input", "another one, longer"):
+        text = render_chat(tokenizer, [{"role": "user", "content": word}])
+        before, _, after = text.partition(word)
+        rendered.append((before, after))
+    (before, after), other = rendered
+    if (before, after) != other or not before + after or SLOT in before + after:
+        raise UserError(
+            "the chat template does more than put text around the user's turn; give the frame as "
+            f"a text with {SLOT}"
+        )
+    return Frame(f"{before}{SLOT}{after}", "")
