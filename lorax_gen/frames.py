@@ -51,6 +51,9 @@ class Frame:
         return self.wrap(text), f"{self.separator}{output}"
 
 
+PLAIN, IO = Frame(), Frame(NAMED["io"])
+
+
 def make_frame(name: str, tokenizer: Any) -> Frame:
     """The frame of a config: `plain`, `io`, `chat`, or a text with `{input}`.
 

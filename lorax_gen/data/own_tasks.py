@@ -4,7 +4,7 @@ A row is an input with its correct output, under an instruction, the system prom
 columns tell which of these forms it has:
 
     instruction, input, output             the output a text, or a list of correct ones
-    instruction, input, choices, answer    the answer is the index of the correct choice, or its text
+    instruction, input, choices, answer    the answer an index of the choices, or one of them
     messages                               at most one system turn, a user turn, an assistant turn
     prompt, completion                     texts, or lists of turns; without an instruction
 
@@ -188,7 +188,7 @@ def texts_of(given: Row, field: str, named: Mapping[str, str]) -> tuple[str, ...
 def answers_of(given: Row, named: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The choices, which may be none, and the correct outputs."""
     if "choices" not in given:
-        return (), texts_of({"output": None} | given, "output", named)
+        return (), texts_of(given, "output", named)
     value = given["choices"]
     if not isinstance(value, list) or len(value) < 2 or not all(map(is_text, value)):
         raise UserError(f"{named['choices']} should be a list of two or more strings")
@@ -275,6 +275,12 @@ class RowSource:
             shots=tuple("".join(self._pair(item, rng)) for item in others[asked - 1 :][:shots]),
             questions=tuple(self._pair(item, rng) for item in questions),
         )
+
+    def pairs(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The instructions and the input of every sample."""
+        for which, i in self.samples:
+            task = self.row_tasks[which]
+            yield task.instructions, task.items[i].input
 
     def texts(self) -> Iterator[str]:
         for task in self.row_tasks:

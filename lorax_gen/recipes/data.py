@@ -72,7 +72,8 @@ def open_data(
         batch = world_batches(data, to_reader, to_edge, **options)
         return Data(shapes, batch, partial(quiz.accuracy, mesh=over))
     warn_without_texts(data.root)
-    mixture = data.mixture(to_reader, to_edge, **options)
+    opened = data.open(edge.tokenizer)
+    mixture = data.mixture(opened, to_reader, to_edge, **options)
     evaluate = benchmark_accuracy(data, over, data.evaluate_shots if prompted else 0)
     return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts)
 
