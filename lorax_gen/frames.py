@@ -82,11 +82,11 @@ def chat_frame(tokenizer: Any) -> Frame:
     for word in ("first-input", "another one, longer"):
         text = render_chat(tokenizer, [{"role": "user", "content": word}])
         before, _, after = text.partition(word)
-        rendered.append((before, after))
-    (before, after), other = rendered
-    if (before, after) != other or not before + after or SLOT in before + after:
+        rendered.append((before, after) if word in text else ())
+    if rendered[0] != rendered[1] or not "".join(rendered[0]) or SLOT in "".join(rendered[0]):
         raise UserError(
             "the chat template does more than put text around the user's turn; give the frame as "
             f"a text with {SLOT}"
         )
+    before, after = rendered[0]
     return Frame(f"{before}{SLOT}{after}", "")

@@ -64,8 +64,8 @@ class MixtureConfig:
     """Which kind of data this is."""
     sources: tuple[str, ...] = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
     """What to train on: benchmarks by name, alpaca, natural_instructions, gpt4tools, or paths: a
-    .jsonl, .json or .parquet file of rows (see the page on own tasks), an archive or directory of
-    Natural Instructions tasks. A name may have a weight, how often an epoch takes a sample: alpaca=0.5.
+    .jsonl, .json or .parquet file of rows, an archive or directory of Natural Instructions tasks.
+    A name may have a weight, how often an epoch takes a sample: alpaca=0.5.
     A path that holds = is given with its weight (a=b.jsonl=1), one that is the name of a benchmark
     or a set with its directory (./boolq)."""
     columns: tuple[str, ...] = ()
@@ -228,7 +228,7 @@ def open_source(
     per_task: int | None = None,
     frame: Frame = IO,
 ) -> Source:
-    """The source of a name, or of the path of Natural Instructions; see `MixtureConfig` for the arguments.
+    """The source of a name, or of a path of Natural Instructions; see `MixtureConfig`.
 
     Raises UserError where it is unknown, unseen, or cannot be read.
     """

@@ -128,8 +128,8 @@ def parse_item(
     """The task's name, its instructions and the item of a row; None for a row without an
     instruction or an output."""
     given = {field: row[column] for field, column in named.items() if row.get(column) is not None}
-    forms = [form for form in ("messages", "prompt", "input", "instruction") if form in given]
-    if {"messages", "prompt"} & set(forms) and len(forms) > 1 + ("instruction" in forms):
+    forms = [form for form in ("messages", "prompt", "input") if form in given]
+    if len(forms) > 1:
         raise UserError(f"{' and '.join(forms)} are both there; keep one")
     if "messages" in given or isinstance(given.get("prompt"), list):
         given |= from_turns(given)

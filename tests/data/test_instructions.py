@@ -9,7 +9,6 @@ import pytest
 
 from lorax_gen.data.instructions import NaturalSource, load_tasks
 from lorax_gen.errors import UserError
-from tests.data.rows import write_lines
 
 V1 = {
     "Title": "Writing questions",
