@@ -137,18 +137,14 @@ class MixtureConfig:
         frame, sources = make_frame(self.frame, tokenizer), []
         held: dict[str, list[RowTask]] = {}
         for name, _ in map(split_weight, self.sources):
-            if is_row_file(name):
-                path = to_path(name)
-                refuse_name(path.name)
-                tasks, left_out = load_row_tasks(path, self.columns)
-                if self.held_out:
-                    tasks, kept = split(tasks, self.held_out)
-                    for kind, own in kept.items():
-                        held.setdefault(f"held_out_{kind}", []).extend(own)
-                sources.append(RowSource(tasks, path.name.partition(".")[0], frame, left_out))
-            else:
-                options = self.leave_out, self.per_task, frame
-                sources.append(open_source(name, self.root, *options))
+            options = self.leave_out, self.per_task, self.columns, frame
+            source = open_source(name, self.root, *options)
+            if self.held_out and is_row_file(name):
+                tasks, kept = split(source.row_tasks, self.held_out)
+                source = RowSource(tasks, source.name, frame, source.left_out)
+                for kind, own in kept.items():
+                    held.setdefault(f"held_out_{kind}", []).extend(own)
+            sources.append(source)
         for name in filter(is_row_file, self.evaluate_on):
             path = to_path(name)
             held[path.name.partition(".")[0]] = load_row_tasks(path, self.columns)[0]
@@ -158,9 +154,15 @@ class MixtureConfig:
         return Opened(sources, frame, held)
 
     def mixture(
-        self, opened: Opened, cloud: Encoder | None, edge: Encoder, **options: Any
+        self,
+        cloud: Encoder | None,
+        edge: Encoder,
+        *,
+        opened: Opened | None = None,
+        **options: Any,
     ) -> Mixture:
-        """The batches of opened sources; arguments and options as of `Mixture`."""
+        """The batches of the sources, opened if they are not; see `Mixture` for the others."""
+        opened = opened or self.open(edge.tokenizer)
         return Mixture(
             opened.sources,
             [weight for _, weight in map(split_weight, self.sources)],
@@ -226,9 +228,10 @@ def open_source(
     directory: AnyPath | None,
     leave_out: Sequence[str] = (),
     per_task: int | None = None,
+    columns: Sequence[str] = (),
     frame: Frame = IO,
 ) -> Source:
-    """The source of a name, or of a path of Natural Instructions; see `MixtureConfig`.
+    """The source of a name or path; see `MixtureConfig` for the arguments.
 
     Raises UserError where it is unknown, unseen, or cannot be read.
     """
@@ -256,7 +259,8 @@ def open_source(
         tasks = load_tasks(path, leave_out=leave_out)
         return NaturalSource(tasks, per_task, name=path.name.partition(".")[0], frame=frame)
     if path.is_file():
-        raise UserError(f"{name} has no known data format; use one of {', '.join(FORMATS)}")
+        tasks, left_out = load_row_tasks(path, columns)
+        return RowSource(tasks, path.name.partition(".")[0], frame, left_out)
     known = [record.name for record in BENCHMARKS.values() if not record.unseen]
     raise UserError(
         f"unknown source {name!r}: neither a file nor one of {', '.join([*known, *SETS])}"

@@ -73,7 +73,7 @@ def open_data(
         return Data(shapes, batch, partial(quiz.accuracy, mesh=over))
     warn_without_texts(data.root)
     opened = data.open(edge.tokenizer)
-    mixture = data.mixture(opened, to_reader, to_edge, **options)
+    mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
     evaluate = benchmark_accuracy(data, over, data.evaluate_shots if prompted else 0)
     return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts)
 
