@@ -18,19 +18,26 @@ from lorax_gen.chat import render_chat
 from lorax_gen.errors import UserError
 from lorax_gen.prompts import check_text
 
+BETWEEN = "\n\n"  # a prompt, its shots and a question
 SLOT = "{input}"
 NAMED = {"plain": SLOT, "io": f"Input: {SLOT}\nOutput:"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A text with `{input}` in it, once, and what separates it from the answer.
+    """A text with `{input}` in it, once, and what separates it from the answer, no text or white
+    space.
 
     Raises UserError where `{input}` is missing or repeated.
     """
 
     template: str = SLOT
     separator: str = " "
+    turn: bool = False
+    """Whether the input is a turn of a chat, so that a prompt in context belongs into it."""
+    benchmarks: bool = True
+    """Whether questions of benchmarks go into it too; False where they were trained on as they
+    are."""
 
     def __post_init__(self):
         check_text(self.template)
@@ -49,6 +56,16 @@ class Frame:
     def pair(self, text: str, output: str) -> tuple[str, str]:
         """The input in its frame, and the output with its separator."""
         return self.wrap(text), f"{self.separator}{output}"
+
+    def prompted(self, prompt: str, text: str) -> str:
+        """The input in its frame after a prompt that the edge reads itself."""
+        if self.turn:
+            return self.wrap(f"{prompt}{BETWEEN}{text}")
+        return f"{prompt}{BETWEEN}{self.wrap(text)}"
+
+    def shot(self, text: str, output: str) -> str:
+        """A solved example in a prompt; the marks of a chat are not for the model that reads it."""
+        return "".join((IO if self.turn else self).pair(text, output))
 
 
 PLAIN, IO = Frame(), Frame(NAMED["io"])
@@ -89,4 +106,4 @@ def chat_frame(tokenizer: Any) -> Frame:
             f"a text with {SLOT}"
         )
     before, after = rendered[0]
-    return Frame(f"{before}{SLOT}{after}", "")
+    return Frame(f"{before}{SLOT}{after}", "", turn=True)

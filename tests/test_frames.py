@@ -32,8 +32,16 @@ def test_named_frames_and_ones_own(tokenizer):
 
 def test_a_chat_template_becomes_the_text_around_a_turn(tokenizer):
     frame = make_frame("chat", with_template(tokenizer, CHAT))
-    assert frame == Frame("<s>[user] {input}\n[bot] ", "")
+    assert frame == Frame("<s>[user] {input}\n[bot] ", "", turn=True)
     assert frame.pair("grass", "green") == ("<s>[user] grass\n[bot] ", "green")
+    assert frame.prompted("Name its colour.", "grass") == (
+        "<s>[user] Name its colour.\n\ngrass\n[bot] "
+    )
+    assert frame.shot("grass", "green") == "Input: grass\nOutput: green"
+
+
+def test_a_prompt_in_context_comes_before_a_frame_that_is_no_chat():
+    assert IO.prompted("Name its colour.", "grass") == ("Name its colour.\n\nInput: grass\nOutput:")
 
 
 @pytest.mark.parametrize(

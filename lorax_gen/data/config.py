@@ -151,7 +151,8 @@ class MixtureConfig:
         for source in sources:
             if held and isinstance(source, RowSource | NaturalSource):
                 refuse_held_out(source.pairs(), held, source.name)
-        return Opened(sources, frame, held)
+        bare = not all(isinstance(source, RowSource | NaturalSource) for source in sources)
+        return Opened(sources, dataclasses.replace(frame, benchmarks=not bare), held)
 
     def mixture(
         self,

@@ -154,7 +154,11 @@ class NaturalSource:
         asked = [first, *others][:queries]
         inputs = {task.instances[i][0] for i in asked}
         shown = [task.examples[i] for i in draw(rng, len(task.examples), len(task.examples))]
-        solved = ["".join(self._framed(*example)) for example in shown if example[0] not in inputs]
+        solved = [
+            self.frame.shot(text.strip(), output.strip())
+            for text, output in shown
+            if text not in inputs
+        ]
         return Episode(
             task=task.name,
             instruction=task.definition,
@@ -176,10 +180,7 @@ class NaturalSource:
     def _question(self, task: NaturalTask, i: int, rng: np.random.Generator) -> Pair:
         text, outputs = task.instances[i]
         filled = [output for output in outputs if output.strip()]
-        return self._framed(text, filled[int(rng.integers(len(filled)))])
-
-    def _framed(self, text: str, output: str) -> Pair:
-        return self.frame.pair(text.strip(), output.strip())
+        return self.frame.pair(text.strip(), filled[int(rng.integers(len(filled)))].strip())
 
 
 def _complete(text: str, outputs: Sequence[str]) -> bool:

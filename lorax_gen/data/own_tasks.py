@@ -24,7 +24,7 @@ import numpy as np
 
 from lorax_gen.data.hub_rows import HubData, load_hub_rows
 from lorax_gen.data.readers import Row, is_text, name_of, parse_row, read_rows
-from lorax_gen.data.sources import Episode, Pair
+from lorax_gen.data.sources import Episode
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
@@ -272,8 +272,13 @@ class RowSource:
         return Episode(
             task=task.name,
             instruction=wording,
-            shots=tuple("".join(self._pair(item, rng)) for item in others[asked - 1 :][:shots]),
-            questions=tuple(self._pair(item, rng) for item in questions),
+            shots=tuple(
+                self.frame.shot(item.input, self._output(item, rng))
+                for item in others[asked - 1 :][:shots]
+            ),
+            questions=tuple(
+                self.frame.pair(item.input, self._output(item, rng)) for item in questions
+            ),
         )
 
     def pairs(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -287,5 +292,5 @@ class RowSource:
             for item in task.items:
                 yield " ".join([*task.instructions, item.input, *item.outputs, *item.choices])
 
-    def _pair(self, item: Item, rng: np.random.Generator) -> Pair:
-        return self.frame.pair(item.input, item.outputs[int(rng.integers(len(item.outputs)))])
+    def _output(self, item: Item, rng: np.random.Generator) -> str:
+        return item.outputs[int(rng.integers(len(item.outputs)))]

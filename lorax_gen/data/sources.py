@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from lorax_gen.data.benchmarks import BETWEEN, Benchmark
+from lorax_gen.data.benchmarks import Benchmark
 from lorax_gen.data.questions import Question
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.errors import UserError
+from lorax_gen.frames import BETWEEN
 
 Pair = tuple[str, str]
 

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.data.benchmarks import BETWEEN
 from lorax_gen.data.own_tasks import Item, RowTask
 from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.evaluation.metrics import choose
-from lorax_gen.frames import Frame
+from lorax_gen.frames import BETWEEN, Frame
 from lorax_gen.inference.choices import encode_items, score_items
 from lorax_gen.inference.continuations import continue_texts, room_for
 
@@ -54,8 +53,8 @@ class RowCases:
         return [self._prompt(asked) for asked in self.asked]
 
     def prompted(self) -> list[tuple[str, ...]]:
-        pairs = zip(self.prompts(), self.bare(), strict=True)
-        return [(f"{prompt}{BETWEEN}{text}",) for prompt, (text,) in pairs]
+        pairs = zip(self.prompts(), self.asked, strict=True)
+        return [(self.frame.prompted(prompt, asked.item.input),) for prompt, asked in pairs]
 
     def other_prompts(self) -> list[str]:
         """The prompt of the next task."""
@@ -67,8 +66,8 @@ class RowCases:
         return [first[following[asked.task.name]] for asked in self.asked]
 
     def _prompt(self, asked: Asked) -> str:
-        pairs = (self.frame.pair(i.input, i.outputs[0]) for i in asked.others[: self.shots])
-        return BETWEEN.join([asked.wording, *("".join(pair) for pair in pairs)])
+        shots = (self.frame.shot(i.input, i.outputs[0]) for i in asked.others[: self.shots])
+        return BETWEEN.join([asked.wording, *shots])
 
 
 def ask_rows(tasks: Sequence[RowTask], count: int, seed: int = 0) -> list[Asked]:

@@ -75,7 +75,7 @@ def open_data(
     opened = data.open(edge.tokenizer)
     mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
     evaluate = benchmark_accuracy(data, over, data.evaluate_shots if prompted else 0)
-    return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts)
+    return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts, opened.frame)
 
 
 def check_positions(
