@@ -75,7 +75,10 @@ def _build(cls: type[T], values: Any, prefix: str) -> T:
             chosen = classes[0] if len(classes) == 1 else _choose(classes, value, f"{name}.")
             fields[key] = _build(chosen, value, f"{name}.")
         else:
-            single = isinstance(value, str) and hints[key] == tuple[str, ...]
+            single = isinstance(value, str) and tuple[str, ...] in (
+                hints[key],
+                *typing.get_args(hints[key]),
+            )
             fields[key] = _convert((value,) if single else value, hints[key], name)
     missing = [
         field.name

@@ -27,6 +27,7 @@ from lorax_gen.artifacts.checks import read_arrays
 from lorax_gen.artifacts.identity import Hash, Identities, check_same, identify
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.hub import find_directory
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import DecoderConfig
@@ -59,6 +60,7 @@ class _Document(Struct):
     generator: dict[str, Any]
     shapes: _Shapes
     models: Identities | None = None
+    frame: Frame = PLAIN
     fingerprint: Hash | None = None
     digest: Hash | None = None
 
@@ -98,6 +100,11 @@ class Generator:
                 check_same(role, getattr(trained, role), given, WAY_OUT)
         return GeneratorSpec(self.config, cloud.config, edge.config)
 
+    @property
+    def frame(self) -> Frame:
+        """How the edge reads an input."""
+        return documents.convert(self.metadata.get("frame", {}), Frame)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the parameters, BatchNorm statistics and config."""
@@ -131,15 +138,19 @@ def make_generator(
     cloud: DecoderConfig,
     edge: DecoderConfig,
     models: Identities | None = None,
+    frame: Frame = PLAIN,
 ) -> Generator:
     """A generator of trained parameters, for the two models that it was trained with.
 
     Args:
       models: which models they are, from `identity.identify`; None: any of these shapes.
+      frame: how the edge reads an input.
     """
     metadata = {"shapes": {"cloud": model_shape(cloud), "edge": model_shape(edge)}}
     if models is not None:
         metadata["models"] = msgspec.to_builtins(models)
+    if frame != PLAIN:  # what is not stored is plain, as in generators that know no frames
+        metadata["frame"] = msgspec.to_builtins(frame)
     return Generator(config, params, stats, metadata)
 
 
@@ -208,7 +219,10 @@ def load_generator(directory: str | AnyPath, *, allow_other_models: bool = False
 def digest(document: Mapping[str, Any]) -> str:
     """Hash of what is used of config.json."""
     names = ("format", "generator", "shapes", "models", "fingerprint")
-    text = json.dumps({name: document.get(name) for name in names}, sort_keys=True)
+    used = {name: document.get(name) for name in names}
+    if "frame" in document:  # it came later
+        used["frame"] = document["frame"]
+    text = json.dumps(used, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

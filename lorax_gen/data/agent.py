@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lorax_gen.data.readers import FORMATS, Row, name_of, parse_row, read_rows, text_of
-from lorax_gen.data.sources import Episode, cycled
+from lorax_gen.data.sources import Episode
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, find, to_path
 
@@ -112,8 +112,7 @@ def _find_file(names: Sequence[str], directory: AnyPath) -> AnyPath:
 class AgentSource:
     """Samples of GPT4Tools: the tools for the cloud, the request and its answer for the edge.
 
-    The prompt has no shots. Further questions of a sample are other requests under the same prompt,
-    or the same request repeated.
+    The prompt has no shots. Further questions of a sample are other requests under the same prompt.
     """
 
     name = "gpt4tools"
@@ -131,7 +130,7 @@ class AgentSource:
     def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
         item = self.items[index]
         others = [i for i in rng.permutation(self.under[item.prompt]).tolist() if i != index]
-        asked = [self.items[i] for i in cycled([index, *others], queries)]
+        asked = [self.items[i] for i in [index, *others][:queries]]
         return Episode(
             task=f"{self.name}: {item.tools}",
             instruction=item.prompt,

@@ -19,9 +19,9 @@ from lorax_gen.data.questions import Question
 from lorax_gen.data.readers import Row, parse_row, read_rows
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, find, to_path
+from lorax_gen.frames import BETWEEN
 
 HARNESS_SEED = 1234  # of lm-evaluation-harness's few-shot draws
-BETWEEN = "\n\n"
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")  # of local files
 QA = "Question: {question}\nAnswer:"
 

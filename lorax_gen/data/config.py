@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lorax_gen.config import Count, Seed, Size, check
 from lorax_gen.data.agent import AgentSource, load_agent
 from lorax_gen.data.benchmarks import BENCHMARKS, find_benchmark, load_questions
-from lorax_gen.data.instructions import NaturalSource, TripleSource, load_tasks, load_triples
+from lorax_gen.data.held_out import HeldOut, refuse_held_out, split
+from lorax_gen.data.instructions import NaturalSource, load_tasks
 from lorax_gen.data.mixture import Mixture
+from lorax_gen.data.own_tasks import RowSource, RowTask, column_names, load_row_tasks
 from lorax_gen.data.readers import FORMATS
 from lorax_gen.data.sources import QuestionSource, Source
 from lorax_gen.data.tokens import Encoder
@@ -18,8 +20,10 @@ from lorax_gen.data.unseen import refuse_name, unseen_texts
 from lorax_gen.data.world import FAMILIES, World, make_world
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, find, to_path
+from lorax_gen.frames import IO, Frame, make_frame
 
 ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
+EVALUATE_ON = ("arc_challenge", "boolq", "hellaswag", "winogrande")
 SETS = ("alpaca", "natural_instructions", "gpt4tools")
 
 
@@ -60,10 +64,16 @@ class MixtureConfig:
     """Which kind of data this is."""
     sources: tuple[str, ...] = ("arc_challenge", "arc_easy", "openbookqa", "boolq", "social_iqa")
     """What to train on: benchmarks by name, alpaca, natural_instructions, gpt4tools, or paths: a
-    .jsonl, .json or .parquet file of instruction triples, an archive or directory of Natural
-    Instructions tasks. A name may have a weight, how often an epoch takes a sample: alpaca=0.5.
+    .jsonl, .json or .parquet file of rows, an archive or directory of Natural Instructions tasks.
+    A name may have a weight, how often an epoch takes a sample: alpaca=0.5.
     A path that holds = is given with its weight (a=b.jsonl=1), one that is the name of a benchmark
     or a set with its directory (./boolq)."""
+    columns: tuple[str, ...] = ()
+    """Fields of files of rows that are called otherwise there: input=question output=label."""
+    frame: str = "io"
+    """How the edge reads an input of rows and of Natural Instructions: io (Input: ... Output:),
+    plain, chat (the edge's chat template), or a text with {input} in it."""
+    held_out: HeldOut = dataclasses.field(default_factory=HeldOut)
     leave_out: tuple[str, ...] = ()
     """Tasks of Natural Instructions to leave out, as glob patterns: *winogrande*; [*] is a star.
     Those made from an unseen benchmark must be left out, since they are refused."""
@@ -85,8 +95,10 @@ class MixtureConfig:
     compiled for each. Empty: a quarter, a half and all of prompt_length."""
     question_buckets: tuple[Size, ...] = ()
     """The same for questions."""
-    evaluate_on: tuple[str, ...] = ("arc_challenge", "boolq", "hellaswag", "winogrande")
-    """Benchmarks to evaluate on during training, each question with a prompt of its own."""
+    evaluate_on: tuple[str, ...] | None = None
+    """What to evaluate on during training, beside what is held out: benchmarks, and files of rows.
+    Each question has a prompt of its own. None: arc_challenge, boolq, hellaswag and winogrande
+    where a benchmark is trained on, else nothing."""
     evaluate_questions: Size = 200
     """How many questions of each; the first ones are taken."""
     evaluate_shots: Count = 1
@@ -95,26 +107,66 @@ class MixtureConfig:
     def __post_init__(self):
         check(self, "data.")
         if not self.sources:
-            raise UserError("data.sources is empty; name two or more")
-        for entry in self.sources:
-            split_weight(entry)
+            raise UserError("data.sources is empty; name one or more")
+        names = [split_weight(entry)[0] for entry in self.sources]
+        column_names(self.columns)
+        make_frame(self.frame, None)
+        if self.evaluate_on is None:
+            on = EVALUATE_ON if any(name in BENCHMARKS for name in names) else ()
+            object.__setattr__(self, "evaluate_on", on)
         for name in self.evaluate_on:
-            find_benchmark(name)
+            if not is_row_file(name):
+                find_benchmark(name)
+        if self.held_out and not any(map(is_row_file, names)):
+            raise UserError("data.held_out is of files of rows, and data.sources names none")
 
     @property
     def root(self) -> AnyPath | None:
         """The directory, or None for the hub."""
         return to_path(self.directory) if self.directory else None
 
-    def mixture(self, cloud: Encoder | None, edge: Encoder, **options: Any) -> Mixture:
-        """Opens all sources; arguments and options as of `Mixture`.
+    def open(self, tokenizer: Any) -> Opened:
+        """Opens all sources, and the rows to evaluate on.
 
-        Raises UserError where a source is unknown, unseen, or cannot be read.
+        Args:
+          tokenizer: of the edge model, for the frame `chat`.
+
+        Raises UserError where a source is unknown, unseen, or cannot be read, or holds what is to
+        be evaluated on.
         """
-        names, weights = zip(*map(split_weight, self.sources), strict=True)
+        frame, sources = make_frame(self.frame, tokenizer), []
+        held: dict[str, list[RowTask]] = {}
+        for name, _ in map(split_weight, self.sources):
+            options = self.leave_out, self.per_task, self.columns, frame
+            source = open_source(name, self.root, *options)
+            if self.held_out and is_row_file(name):
+                tasks, kept = split(source.row_tasks, self.held_out)
+                source = RowSource(tasks, source.name, frame, source.left_out)
+                for kind, own in kept.items():
+                    held.setdefault(f"held_out_{kind}", []).extend(own)
+            sources.append(source)
+        for name in filter(is_row_file, self.evaluate_on):
+            path = to_path(name)
+            held[path.name.partition(".")[0]] = load_row_tasks(path, self.columns)[0]
+        for source in sources:
+            if held and isinstance(source, RowSource | NaturalSource):
+                refuse_held_out(source.pairs(), held, source.name)
+        bare = not all(isinstance(source, RowSource | NaturalSource) for source in sources)
+        return Opened(sources, dataclasses.replace(frame, benchmarks=not bare), held)
+
+    def mixture(
+        self,
+        cloud: Encoder | None,
+        edge: Encoder,
+        *,
+        opened: Opened | None = None,
+        **options: Any,
+    ) -> Mixture:
+        """The batches of the sources, opened if they are not; see `Mixture` for the others."""
+        opened = opened or self.open(edge.tokenizer)
         return Mixture(
-            [open_source(name, self.root, self.leave_out, self.per_task) for name in names],
-            weights,
+            opened.sources,
+            [weight for _, weight in map(split_weight, self.sources)],
             cloud,
             edge,
             shots=self.shots,
@@ -123,9 +175,38 @@ class MixtureConfig:
             question_length=self.question_length,
             buckets=self.prompt_buckets,
             question_buckets=self.question_buckets,
-            unseen=unseen_texts(self.root),
+            unseen=self.unseen_texts(),
             **options,
         )
+
+    def unseen_texts(self) -> list[str]:
+        """Texts of the unseen benchmarks. They are loaded from the hub where there is no directory;
+        where nothing else is, and it cannot be reached, the guard has their names only."""
+        try:
+            return unseen_texts(self.root)
+        except UserError:
+            names = [split_weight(entry)[0] for entry in self.sources]
+            if self.root is None and not any(name in (*BENCHMARKS, *SETS) for name in names):
+                return []
+            raise
+
+
+class Opened(NamedTuple):
+    """The opened data of a mixture.
+
+    Attributes:
+      frame: how the edge reads inputs of rows.
+      held: rows to evaluate on, by the name of the set.
+    """
+
+    sources: list[Source]
+    frame: Frame
+    held: dict[str, list[RowTask]]
+
+
+def is_row_file(name: str) -> bool:
+    """Whether a source or something to evaluate on is a file of rows."""
+    return name not in (*BENCHMARKS, *SETS) and name.endswith(FORMATS)
 
 
 def split_weight(entry: str) -> tuple[str, float]:
@@ -148,6 +229,8 @@ def open_source(
     directory: AnyPath | None,
     leave_out: Sequence[str] = (),
     per_task: int | None = None,
+    columns: Sequence[str] = (),
+    frame: Frame = IO,
 ) -> Source:
     """The source of a name or path; see `MixtureConfig` for the arguments.
 
@@ -164,19 +247,21 @@ def open_source(
         return AgentSource(load_agent("train", directory))
     if name == "alpaca":
         path = None if directory is None else _find(directory, name, FORMATS)
-        return TripleSource(load_triples(path))
+        tasks, left_out = load_row_tasks(path)
+        return RowSource(tasks, name, frame, left_out)
     if name == "natural_instructions":
         if directory is None:
             raise UserError("natural_instructions: set data.directory to its archive or folder")
         tasks = load_tasks(_find(directory, name, ARCHIVES, folders=True), leave_out=leave_out)
-        return NaturalSource(tasks, per_task)
+        return NaturalSource(tasks, per_task, frame=frame)
     path = to_path(name)
     refuse_name(path.name)
     if path.is_dir() or (path.is_file() and name.endswith(ARCHIVES)):
         tasks = load_tasks(path, leave_out=leave_out)
-        return NaturalSource(tasks, per_task, name=path.name.partition(".")[0])
+        return NaturalSource(tasks, per_task, name=path.name.partition(".")[0], frame=frame)
     if path.is_file():
-        return TripleSource(load_triples(path), name=path.name.partition(".")[0])
+        tasks, left_out = load_row_tasks(path, columns)
+        return RowSource(tasks, path.name.partition(".")[0], frame, left_out)
     known = [record.name for record in BENCHMARKS.values() if not record.unseen]
     raise UserError(
         f"unknown source {name!r}: neither a file nor one of {', '.join([*known, *SETS])}"

@@ -1,8 +1,4 @@
-"""Instruction sets as training samples: Alpaca's triples and Natural Instructions' tasks.
-
-Every input has the same format, `Input: ...` and `Output:` on the next line, in what the edge reads
-and in the shots of a prompt: the prompt shows the form of the edge's questions.
-"""
+"""Natural Instructions' tasks as training samples."""
 
 from __future__ import annotations
 
@@ -18,105 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from lorax_gen.data.hub_rows import HubData, load_hub_rows
-from lorax_gen.data.readers import MAX_BYTES, Row, is_text, list_of, parse_row, read_rows, text_of
-from lorax_gen.data.sources import Episode, Pair, cycled, draw
+from lorax_gen.data.readers import MAX_BYTES, Row, is_text, list_of, parse_row, text_of
+from lorax_gen.data.sources import Episode, Pair, draw
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.documents import parse_json
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, local_copy, to_path
-
-ALPACA = HubData(
-    "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"train": "train"}
-)
-# Values of `input` that mean there is none, letters only.
-NO_INPUT = {"noinput", "noinputs", "noinputneeded", "noinputrequired", "none", "na"}
-ASSISTANT = (
-    "You are an assistant. Each input asks you for something. Carry it out, and answer with the "
-    "result."
-)
-
-
-def framed(text: str, output: str) -> Pair:
-    """An input as the edge reads it, and the output after it."""
-    return f"Input: {text.strip()}\nOutput:", f" {output.strip()}"
-
-
-# --- triples -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Triple:
-    """An instruction, its input, which may be empty, and the output."""
-
-    instruction: str
-    input: str
-    output: str
-
-    @property
-    def bare(self) -> bool:
-        """Whether there is no input: an empty one, or one of `NO_INPUT`."""
-        letters = "".join(letter for letter in self.input.lower() if letter.isalpha())
-        return not self.input.strip() or letters in NO_INPUT
-
-
-def load_triples(path: AnyPath | None = None) -> list[Triple]:
-    """Triples of a file (`.jsonl`, `.json` or `.parquet`), or of Alpaca from the hub.
-
-    Raises UserError for a malformed row, with file and line, or where the hub cannot be reached.
-    """
-    rows = read_rows(to_path(path)) if path else load_hub_rows("alpaca", ALPACA, "train")
-    return [parse_row(location, row, _triple) for location, row in rows]
-
-
-def _triple(row: Row) -> Triple:
-    return Triple(text_of(row, "instruction"), text_of(row, "input", ""), text_of(row, "output"))
-
-
-class TripleSource:
-    """Samples of triples.
-
-    A triple with an input is a task: its instruction is the system prompt, without shots, and its
-    input the question. A triple without one is a user's request, and all requests are one task:
-    the prompt describes an assistant and has other requests as shots, and the edge reads the
-    instruction. (With the instruction in the prompt, no question would be left for the edge.)
-
-    Triples without an instruction or an output are left out; `left_out` counts them.
-    """
-
-    def __init__(self, triples: Sequence[Triple], name: str = "alpaca"):
-        refuse_name(name)
-        self.name = name
-        self.triples = [t for t in triples if t.instruction.strip() and t.output.strip()]
-        self.left_out = len(triples) - len(self.triples)
-        self.requests = [i for i, triple in enumerate(self.triples) if triple.bare]
-        self.tasks = len({self._task(triple) for triple in self.triples})
-
-    def __len__(self) -> int:
-        return len(self.triples)
-
-    def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
-        triple = self.triples[index]
-        if not triple.bare:
-            pair = framed(triple.input, triple.output)
-            return Episode(self._task(triple), triple.instruction.strip(), (), (pair,) * queries)
-        drawn = [self.requests[i] for i in draw(rng, len(self.requests), shots + queries)]
-        others = [self._request(i) for i in drawn if i != index]
-        asked = cycled([self._request(index), *others[: queries - 1]], queries)
-        solved = ["".join(pair) for pair in others[queries - 1 :]][:shots]
-        return Episode(self._task(triple), ASSISTANT, tuple(solved), tuple(asked))
-
-    def texts(self) -> Iterator[str]:
-        return (f"{t.instruction} {t.input} {t.output}" for t in self.triples)
-
-    def _request(self, index: int) -> Pair:
-        return framed(self.triples[index].instruction, self.triples[index].output)
-
-    def _task(self, triple: Triple) -> str:
-        return self.name if triple.bare else f"{self.name}: {triple.instruction}"
-
-
-# --- tasks ---------------------------------------------------------------------------------------
+from lorax_gen.frames import IO, Frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,8 +129,9 @@ class NaturalSource:
         tasks: Sequence[NaturalTask],
         per_task: int | None = None,
         name: str = "natural_instructions",
+        frame: Frame = IO,
     ):
-        self.name = name
+        self.name, self.frame = name, frame
         if per_task is not None and per_task < 1:
             raise UserError(f"per_task is {per_task}; it must be at least 1")
         self.samples: list[tuple[NaturalTask, int]] = []
@@ -244,18 +149,25 @@ class NaturalSource:
 
     def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
         task, first = self.samples[index]
-        others = [i for i in draw(rng, len(task.instances), queries) if i != first]
+        others = [i for i in draw(rng, len(task.instances), 2 * queries) if i != first]
         others = [i for i in others if _complete(*task.instances[i])]
-        asked = cycled([first, *others], queries)
+        asked = [first, *others][:queries]
         inputs = {task.instances[i][0] for i in asked}
         shown = [task.examples[i] for i in draw(rng, len(task.examples), len(task.examples))]
-        solved = ["".join(framed(*example)) for example in shown if example[0] not in inputs]
+        solved = [
+            self.frame.shot(text.strip(), output.strip())
+            for text, output in shown
+            if text not in inputs
+        ]
         return Episode(
             task=task.name,
             instruction=task.definition,
             shots=tuple(solved[:shots]),
             questions=tuple(self._question(task, i, rng) for i in asked),
         )
+
+    def pairs(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        return (((task.definition,), task.instances[i][0]) for task, i in self.samples)
 
     def texts(self) -> Iterator[str]:
         for task in {task.name: task for task, _ in self.samples}.values():
@@ -268,7 +180,7 @@ class NaturalSource:
     def _question(self, task: NaturalTask, i: int, rng: np.random.Generator) -> Pair:
         text, outputs = task.instances[i]
         filled = [output for output in outputs if output.strip()]
-        return framed(text, filled[int(rng.integers(len(filled)))])
+        return self.frame.pair(text.strip(), filled[int(rng.integers(len(filled)))].strip())
 
 
 def _complete(text: str, outputs: Sequence[str]) -> bool:

@@ -31,16 +31,18 @@ class Sample:
     task: str
     prompt: list[int]
     rows: Rows
-    """For each question: token ids, and the index where the answer begins."""
+    """For each question: token ids, and the index where the answer begins. Where its task has fewer
+    questions than a prompt has rows, the others are an end of text, on which there is no loss."""
 
 
 class Mixture:
     """Sources with weights, and the batches drawn from them.
 
-    `counts` holds counts since construction, and `summary()` gives them in one line: shots that a
-    source does not have, shots left out because a prompt was too long, samples dropped because they
-    were still too long, samples replaced because a batch would have held a single task. A dropped
-    sample is replaced by another of its source. Asking for a step twice counts twice.
+    `counts` holds counts since construction, and `summary()` gives them in one line: shots and
+    questions that a task does not have, shots left out because a prompt was too long, samples
+    dropped because they were still too long, samples replaced because a batch would have held a
+    single task. A dropped sample is replaced by another of its source. Asking for a step twice
+    counts twice.
 
     Args:
       sources, weights: how often each source's samples are taken in an epoch.
@@ -138,8 +140,9 @@ class Mixture:
         """One line of what was drawn, shortened, dropped and replaced."""
         c = self.counts
         return (
-            f"{c['samples']:,} samples; {c['shots_missing']:,} shots that their sources do not "
-            f"have; {c['shots_left_out']:,} shots left out of "
+            f"{c['samples']:,} samples; {c['shots_missing']:,} shots and "
+            f"{c['questions_missing']:,} questions that their tasks do not have; "
+            f"{c['shots_left_out']:,} shots left out of "
             f"{c['prompts_shortened']:,} prompts that were too long; dropped for their length: "
             f"{c['dropped_prompts']:,} prompts, {c['dropped_questions']:,} questions, "
             f"{c['dropped_answers']:,} answers; {c['replaced_to_mix']:,} replaced to mix tasks"
@@ -180,6 +183,7 @@ class Mixture:
             sample = self._fit(episode)
             if sample is not None:
                 self.counts["shots_missing"] += shots - len(episode.shots)
+                self.counts["questions_missing"] += self.queries - len(episode.questions)
                 return sample
         raise UserError(
             f"{ATTEMPTS} samples of {source.name} in a row are too long for prompt_length="
@@ -209,6 +213,7 @@ class Mixture:
         if any(self._huge("".join(pair)) for pair in episode.questions):
             return self._dropped("question")
         rows = [self.edge.joined(*pair) for pair in episode.questions]
+        rows += [([self.edge.end_of_text], 1)] * (self.queries - len(rows))
         if any(len(ids) > self.question_length for ids, _ in rows):
             return self._dropped("question")
         marked = [len(ids) - (1 if self.full_sequence else max(1, start)) for ids, start in rows]

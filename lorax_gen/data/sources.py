@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from lorax_gen.data.benchmarks import BETWEEN, Benchmark
+from lorax_gen.data.benchmarks import Benchmark
 from lorax_gen.data.questions import Question
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.errors import UserError
+from lorax_gen.frames import BETWEEN
 
 Pair = tuple[str, str]
 
@@ -53,7 +54,7 @@ class Source(Protocol):
         """Number of samples."""
 
     def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
-        """Sample `index` with up to `shots` shots and exactly `queries` questions.
+        """Sample `index` with up to `shots` shots and 1 to `queries` different questions.
 
         A pure function of its arguments: every random choice is drawn from `rng`.
         """
@@ -87,7 +88,7 @@ class QuestionSource:
 
     def episode(self, index: int, rng: np.random.Generator, shots: int, queries: int) -> Episode:
         others = draw(rng, len(self.train), queries + 1)
-        asked = cycled([index, *(i for i in others if i != index)], queries)
+        asked = [index, *(i for i in others if i != index)][:queries]
         questions = [self.benchmark.pair(self.train[i]) for i in asked]
         # Compared by text, not by index: SocialIQA repeats questions with other choices.
         contexts = {context for context, _ in questions}
@@ -107,8 +108,3 @@ class QuestionSource:
 def draw(rng: np.random.Generator, size: int, count: int) -> list[int]:
     """`count` distinct indices below `size`, or all of them where there are fewer."""
     return rng.choice(size, min(count, size), replace=False).tolist()
-
-
-def cycled(items: Sequence, count: int) -> list:
-    """The first `count` items, repeated from the start where there are fewer."""
-    return [items[i % len(items)] for i in range(count)]

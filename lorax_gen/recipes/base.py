@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lorax_gen.config import Size, check
 from lorax_gen.data.config import MixtureConfig, WorldConfig
 from lorax_gen.evaluation.answerers import Answerer
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.mesh.kernels import execution_over
 from lorax_gen.mesh.sharding import MeshConfig, check_rows, tree_shardings
 from lorax_gen.models.decoder import Execution
@@ -88,12 +89,14 @@ class Data(NamedTuple):
       batch: the batch of a step.
       evaluate: metrics of an answerer, by name.
       counts: see `Experiment`.
+      frame: how the edge reads an input.
     """
 
     shapes: Batch
     batch: Callable[[int], Batch]
     evaluate: Callable[[Answerer], dict[str, float]]
     counts: Callable[[], dict[str, int]] = dict
+    frame: Frame = PLAIN
 
 
 def assemble(

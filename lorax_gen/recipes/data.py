@@ -72,9 +72,10 @@ def open_data(
         batch = world_batches(data, to_reader, to_edge, **options)
         return Data(shapes, batch, partial(quiz.accuracy, mesh=over))
     warn_without_texts(data.root)
-    mixture = data.mixture(to_reader, to_edge, **options)
+    opened = data.open(edge.tokenizer)
+    mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
     evaluate = benchmark_accuracy(data, over, data.evaluate_shots if prompted else 0)
-    return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts)
+    return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts, opened.frame)
 
 
 def check_positions(

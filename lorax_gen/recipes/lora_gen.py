@@ -75,10 +75,25 @@ def experiment(
             cloud_embedding=start,
         )
 
+    data = open_data(
+        config,
+        mesh,
+        edge,
+        cloud,
+        samples=config.prompts,
+        queries=config.queries_per_prompt,
+        full_sequence=config.loss == "sequence",
+    )
+
     def generator(state: State, models: Identities | None = None) -> Generator:
-        shapes = {"cloud": cloud.config, "edge": edge.config}
         return make_generator(
-            config.generator, state["params"], state["stats"], **shapes, models=models
+            config.generator,
+            state["params"],
+            state["stats"],
+            cloud=cloud.config,
+            edge=edge.config,
+            models=models,
+            frame=data.frame,
         )
 
     def identities() -> Identities:
@@ -97,15 +112,7 @@ def experiment(
     return assemble(
         config,
         mesh,
-        open_data(
-            config,
-            mesh,
-            edge,
-            cloud,
-            samples=config.prompts,
-            queries=config.queries_per_prompt,
-            full_sequence=config.loss == "sequence",
-        ),
+        data,
         init=init,
         loss=generator_loss(
             spec,

@@ -1,4 +1,4 @@
-"""Triples and tasks become samples: what is to be done for the cloud, the input for the edge."""
+"""Natural Instructions: the definition goes to the cloud, an instance to the edge."""
 
 import io
 import json
@@ -7,25 +7,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from lorax_gen.data.instructions import (
-    ASSISTANT,
-    NaturalSource,
-    Triple,
-    TripleSource,
-    load_tasks,
-    load_triples,
-)
+from lorax_gen.data.instructions import NaturalSource, load_tasks
 from lorax_gen.errors import UserError
-from tests.data.rows import write_lines
 
-TRIPLES = [
-    Triple("Name the color.", "grass", "green"),
-    Triple("Write a word.", "", "word"),
-    Triple("Write a number.", "Noinput.", "seven"),
-    Triple("Write a sum.", "N/A", "1 + 1"),
-    Triple("Say it in French.", "none of these", "rien"),
-    Triple("Say nothing.", "", " "),
-]
 V1 = {
     "Title": "Writing questions",
     "Definition": "Ask about the sentence. ",
@@ -74,84 +58,6 @@ def archive(path, files=FILES):
             info.size = len(data)
             out.addfile(info, io.BytesIO(data))
     return path
-
-
-# --- triples -------------------------------------------------------------------------------------
-
-
-def test_an_instruction_with_an_input_is_a_prompt_without_shots():
-    episode = TripleSource(TRIPLES).episode(0, rng(), shots=3, queries=2)
-    assert episode.prompt == "Name the color."
-    assert episode.questions == (("Input: grass\nOutput:", " green"),) * 2
-    assert episode.task != TripleSource(TRIPLES).episode(4, rng(), 0, 1).task
-
-
-@pytest.mark.parametrize("index", [1, 2, 3])
-def test_an_instruction_without_an_input_is_asked_beneath_what_an_assistant_does(index):
-    source = TripleSource(TRIPLES)
-    seen = set()
-    for seed in range(20):
-        episode = source.episode(index, rng(seed), shots=1, queries=2)
-        first, second = episode.questions
-        triple = TRIPLES[index]
-        assert first == (f"Input: {triple.instruction}\nOutput:", f" {triple.output}")
-        assert second != first
-        (shot,) = episode.shots
-        assert shot not in {"".join(first), "".join(second)}
-        assert episode.prompt == f"{ASSISTANT}\n\n{shot}"
-        seen.add(shot)
-    assert len(seen) == 2  # of the three requests, those that are not asked
-    assert not source.episode(index, rng(), shots=0, queries=1).shots
-
-
-def test_triples_without_an_output_are_left_out_and_counted():
-    source = TripleSource(TRIPLES)
-    assert (len(source), source.left_out, source.tasks) == (5, 1, 3)
-    assert sum("Write" in text for text in source.texts()) == 3
-
-
-def test_more_is_asked_of_few_triples_by_asking_again():
-    source = TripleSource(TRIPLES[1:3])
-    episode = source.episode(0, rng(), shots=2, queries=5)
-    assert len(episode.questions) == 5
-    assert len(set(episode.questions)) == 2
-    assert not episode.shots
-
-
-def test_triples_are_read_from_lines_and_from_a_list(tmp_path):
-    rows = [vars(triple) | {"text": "unread"} for triple in TRIPLES]
-    lines = write_lines(tmp_path / "a.jsonl", rows)
-    listed = tmp_path / "a.json"
-    listed.write_text(json.dumps(rows))
-    assert load_triples(lines) == load_triples(listed) == TRIPLES
-    write_lines(lines, [rows[0], {"instruction": "x", "input": "y"}])
-    with pytest.raises(UserError, match=r"a.jsonl, line 2: no column 'output'"):
-        load_triples(lines)
-    listed.write_text(json.dumps([rows[0], rows[1] | {"input": 3}]))
-    with pytest.raises(UserError, match=r"a.json, item 2: input should be a string, not 3"):
-        load_triples(listed)
-    listed.write_text('[\n{"a": 1},\n{"b" 1}]')
-    with pytest.raises(UserError, match=r"a.json is not valid JSON .*line 3"):
-        load_triples(listed)
-    listed.write_text("{}")
-    with pytest.raises(UserError, match=r"a.json should hold a list of objects, not a dict"):
-        load_triples(listed)
-    with pytest.raises(UserError, match=r"a.csv has no known data format"):
-        load_triples(tmp_path / "a.csv")
-
-
-def test_without_a_network_alpacas_file_is_named(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def unreachable(*_, **__):
-        raise ConnectionError
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"tatsu-lab/alpaca .*ConnectionError.*alpaca.train.jsonl"):
-        load_triples()
-
-
-# --- tasks ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["directory", "tar.xz", "tar.gz"])
@@ -245,14 +151,6 @@ def test_what_is_no_archive_is_named(tmp_path):
 
 
 # --- the data folder -----------------------------------------------------------------------------
-
-
-def test_counts_of_alpaca(shared_data):
-    (path,) = (shared_data / "alpaca").glob("*.jsonl.gz")
-    triples = load_triples(path)
-    source = TripleSource(triples)
-    assert len(triples) == 20_678
-    assert (len(source), source.left_out, len(source.requests)) == (20_668, 10, 13_568)
 
 
 def test_counts_of_natural_instructions(shared_data):

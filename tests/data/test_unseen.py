@@ -5,16 +5,12 @@ import dataclasses
 import pytest
 
 from lorax_gen.data.benchmarks import find_benchmark, load_questions
-from lorax_gen.data.instructions import (
-    NaturalSource,
-    NaturalTask,
-    TripleSource,
-    load_tasks,
-    load_triples,
-)
+from lorax_gen.data.instructions import NaturalSource, NaturalTask, load_tasks
+from lorax_gen.data.own_tasks import RowSource, load_row_tasks
 from lorax_gen.data.sources import QuestionSource
 from lorax_gen.data.unseen import UNSEEN, refuse_name, refuse_unseen, unseen_texts
 from lorax_gen.errors import UserError
+from lorax_gen.frames import IO
 from tests.data.rows import make_rows, write_lines
 
 CLEAN = NaturalTask("task500_seasons", "Name it.", (("a", "b"),), (("c", ("d",)),))
@@ -76,9 +72,9 @@ def test_a_task_made_from_one_is_refused(change):
     assert len(NaturalSource([CLEAN])) == 1
 
 
-def test_triples_called_so_are_refused():
+def test_rows_called_so_are_refused():
     with pytest.raises(UserError, match="must not be trained on: piqa"):
-        TripleSource([], name="piqa.train")
+        RowSource([], "piqa.train", IO)
 
 
 def test_every_real_task_from_winogrande_is_refused(shared_data):
@@ -161,7 +157,7 @@ def test_the_real_training_sets_hold_no_unseen_question(shared_data):
         train = load_questions(record, "train", shared_data / "reasoning")
         refuse_unseen(QuestionSource(record, train).texts(), unseen)
     (path,) = (shared_data / "alpaca").glob("*.jsonl.gz")
-    refuse_unseen(TripleSource(load_triples(path)).texts(), unseen)
+    refuse_unseen(RowSource(load_row_tasks(path)[0], "alpaca", IO).texts(), unseen)
     (path,) = (shared_data / "multitask").glob("natural_instructions_v1*")
     (task,) = load_tasks(path, only=["subtask033*"])
     with pytest.raises(UserError, match="holds a question of an unseen benchmark"):

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from lorax_gen.data.agent import load_agent
 from lorax_gen.data.benchmarks import BENCHMARKS, load_questions
 from lorax_gen.data.config import split_weight
-from lorax_gen.data.instructions import load_tasks, load_triples
+from lorax_gen.data.instructions import load_tasks
+from lorax_gen.data.own_tasks import load_row_tasks
 from lorax_gen.data.tokens import Encoder, question_batch
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.stopping import Decoder, finished_text, settled_text
@@ -164,7 +165,11 @@ def load_rows(kind, folder):
     """The loaded rows of a file of a kind in a folder, each as a list of its texts."""
     if kind == "triples":
         (path,) = folder.iterdir()
-        return [[t.instruction, t.input, t.output] for t in load_triples(path)]
+        tasks, _ = load_row_tasks(path)
+        assert all(item.input and item.outputs for task in tasks for item in task.items)
+        return [
+            [*t.instructions, *(x for i in t.items for x in (i.input, *i.outputs))] for t in tasks
+        ]
     if kind == "agent":
         items = load_agent("test", folder)
         return [[item.id, item.prompt, item.request, item.output] for item in items]
@@ -301,7 +306,7 @@ def test_a_hostile_row_is_refused(line, ending, folder):
     good = json.dumps(TRIPLE).encode()
     data = b"\n".join([good, line]) if ending == ".jsonl" else b"[" + good + b"," + line + b"]"
     (folder / f"rows{ending}").write_bytes(data)
-    assert refused(lambda: load_triples(folder / f"rows{ending}"))
+    assert refused(lambda: load_row_tasks(folder / f"rows{ending}"))
 
 
 # --- chat templates ------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_the_comment_on_top_is_the_command(name):
         ),
         (
             "method: lora_gen\ndata: {kind: mixture, families: [sort]}",
-            "unknown key data.families; known: kind, sources",
+            "unknown key data.families; did you mean data.frame?",
         ),
         (
             "method: lora\noptimizer: {learning_rate: -1.0}",
