@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, Prompt
 from lorax_gen.evaluation.item_log import ItemLog, ItemRow, digest
 from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
+from lorax_gen.evaluation.progress import show, ticker
 from lorax_gen.files import AnyPath, to_path
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceScores, encode_items, score_items
 from lorax_gen.mesh import hosts
@@ -155,7 +156,7 @@ def evaluate_benchmark(
 
     prompts, adapter = answerer.prompts(cases), answerer.adapter
     if prompts is not None:
-        show(bar, f"{benchmark.name}, prompts", len(left))
+        show(bar, f"{benchmark.name}, {answerer.name}: prompts", len(left))
         adapter = answerer.specialise(
             prompts,
             tokens_per_batch=tokens_per_batch,
@@ -172,7 +173,7 @@ def evaluate_benchmark(
         if log is not None:
             log.append(rows)
 
-    show(bar, benchmark.name, len(questions), len(questions) - len(left))
+    show(bar, f"{benchmark.name}, {answerer.name}", len(questions), len(questions) - len(left))
     contexts = answerer.contexts(cases)
     score_items(
         answerer.model,
@@ -254,7 +255,7 @@ def summary(
     )
 
 
-# --- the file and the bar ------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------
 
 
 def describe(cases: BenchmarkCases, answerer: Answerer) -> ItemRow:
@@ -304,14 +305,3 @@ def known_numbers(log: ItemLog | None, count: int) -> np.ndarray:
     for row in log.rows if log is not None else ():
         numbers[row["index"]] = [row[name] for name in NUMBERS]
     return np.array(hosts.from_first(numbers))
-
-
-def show(bar: Any, text: str, total: int, done: int = 0) -> None:
-    if bar is not None:
-        bar.reset(total=total)
-        bar.set_description(text)
-        bar.update(done)
-
-
-def ticker(bar: Any) -> Callable[[int], object]:
-    return (lambda count: None) if bar is None else bar.update
