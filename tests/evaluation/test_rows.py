@@ -190,7 +190,7 @@ def test_the_majority_of_equally_frequent_outputs_is_right_half_of_the_time():
 
 
 def test_the_loss_is_per_token_of_the_likeliest_output(system):
-    """By hand from the logits: of several outputs the likeliest per token, of choices the answer."""
+    """From the logits: of several outputs the likeliest per token, of choices the answer."""
     cases = RowCases(ask_rows([COLOR, SIZE]), IO)
     nll = tokens = correct = 0
     for case in cases.asked:
@@ -289,7 +289,7 @@ def test_results_of_other_rows_are_refused(system, tmp_path):
 def test_a_model_that_overflows_and_no_rows_are_refused(system):
     params = system.edge.params | {"final_norm": system.edge.params["final_norm"] * math.nan}
     broken = System(dataclasses.replace(system.edge, params=params)).answerer("plain")
-    with pytest.raises(UserError, match="color, '.*: a log-likelihood is nan"):
+    with pytest.raises(UserError, match=r"color, '.*: a log-likelihood is nan"):
         evaluate_rows(broken, RowCases(ask_rows([COLOR]), IO))
     with pytest.raises(UserError, match="no rows to evaluate"):
         evaluate_rows(system.answerer("plain"), RowCases([], IO))
