@@ -76,7 +76,7 @@ class RowFile:
 
 def evaluate_suite(
     system: System,
-    tasks: Sequence[str],
+    tasks: Sequence[str | Benchmark | RowFile],
     names: Sequence[str],
     *,
     shots: int = 5,
@@ -96,7 +96,8 @@ def evaluate_suite(
 
     Args:
       tasks: names of benchmarks, paths of YAML files that describe one (`data.own_benchmarks`), and
-        paths of .jsonl, .json and .parquet files of rows (`data.own_tasks`).
+        paths of .jsonl, .json and .parquet files of rows (`data.own_tasks`); or what `find_task`
+        finds for these.
       names: of answerers.
       shots: solved examples in a prompt; fewer where a task of rows has fewer.
       seed: of shots, of the order of rows, and of random prompts; None: that of
@@ -117,7 +118,7 @@ def evaluate_suite(
     seed = HARNESS_SEED if seed is None else seed
     for name in names:
         system.check(name)
-    found = [find_task(task, columns) for task in tasks]
+    found = [find_task(task, columns) if isinstance(task, str) else task for task in tasks]
     named = [task.name for task in found]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
@@ -133,7 +134,8 @@ def evaluate_suite(
             other = other_of(task, directory) if "shuffled" in names else None
             cases[task.name] = BenchmarkCases(task, questions, train, shots, seed, other, frame)
     settings = {"shots": shots, "seed": seed, "limit": limit}
-    settings |= {"frame": dataclasses.asdict(frame)} if frame != PLAIN else {}
+    if any(own.frame != PLAIN for own in cases.values()):
+        settings["frame"] = dataclasses.asdict(frame)
     columns = {key: column for task in found for key, column in columns_of(task, cases).items()}
     with only_writer_of(run_dir):
         path = run_dir and run_dir / "report.json"

@@ -12,6 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from lorax_gen.evaluation.report import Cell, Report
+from lorax_gen.frames import Frame
 
 Columns = Mapping[str, Cell]
 
@@ -59,6 +60,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         own = {name: column for name, column in columns.items() if column.get("file") == file}
         console.print(file_table(report, file, own), "", sep="\n")
     console.print(cost_table(report))
+    if "frame" in report["settings"]:
+        frame = Frame(**report["settings"]["frame"])
+        which = "inputs" if frame.benchmarks else "inputs of rows"
+        console.print(f"{which} are read in the frame {frame.template!r}", markup=False)
     for row in rows.values():
         if "compression" in row:
             console.print(
@@ -120,12 +125,13 @@ def norm_table(report: Report, columns: Columns) -> Table:
 def file_table(report: Report, file: str, columns: Columns) -> Table:
     """Answerers by the metrics of a file of rows, then floors and chance."""
     rows, first = report["rows"], next(iter(columns.values()))
+    tasks = f"{first['tasks']} task{'s' * (first['tasks'] != 1)}"
     looks = {
         name: "{:.3f}".format if own["metric"] == "loss" else percent
         for name, own in columns.items()
     }
     table = make_table(
-        f"{file} ({first['tasks']} tasks), in percent; loss in nats",
+        f"{file} ({tasks}), in percent; loss in nats",
         [own["title"] for own in columns.values()],
     )
     for key, row in rows.items():
