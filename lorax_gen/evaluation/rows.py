@@ -50,6 +50,11 @@ from lorax_gen.inference.continuations import continue_texts, room_for
 
 METRICS = ("loss", "choice_accuracy", "choice_accuracy_norm", "exact_match", "rouge_l")
 FLOORS = ("majority", "input", "example")
+# What the file has of a row: first what its log-likelihoods say, later what its answer does.
+SCORED = {
+    "nll", "tokens", "context_tokens", "truncated", "prompt_tokens", "prompt_truncated"
+}  # fmt: skip
+ANSWERED = {"answer", "exact_match", "rouge_l"}
 OTHERS = 16  # other rows that are kept with each row, for shots
 LONGEST = 512  # new tokens of an answer, where nothing else is said
 
@@ -220,7 +225,8 @@ def row_results(
     if path is not None:
         log = ItemLog(path, describe(cases, answerer, most, stop))
         for row in log.rows:
-            if not isinstance(i := row.get("index"), int) or not 0 <= i < len(rows):
+            known = isinstance(i := row.get("index"), int) and 0 <= i < len(rows)
+            if not known or not any(keys <= row.keys() for keys in (SCORED, ANSWERED)):
                 raise UserError(f"{path} holds a row {i} of another run; remove the file")
             rows[i] |= row
     unscored = [i for i, row in enumerate(rows) if "nll" not in row]

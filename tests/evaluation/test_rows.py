@@ -31,6 +31,7 @@ from lorax_gen.evaluation.rows import (
 )
 from lorax_gen.frames import IO, PLAIN, Frame
 from lorax_gen.inference.choices import ChoiceItem
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from tests.tiny import make_generator
 
 LABELS = ("alpha", "beta", "gamma")
@@ -284,6 +285,18 @@ def test_results_of_other_rows_are_refused(system, tmp_path):
     path.write_text(before + json.dumps(line | {"index": 3}) + "\n")
     with pytest.raises(UserError, match="holds a row 3 of another run"):
         row_results(answerer, RowCases(ask_rows([COLOR]), IO), path=path)
+    del line["tokens"]
+    path.write_text(before + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=f"holds a row {line['index']} of another run"):
+        row_results(answerer, RowCases(ask_rows([COLOR]), IO), path=path)
+
+
+@pytest.mark.parametrize("mode", ["icl", "lora_gen"])
+def test_rows_are_evaluated_over_a_mesh_as_on_one_device(system, mode):
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    cases = RowCases(ask_rows([COLOR, SIZE]), IO, shots=1)
+    alone, found = (evaluate_rows(system.answerer(mode), cases, mesh=m) for m in (None, mesh))
+    assert found == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_model_that_overflows_and_no_rows_are_refused(system):
