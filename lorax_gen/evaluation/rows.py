@@ -54,7 +54,7 @@ FLOORS = ("majority", "input", "example")
 SCORED = {
     "nll", "tokens", "context_tokens", "truncated", "prompt_tokens", "prompt_truncated"
 }  # fmt: skip
-ANSWERED = {"answer", "exact_match", "rouge_l"}
+ANSWERED = {"exact_match", "rouge_l"}
 OTHERS = 16  # other rows that are kept with each row, for shots
 LONGEST = 512  # new tokens of an answer, where nothing else is said
 
@@ -225,8 +225,9 @@ def row_results(
     if path is not None:
         log = ItemLog(path, describe(cases, answerer, most, stop))
         for row in log.rows:
-            known = isinstance(i := row.get("index"), int) and 0 <= i < len(rows)
-            if not known or not any(keys <= row.keys() for keys in (SCORED, ANSWERED)):
+            i = row.get("index")
+            known = type(i) is int and 0 <= i < len(rows)
+            if not known or not is_result(row):
                 raise UserError(f"{path} holds a row {i} of another run; remove the file")
             rows[i] |= row
     unscored = [i for i, row in enumerate(rows) if "nll" not in row]
@@ -288,6 +289,12 @@ def row_results(
     if log is not None:
         log.flush()
     return rows
+
+
+def is_result(row: ItemRow) -> bool:
+    """Whether a row of the file is what `scored` or `answered` makes."""
+    numbers = {key for key, value in row.items() if isinstance(value, int | float)}
+    return numbers >= SCORED or (numbers >= ANSWERED and isinstance(row.get("answer"), str))
 
 
 def stop_of(asked: Sequence[Asked]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ once for all questions under it and has columns of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -136,10 +136,13 @@ def evaluate_suite(
     settings = {"shots": shots, "seed": seed, "limit": limit}
     if any(own.frame != PLAIN for own in cases.values()):
         settings["frame"] = dataclasses.asdict(frame)
-    columns = {key: column for task in found for key, column in columns_of(task, cases).items()}
+    shown: dict[str, Cell] = {}
+    for task in found:
+        left_out = task.left_out if isinstance(task, RowFile) else 0
+        shown |= columns_of(task.name, cases[task.name], left_out)
     with only_writer_of(run_dir):
         path = run_dir and run_dir / "report.json"
-        report = new_report("benchmarks", system, columns, path, **settings)
+        report = new_report("benchmarks", system, shown, path, **settings)
         for name in names:
             answerer = system.answerer(name, seed)  # one merged edge at a time
             cells: dict[str, Cell] = {}
@@ -182,34 +185,37 @@ def find_task(name: str, columns: Sequence[str] = ()) -> Benchmark | RowFile:
     return find_benchmark(name)
 
 
-def columns_of(
-    task: Benchmark | RowFile, cases: Mapping[str, BenchmarkCases | RowCases]
-) -> dict[str, Cell]:
-    """The columns of a task in a report."""
-    own = cases[task.name]
-    if isinstance(own, BenchmarkCases):
-        column = {"title": own.benchmark.title, "n": len(own.questions)}
-        return {task.name: column | ({"per_character": True} if task.per_character else {})}
-    reached = floors(own.asked)
-    choices = sum(bool(case.item.choices) for case in own.asked)
+def columns_of(name: str, cases: BenchmarkCases | RowCases, left_out: int = 0) -> dict[str, Cell]:
+    """The columns of a task in a report.
+
+    Args:
+      left_out: rows of a file that were left out.
+    """
+    if isinstance(cases, BenchmarkCases):
+        column: Cell = {"title": cases.benchmark.title, "n": len(cases.questions)}
+        if name not in BENCHMARKS and cases.benchmark.per_character:
+            column["per_character"] = True
+        return {name: column}
+    reached = floors(cases.asked)
+    choices = sum(bool(case.item.choices) for case in cases.asked)
     found = {}
     for metric in METRICS:
         of_choices = metric.startswith("choice")
         if of_choices and not choices:
             continue
         key = metric.removesuffix("_norm")
-        floor = {name: reached[f"{name}/{key}"] for name in FLOORS if f"{name}/{key}" in reached}
+        floor = {own: reached[f"{own}/{key}"] for own in FLOORS if f"{own}/{key}" in reached}
         column = {
             "title": TITLES[metric],
-            "n": choices if of_choices else len(own.asked),
-            "file": task.name,
+            "n": choices if of_choices else len(cases.asked),
+            "file": name,
             "metric": metric,
             "floors": floor,
-            "tasks": len({case.task.name for case in own.asked}),
-            "left_out": task.left_out,
+            "tasks": len({case.task.name for case in cases.asked}),
+            "left_out": left_out,
         }
         chance = {"chance": reached["chance"]} if of_choices else {}
-        found[f"{task.name}/{metric}"] = column | chance
+        found[f"{name}/{metric}"] = column | chance
     return found
 
 

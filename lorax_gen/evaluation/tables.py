@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from lorax_gen.data.benchmarks import BENCHMARKS
 from lorax_gen.evaluation.report import Cell, Report
 from lorax_gen.frames import Frame
 
@@ -53,7 +54,11 @@ def print_report(report: Report, console: Console | None = None) -> None:
     benchmarks = {name: column for name, column in columns.items() if "file" not in column}
     if benchmarks:
         console.print(score_table(report, benchmarks), "", sep="\n")
-    normalised = {name: own for name, own in benchmarks.items() if own.get("per_character")}
+    normalised = {
+        name: own
+        for name, own in benchmarks.items()
+        if (name in BENCHMARKS and BENCHMARKS[name].per_character) or own.get("per_character")
+    }
     if normalised:
         console.print(norm_table(report, normalised), "", sep="\n")
     for file in files:

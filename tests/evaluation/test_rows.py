@@ -285,10 +285,10 @@ def test_results_of_other_rows_are_refused(system, tmp_path):
     path.write_text(before + json.dumps(line | {"index": 3}) + "\n")
     with pytest.raises(UserError, match="holds a row 3 of another run"):
         row_results(answerer, RowCases(ask_rows([COLOR]), IO), path=path)
-    del line["tokens"]
-    path.write_text(before + json.dumps(line) + "\n")
-    with pytest.raises(UserError, match=f"holds a row {line['index']} of another run"):
-        row_results(answerer, RowCases(ask_rows([COLOR]), IO), path=path)
+    for change in ({"tokens": None}, {"nll": "1"}, {"index": True}):
+        path.write_text(before + json.dumps(line | change) + "\n")
+        with pytest.raises(UserError, match=r"holds a row \w+ of another run"):
+            row_results(answerer, RowCases(ask_rows([COLOR]), IO), path=path)
 
 
 @pytest.mark.parametrize("mode", ["icl", "lora_gen"])

@@ -11,6 +11,7 @@ import pytest
 from lorax_gen import specialize
 from lorax_gen.data.agent import AgentItem
 from lorax_gen.data.benchmarks import BENCHMARKS
+from lorax_gen.data.own_benchmarks import load_benchmark
 from lorax_gen.data.own_tasks import load_row_tasks
 from lorax_gen.documents import to_yaml
 from lorax_gen.errors import UserError
@@ -135,7 +136,8 @@ def test_all_benchmarks_and_modes_fit_into_80_columns(report, capsys, monkeypatc
     print_report(report | {"columns": columns, "rows": rows})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
-    (titles,) = (line.split() for line in lines if "HellaS" in line)
+    titles, quoted = (line.split() for line in lines if "HellaS" in line)
+    assert quoted == ["ARC-c", "ARC-e", "OBQA", "HellaS", "PIQA"]  # by acc_norm
     assert titles == [*(record.title for record in BENCHMARKS.values()), "AVE", "HAR"]
     (full,) = (
         line.split() for line in lines if line.startswith("edge + LoRA-Gen") and "100" in line
@@ -310,6 +312,8 @@ def test_a_benchmark_of_ones_own_is_scored_as_any_other(system, directory, tmp_p
     texts = [((row["input"],), [f" {label}" for label in LABELS]) for row in ROWS]
     scores = score_items(system.edge, encode_items(system.edge, texts))
     assert found["score"] == sum(s.loglikelihoods.argmax() == 1 for s in scores) / len(ROWS)
+    again = evaluate_suite(system, [load_benchmark(tmp_path / "mine.yaml")], ["plain"], timed=0)
+    assert again["rows"]["plain"]["cells"]["mine"]["score"] == found["score"]
 
 
 def test_two_tasks_of_one_name_are_refused(system, rows_file, tmp_path):
