@@ -124,6 +124,11 @@ class Evaluate:
             for name in ("columns", "frame", "raw"):
                 if getattr(self, name):
                     raise UserError(f"--{name} is for benchmarks and rows, not {self.tasks[0]}")
+        for part in ("card", "lora"):
+            if getattr(self, part) and self.modes and part not in self.modes:
+                raise UserError(
+                    f"--{part} is given, but --modes has no {part}; add it, or leave --{part} out"
+                )
         return evaluate_world(self) if world else evaluate_real(self)
 
     @property
@@ -163,7 +168,7 @@ def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
     """The modes to evaluate: those asked for, or those of `usual` that what was given suffices for;
     of several cards each is a mode.
 
-    Raises UserError where a part that a mode needs was not given, or a card is not used.
+    Raises UserError where a part that a mode needs was not given.
     """
     from lorax_gen.evaluation.answerers import ANSWERERS
 
@@ -180,8 +185,8 @@ def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
     if not names:
         parts = {name: ANSWERERS[name][1] for name in dict.fromkeys((*usual, "card", "lora"))}
         names = [name for name, needs in parts.items() if all(there[part] for part in needs)]
-    elif cards and "card" not in names:
-        raise UserError("--card is given, but --modes has no card; add it, or leave the card out")
+        if command.generator and not (cards or there["cloud"]):
+            raise UserError("--generator needs --cloud, the model that reads its prompts")
     several = [f"card:{card}" for card in cards] if len(cards) > 1 else ["card"]
     return [each for name in names for each in (several if name == "card" else [name])]
 

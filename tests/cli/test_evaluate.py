@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lorax_gen.artifacts.generator import load_generator, save_generator
-from lorax_gen.cli.evaluate import Evaluate, frame_of
+from lorax_gen.cli.evaluate import Evaluate, frame_of, modes_of, timing
 from lorax_gen.documents import to_yaml
 from lorax_gen.errors import UserError
+from lorax_gen.evaluation.world import NAMES
 from lorax_gen.frames import IO, PLAIN
 from tests.data import rows
 
@@ -35,6 +37,8 @@ def test_evaluate_refuses_a_directory_that_holds_something_else(refused, tmp_pat
         (["boolq", "--modes", "lora_gen", "--edge", "x"], "mode lora_gen needs --cloud and --gen"),
         (["boolq", "--modes", "cloud_icl", "--edge", "x"], "mode cloud_icl needs --cloud\n"),
         (["boolq", "--modes", "plain", "--card", "x"], "--card is given, but --modes has no card"),
+        (["boolq", "--modes", "plain", "--lora", "x"], "--lora is given, but --modes has no lora"),
+        (["boolq", "--edge", "x", "--generator", "y"], "--generator needs --cloud"),
         (["boolq", "--card", "a/x", "b/x.card.safetensors"], "two cards are called x; rename one"),
         (["boolq", "--columns", "input=x"], "--columns are those of files of rows"),
         (["world", "--frame", "io"], "--frame is for benchmarks and rows, not world"),
@@ -208,3 +212,26 @@ def test_the_generators_frame_is_used_unless_an_option_says_otherwise():
     assert frame_of(Evaluate(), SimpleNamespace(generator=None)) == PLAIN
     with pytest.raises(UserError, match="--frame and --raw exclude each other"):
         frame_of(Evaluate(frame="io", raw=True), system)
+
+
+@pytest.mark.parametrize(
+    "given, modes",
+    [
+        ({}, "plain icl lora cloud_icl lora_gen shuffled"),  # `lora` stands for the shipped one
+        ({"edge": "x"}, "plain icl"),
+        ({"edge": "x", "cloud": "y"}, "plain icl cloud_icl"),
+        ({"edge": "x", "cloud": "y", "generator": "z"}, "plain icl cloud_icl lora_gen shuffled"),
+        ({"generator": "z"}, "plain icl lora cloud_icl lora_gen shuffled"),
+        ({"modes": ("card", "plain"), "card": ((Path("a"), Path("b")),)}, "card:a card:b plain"),
+    ],
+)
+def test_modes_of_the_world_follow_what_was_given(given, modes):
+    command = Evaluate(**given)
+    if command.edge == "world/edge":
+        command = dataclasses.replace(command, lora="world/lora")
+    assert modes_of(command, NAMES) == modes.split()
+
+
+@pytest.mark.parametrize("timed, options", [(None, {}), (0, {"timed": 0}), (3, {"timed": 3})])
+def test_what_is_timed_is_the_evaluations_default_unless_said(timed, options):
+    assert timing(Evaluate(timed=timed)) == options
