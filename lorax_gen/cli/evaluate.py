@@ -18,17 +18,23 @@ from lorax_gen.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from lorax_gen.artifacts.generator import Generator
     from lorax_gen.evaluation.answerers import System
+    from lorax_gen.frames import Frame
+
+
+SHIPPED = {"cloud": "world/cloud", "edge": "world/edge", "generator": "world/generator"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Score models on tasks and print a table: methods by tasks, and the cost of a question.
 
-    TASK is world (the shipped world's tasks, the default), reasoning (the paper's eight
-    benchmarks), the name of one of them such as arc_easy or hellaswag, or gpt4tools. With --run-dir
-    the result of each item is saved as it is computed: an interrupted evaluation resumes with the
-    same command.
+    TASK is world (the shipped world's tasks, the default), gpt4tools, or any of these: reasoning
+    (the paper's eight benchmarks), the name of one of them such as arc_easy or hellaswag, a file of
+    rows (.jsonl, .json, .parquet: loss, choice accuracy, exact match and ROUGE-L), a .yaml that
+    describes a benchmark. With --run-dir the result of each item is saved as it is computed: an
+    interrupted evaluation resumes with the same command.
 
     Modes: plain (the edge reads only the question), icl (the prompt before it: solved shots, or the
     full instruction), lora_gen (only the question, with the LoRA generated from the prompt) and its
@@ -37,7 +43,7 @@ class Evaluate:
 
     Examples:
       lorax-gen evaluate
-      lorax-gen evaluate reasoning --edge org/name --modes plain icl --run-dir runs/base
+      lorax-gen evaluate arc_easy mine.jsonl --edge org/name --run-dir runs/base
       lorax-gen evaluate boolq piqa --data-dir DIR --cloud A --edge B --generator runs/x/released
     """
 
@@ -45,24 +51,34 @@ class Evaluate:
         "world",
     )
     modes: tuple[str, ...] = ()
-    """Modes to evaluate; default plain, icl and lora_gen, for world all but empty and random."""
-    cloud: str = "world/cloud"
-    """Cloud model: a directory or a hub name."""
-    edge: str = "world/edge"
+    """Modes to evaluate; default plain and icl, with a generator lora_gen, and card and lora where
+    they are given; for world also cloud_icl and shuffled."""
+    cloud: str | None = None
+    """Cloud model: a directory or a hub name; default the shipped one with the shipped edge."""
+    edge: str = SHIPPED["edge"]
     """Edge model: a directory or a hub name."""
-    generator: str = "world/generator"
-    """Generator directory."""
+    generator: str | None = None
+    """Generator directory; default the shipped one with the shipped models."""
     allow_other_models: bool = False
     """Accept a cloud or an edge model of the same shape that the generator was not trained with."""
-    card: UserPath | None = None
-    """A task card or PEFT adapter directory, merged into the edge for mode card."""
+    card: Annotated[tuple[tuple[UserPath, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Task cards or PEFT adapter directories, each merged into the edge for mode card. Several have
+    a row each, called as the file."""
     lora: str | None = None
     """A PEFT adapter for all tasks, merged into the edge for mode lora; for world with the shipped
     edge, default the shipped one."""
     shots: Count = 5
     """Solved examples in a prompt, for modes with a prompt."""
     limit: Size | None = None
-    """Evaluate the first so many questions of each benchmark; default all."""
+    """Evaluate so many questions of each benchmark, the first ones, and rows of each file, evenly
+    from its tasks; default all."""
+    columns: tuple[str, ...] = ()
+    """FIELD=COLUMN where files of rows call a field otherwise: input=question output=label."""
+    frame: str | None = None
+    """How the edge reads an input: plain, io (Input: ... Output:), chat (the edge's chat template)
+    or a text with {input}; default that of the generator, else plain."""
+    raw: bool = False
+    """Read inputs as they are, whatever the generator's frame is."""
     data_dir: UserPath | None = None
     """Directory of data files, at any depth; without it benchmarks are loaded from the hub."""
     run_dir: UserPath | None = None
@@ -74,8 +90,12 @@ class Evaluate:
     'lorax-gen[int8]')."""
     tokens_per_batch: Size = 4096
     """Tokens processed at a time; use more on GPUs and TPUs."""
-    max_new_tokens: Size = 512
-    """gpt4tools only: most tokens of an answer."""
+    max_new_tokens: Size | None = None
+    """Most tokens of an answer to a row, default as many as the longest correct output has, up to
+    512; and of one of gpt4tools, default 512."""
+    timed: Count | None = None
+    """Questions whose latency is measured for each mode, 0 for none; default 50, of gpt4tools
+    20."""
     bos: Literal["tokenizer", "yes", "no"] = "tokenizer"
     """Whether the edge's input begins with BOS; tokenizer follows the edge's tokenizer. The paper's
     scores, from lm-evaluation-harness 0.4.3, have none for LLaMA."""
@@ -100,7 +120,27 @@ class Evaluate:
             ours = is_report(run_dir / "report.json") if world else (run_dir / "items").is_dir()
             if not ours and not (run_dir.is_dir() and not any(run_dir.iterdir())):
                 raise UserError(f"{run_dir} exists and is not an evaluation; choose another")
+        if world or self.tasks == ("gpt4tools",):
+            for name in ("columns", "frame", "raw"):
+                if getattr(self, name):
+                    raise UserError(f"--{name} is for benchmarks and rows, not {self.tasks[0]}")
+        for part in ("card", "lora"):
+            if getattr(self, part) and self.modes and part not in self.modes:
+                raise UserError(
+                    f"--{part} is given, but --modes has no {part}; add it, or leave --{part} out"
+                )
         return evaluate_world(self) if world else evaluate_real(self)
+
+    @property
+    def card_names(self) -> dict[str, files.AnyPath]:
+        """The cards by the names of their files."""
+        found: dict[str, files.AnyPath] = {}
+        for path in (path for paths in self.card for path in paths):
+            name = path.name.removesuffix(".safetensors").removesuffix(".card")
+            if name in found:
+                raise UserError(f"two cards are called {name}; rename one")
+            found[name] = path
+        return found
 
 
 def is_report(path: files.AnyPath) -> bool:
@@ -111,6 +151,46 @@ def is_report(path: files.AnyPath) -> bool:
         return False
 
 
+# --- models and modes ----------------------------------------------------------------------------
+
+
+def models_of(command: Evaluate) -> dict[str, str | None]:
+    """The names of the models by role: the given ones, and the shipped ones with the shipped edge;
+    None where there is none."""
+    shipped = command.edge == SHIPPED["edge"]
+    cloud = command.cloud or (SHIPPED["cloud"] if shipped else None)
+    own = shipped and cloud == SHIPPED["cloud"]
+    generator = command.generator or (SHIPPED["generator"] if own else None)
+    return {"cloud": cloud, "edge": command.edge, "generator": generator}
+
+
+def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
+    """The modes to evaluate: those asked for, or those of `usual` that what was given suffices for;
+    of several cards each is a mode.
+
+    Raises UserError where a part that a mode needs was not given.
+    """
+    from lorax_gen.evaluation.answerers import ANSWERERS
+
+    cards = command.card_names
+    there = models_of(command) | {"lora": command.lora, "card": cards}
+    options = {"generator": "--generator", "cloud": "--cloud", "lora": "--lora, a PEFT adapter",
+               "card": "--card, a task card or a PEFT adapter directory"}  # fmt: skip
+    names = list(command.modes)
+    for name in names:
+        needs = ANSWERERS[name][1] if name in ANSWERERS else ()
+        missing = [options[part] for part in needs if not there[part]]
+        if missing:
+            raise UserError(f"mode {name} needs {' and '.join(missing)}")
+    if not names:
+        parts = {name: ANSWERERS[name][1] for name in dict.fromkeys((*usual, "card", "lora"))}
+        names = [name for name, needs in parts.items() if all(there[part] for part in needs)]
+        if command.generator and not (cards or there["cloud"]):
+            raise UserError("--generator needs --cloud, the model that reads its prompts")
+    several = [f"card:{card}" for card in cards] if len(cards) > 1 else ["card"]
+    return [each for name in names for each in (several if name == "card" else [name])]
+
+
 def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> System:
     """The models that the named answerers need."""
     import lorax_gen
@@ -119,28 +199,51 @@ def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> S
     from lorax_gen.mesh.sharding import tree_shardings
 
     needed = {part for name in names if name in ANSWERERS for part in ANSWERERS[name][1]}
-    if "card" in needed and command.card is None:
-        raise UserError("mode card needs --card, a task card or a PEFT adapter directory")
+    models, cards = models_of(command), command.card_names
     shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
     load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=shardings)
-    generator = functools.cache(
-        lambda: lorax_gen.load_generator(
-            command.generator, allow_other_models=command.allow_other_models
+
+    @functools.cache
+    def generator() -> Generator:
+        if models["generator"] is None:
+            raise UserError("a task card needs --generator, the one that it was made with")
+        return lorax_gen.load_generator(
+            models["generator"], allow_other_models=command.allow_other_models
         )
-    )
+
     bos = {"tokenizer": None, "yes": True, "no": False}[command.bos]
-    edge, lora, card = load(command.edge, bos=bos), None, None
-    if command.lora is not None and "lora" in needed:
+    edge, lora, loras = load(models["edge"], bos=bos), None, {}
+    if "lora" in needed:
         lora = lorax_gen.load_adapter(command.lora, edge.config)
-    if "card" in needed:
-        card, *_ = lora_of(command.card, edge, None if is_adapter(command.card) else generator())
+    if any(name.startswith("card") for name in names):
+        for name, path in cards.items():
+            loras[name], *_ = lora_of(path, edge, None if is_adapter(path) else generator())
+    several = len(cards) > 1
     return System(
         edge,
-        load(command.cloud, in_int8=command.cloud_int8) if "cloud" in needed else None,
-        generator() if "generator" in needed else None,
+        load(models["cloud"], in_int8=command.cloud_int8) if "cloud" in needed else None,
+        # One that was given is read for its frame, too.
+        generator() if "generator" in needed or command.generator is not None else None,
         lora=lora,
-        card=card,
+        card=None if several else next(iter(loras.values()), None),
+        cards=loras if several else {},
     )
+
+
+def frame_of(command: Evaluate, system: System) -> Frame:
+    """How the edge reads an input: as an option says, or in the frame of the generator."""
+    from lorax_gen.frames import PLAIN, make_frame
+
+    if command.raw and command.frame is not None:
+        raise UserError("--frame and --raw exclude each other; leave one out")
+    if command.raw:
+        return PLAIN
+    if command.frame is not None:
+        return make_frame(command.frame, system.edge.tokenizer)
+    return PLAIN if system.generator is None else system.generator.frame
+
+
+# --- tasks ---------------------------------------------------------------------------------------
 
 
 def evaluate_world(command: Evaluate) -> int:
@@ -150,10 +253,10 @@ def evaluate_world(command: Evaluate) -> int:
     from lorax_gen.evaluation.tables import print_report, progress
     from lorax_gen.mesh.sharding import serving_mesh
 
-    if command.lora is None and command.edge == "world/edge":
+    if command.lora is None and command.edge == SHIPPED["edge"]:
         command = dataclasses.replace(command, lora="world/lora")
-    usual = [name for name in world.NAMES if name != "lora" or command.lora is not None]
-    names, mesh = command.modes or usual, serving_mesh(command.fsdp, command.tensor)
+    names = modes_of(command, world.NAMES)
+    mesh = serving_mesh(command.fsdp, command.tensor)
     report = world.evaluate_world(
         load_system(command, names, mesh),
         WorldConfig(),
@@ -164,6 +267,7 @@ def evaluate_world(command: Evaluate) -> int:
         mesh=mesh,
         path=command.run_dir and command.run_dir / "report.json",
         progress=progress,
+        **timing(command),
     )
     print_report(report)
     if command.run_dir is not None:
@@ -175,49 +279,54 @@ def evaluate_real(command: Evaluate) -> int:
     from tqdm import tqdm
 
     from lorax_gen.data.agent import load_agent
-    from lorax_gen.data.benchmarks import REASONING, find_benchmark
+    from lorax_gen.data.benchmarks import REASONING
     from lorax_gen.evaluation import suite
     from lorax_gen.evaluation.tables import print_report
     from lorax_gen.mesh.sharding import serving_mesh
 
-    if command.limit is not None and command.limit < 1:
-        raise UserError(f"limit={command.limit}: choose 1 or more, or leave it out for all")
-    if command.tokens_per_batch < 1:
-        raise UserError(f"tokens_per_batch={command.tokens_per_batch}: choose 1 or more")
     groups = {"reasoning": REASONING}
-    tasks = list(dict.fromkeys(n for task in command.tasks for n in groups.get(task, (task,))))
-    agent = tasks == ["gpt4tools"]
-    if "gpt4tools" in tasks and not agent:
+    names = list(dict.fromkeys(n for task in command.tasks for n in groups.get(task, (task,))))
+    agent = names == ["gpt4tools"]
+    if "gpt4tools" in names and not agent:
         raise UserError("gpt4tools is evaluated by itself; leave out the other tasks, or it")
     if agent and command.data_dir is None:
         raise UserError("gpt4tools has no copy on the hub; give --data-dir with its files")
-    if not agent:
-        for name in tasks:
-            find_benchmark(name)
-    usual = ("icl", "plain", "lora_gen") if agent else ("plain", "icl", "lora_gen")
-    names = command.modes or (*usual, *(("card",) if command.card else ()))
+    tasks = [] if agent else [suite.find_task(name, command.columns) for name in names]
+    if command.columns and not any(isinstance(task, suite.RowFile) for task in tasks):
+        raise UserError("--columns are those of files of rows, and no task is one; leave it out")
+    modes = modes_of(
+        command, ("icl", "plain", "lora_gen") if agent else ("plain", "icl", "lora_gen")
+    )
     mesh = serving_mesh(command.fsdp, command.tensor)
-    system = load_system(command, names, mesh)
+    system = load_system(command, modes, mesh)
     options = {
         "seed": command.seed,
         "run_dir": command.run_dir,
         "tokens_per_batch": command.tokens_per_batch,
         "mesh": mesh,
         "bar": tqdm(unit="question", leave=False, disable=not sys.stderr.isatty()),
+        **timing(command),
     }
     if agent:
         items = load_agent("test", command.data_dir)[: command.limit]
-        options["max_new_tokens"] = command.max_new_tokens
-        print_report(suite.evaluate_agent_suite(system, items, names, **options))
+        options["max_new_tokens"] = command.max_new_tokens or 512
+        print_report(suite.evaluate_agent_suite(system, items, modes, **options))
         return 0
     report = suite.evaluate_suite(
         system,
         tasks,
-        names,
+        modes,
         shots=command.shots,
         limit=command.limit,
         directory=command.data_dir,
+        frame=frame_of(command, system),
+        max_new_tokens=command.max_new_tokens,
         **options,
     )
     print_report(report)
     return 0
+
+
+def timing(command: Evaluate) -> dict[str, int]:
+    """How many questions are timed, where it was said."""
+    return {} if command.timed is None else {"timed": command.timed}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lorax_gen.data import questions
 from lorax_gen.data.hub_rows import HubData, load_hub_rows
@@ -19,7 +19,7 @@ from lorax_gen.data.questions import Question
 from lorax_gen.data.readers import Row, parse_row, read_rows
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, find, to_path
-from lorax_gen.frames import BETWEEN
+from lorax_gen.frames import BETWEEN, PLAIN, Frame
 
 HARNESS_SEED = 1234  # of lm-evaluation-harness's few-shot draws
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")  # of local files
@@ -51,6 +51,12 @@ class Benchmark:
     """Whether the hub's rows have ids, which distinguish rows with the same texts."""
     unseen: bool = False
     """Never trained on: it measures generalisation to unseen tasks."""
+    per_character: bool = False
+    """Whether people quote acc_norm, by log-likelihood per character of a choice."""
+    files: Mapping[str, AnyPath] = dataclasses.field(default_factory=dict)
+    """Files of its splits, where they have names of their own."""
+    read: Callable[[Row, str], Question] | None = None
+    """Reads a row, with a default id, in another way than `questions.read_question`."""
 
     def contexts(self, question: Question) -> tuple[str, ...]:
         """The text before the continuation: one for all choices, or one per choice."""
@@ -113,6 +119,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             template=QA,
             hub=HubData("allenai/ai2_arc", "ARC-Challenge", _ARC, _TEST),
             columns=questions.lettered("question"),
+            per_character=True,
         ),
         Benchmark(
             name="arc_easy",
@@ -122,6 +129,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             template=QA,
             hub=HubData("allenai/ai2_arc", "ARC-Easy", _ARC, _TEST),
             columns=questions.lettered("question"),
+            per_character=True,
         ),
         Benchmark(
             name="openbookqa",
@@ -133,6 +141,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                 "allenai/openbookqa", "main", "388097ea7776314e93a529163e0fea805b8a6454", _TEST
             ),
             columns=questions.lettered("question_stem"),
+            per_character=True,
         ),
         Benchmark(
             name="boolq",
@@ -171,6 +180,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             prepare=questions.without_markup,
             parts=("train_part",),
             unseen=True,
+            per_character=True,
         ),
         Benchmark(
             name="winogrande",
@@ -200,6 +210,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
             columns=questions.piqa,
             unseen=True,
+            per_character=True,
         ),
     )
 }
@@ -237,7 +248,14 @@ def load_questions(
     Raises UserError where there is no such split, a row is malformed (with file and line), or the
     hub cannot be reached.
     """
-    if directory is None:
+    if split in benchmark.files:
+        rows = read_rows(benchmark.files[split])
+    elif benchmark.files:
+        raise UserError(
+            f"{benchmark.name} names no file of its split {split!r}"
+            + ("; shots are drawn from it, so name one or ask for 0 shots" * (split == "train"))
+        )
+    elif directory is None:
         if split not in benchmark.hub.splits:
             raise UserError(
                 f"{benchmark.name} on the hub has no split {split!r}; "
@@ -258,7 +276,10 @@ def load_questions(
 
 
 def _question(benchmark: Benchmark, row: Row, name: str) -> Question:
-    question = questions.read_question(row, benchmark.columns, name)
+    if benchmark.read is not None:
+        question = benchmark.read(row, name)
+    else:
+        question = questions.read_question(row, benchmark.columns, name)
     return benchmark.check(benchmark.prepare(question))
 
 
@@ -341,13 +362,21 @@ def harness_shots(
 
 
 def few_shot(
-    benchmark: Benchmark, shots: Sequence[Question], question: Question
+    benchmark: Benchmark, shots: Sequence[Question], question: Question, frame: Frame = PLAIN
 ) -> tuple[str, ...]:
     """The contexts of a question after solved shots, separated by blank lines."""
-    solved = [benchmark.solved(shot) for shot in shots]
-    return tuple(BETWEEN.join([*solved, context]) for context in benchmark.contexts(question))
+    contexts = benchmark.contexts(question)
+    if not shots:
+        return tuple(map(frame.wrap, contexts))
+    prompt = BETWEEN.join(_solved(benchmark, shots, frame))
+    return tuple(frame.prompted(prompt, context) for context in contexts)
 
 
-def system_prompt(benchmark: Benchmark, shots: Sequence[Question]) -> str:
+def system_prompt(benchmark: Benchmark, shots: Sequence[Question], frame: Frame = PLAIN) -> str:
     """What the cloud reads: the description, then solved shots, separated by blank lines."""
-    return BETWEEN.join([benchmark.description, *(benchmark.solved(shot) for shot in shots)])
+    return BETWEEN.join([benchmark.description, *_solved(benchmark, shots, frame)])
+
+
+def _solved(benchmark: Benchmark, shots: Sequence[Question], frame: Frame) -> list[str]:
+    pairs = map(benchmark.pair, shots)
+    return [frame.shot(context, answer.removeprefix(" ")) for context, answer in pairs]

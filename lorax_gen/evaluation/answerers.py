@@ -21,7 +21,7 @@ A new baseline is an `Answerer`, or a subclass with its own `specialise`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -235,7 +235,9 @@ class System:
     """The parts that answerers are made of: an edge model, and what specialises it.
 
     Attributes:
-      lora: a LoRA tree of all tasks; card: one of a single task. Both are merged into the edge.
+      lora: a LoRA tree of all tasks; card: one of a single task; cards: several of these by their
+        names, for answerers `card:NAME`. Each is merged into the edge: the same shapes, so that
+        nothing is compiled again.
       max_length: most tokens that the edge, or the cloud, reads; None: as many as it has positions.
     """
 
@@ -245,18 +247,31 @@ class System:
     lora: Tree | None = None
     card: Tree | None = None
     max_length: int | None = None
+    cards: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
+
+    def check(self, name: str) -> None:
+        """Raises UserError where `answerer` would: before anything else is computed."""
+        kind, mark, card = name.partition(":")
+        if kind not in ANSWERERS or (mark and kind != "card"):
+            raise UserError(f"unknown mode {name!r}; choose one of {', '.join(ANSWERERS)}")
+        if mark and card not in self.cards:
+            there = f"there are {', '.join(self.cards)}" if self.cards else "none is given"
+            raise UserError(f"mode {name} needs a card of that name; {there}")
+        needs = () if mark else ANSWERERS[kind][1]
+        if any(getattr(self, part) is None for part in needs):
+            raise UserError(f"mode {name} needs {' and '.join(map(PARTS.get, needs))}")
 
     def answerer(self, name: str, seed: int = 0) -> Answerer:
-        """The answerer of a name of `ANSWERERS`.
+        """The answerer of a name of `ANSWERERS`, or of `card:NAME`.
 
         Raises UserError where the name is unknown, or the system lacks a part that it needs.
         """
-        if name not in ANSWERERS:
-            raise UserError(f"unknown mode {name!r}; choose one of {', '.join(ANSWERERS)}")
-        label, needs = ANSWERERS[name]
-        if any(getattr(self, part) is None for part in needs):
-            raise UserError(f"mode {name} needs {' and '.join(map(PARTS.get, needs))}")
+        self.check(name)
+        kind, _, card = name.partition(":")
         options = {"max_length": self.max_length}
+        if card:
+            return Answerer(name, card, self.edge.merged(self.cards[card]), **options)
+        label = ANSWERERS[kind][0]
         if name in ("lora", "card"):
             return Answerer(name, label, self.edge.merged(getattr(self, name)), **options)
         if name == "cloud_icl":
@@ -288,3 +303,4 @@ ANSWERERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "empty": ("  empty prompt", ("cloud", "generator")),
     "random": ("  random prompt", ("cloud", "generator")),
 }
+PROMPTED = ("icl", "cloud_icl", "lora_gen", "random")  # read a question's own prompt, and its shots

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,9 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, Prompt
 from lorax_gen.evaluation.item_log import ItemLog, ItemRow, digest
 from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
+from lorax_gen.evaluation.progress import show, ticker
 from lorax_gen.files import AnyPath, to_path
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceScores, encode_items, score_items
 from lorax_gen.mesh import hosts
 
@@ -77,6 +79,8 @@ class BenchmarkCases:
       train: questions that shots are drawn from, `shots` for each question.
       seed: of the shots; with lm-evaluation-harness's seed they are the same as there.
       other: the benchmark whose prompts the control reads, and its training questions.
+      frame: around each question, unless it leaves benchmarks as they are (`Frame.benchmarks`). In
+        the plain frame all texts are those of lm-evaluation-harness.
     """
 
     benchmark: Benchmark
@@ -85,26 +89,46 @@ class BenchmarkCases:
     shots: int = 0
     seed: int = HARNESS_SEED
     other: tuple[Benchmark, Sequence[Question]] | None = None
+    frame: Frame = PLAIN
+
+    def __post_init__(self):
+        if not self.frame.benchmarks:
+            object.__setattr__(self, "frame", PLAIN)
 
     def bare(self) -> list[tuple[str, ...]]:
-        return [self.benchmark.contexts(question) for question in self.questions]
+        return [tuple(map(self.frame.wrap, self.benchmark.contexts(q))) for q in self.questions]
 
     def prompted(self) -> list[tuple[str, ...]]:
         """After solved shots, as in lm-evaluation-harness."""
         drawn = self._draw(self.benchmark, self.train)
         return [
-            few_shot(self.benchmark, shots, question)
+            few_shot(self.benchmark, shots, question, self.frame)
             for shots, question in zip(drawn, self.questions, strict=True)
         ]
 
     def prompts(self) -> list[str]:
         """The description of the task, then solved shots drawn for each question."""
-        return [system_prompt(self.benchmark, s) for s in self._draw(self.benchmark, self.train)]
+        return self._prompts(self.benchmark, self.train)
 
     def other_prompts(self) -> list[str]:
         if self.other is None or self.other[0].name == self.benchmark.name:
             raise UserError("mode shuffled needs another benchmark, whose prompts are read")
-        return [system_prompt(self.other[0], shots) for shots in self._draw(*self.other)]
+        return self._prompts(*self.other)
+
+    def continuations(self, question: Question) -> tuple[str, ...]:
+        """The text that is scored, one per choice, with the frame's separator before it."""
+        return tuple(
+            f"{self.frame.separator}{text.removeprefix(' ')}"
+            for text in self.benchmark.continuations(question)
+        )
+
+    def first(self, count: int) -> BenchmarkCases:
+        """The first questions."""
+        return dataclasses.replace(self, questions=self.questions[:count])
+
+    def _prompts(self, benchmark: Benchmark, train: Sequence[Question]) -> list[str]:
+        drawn = self._draw(benchmark, train)
+        return [system_prompt(benchmark, shots, self.frame) for shots in drawn]
 
     def _draw(self, benchmark: Benchmark, train: Sequence[Question]) -> list[list[Question]]:
         return harness_shots(benchmark, train, self.shots, self.questions, self.seed)
@@ -119,6 +143,7 @@ def evaluate_benchmark(
     seed: int = HARNESS_SEED,
     train: Sequence[Question] = (),
     other: tuple[Benchmark, Sequence[Question]] | None = None,
+    frame: Frame = PLAIN,
     path: AnyPath | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     mesh: Mesh | None = None,
@@ -130,7 +155,7 @@ def evaluate_benchmark(
     scores of one that nothing interrupted, bit for bit.
 
     Args:
-      shots, seed, train, other: see `BenchmarkCases`; for answerers that read prompts.
+      shots, seed, train, other, frame: see `BenchmarkCases`; shots for answerers that read prompts.
       path: of the file of single items, see `ItemLog`; None: no file, nothing to resume.
       mesh: rows are sharded over its batch axes, weights as in training.
       bar: a tqdm bar, whose total is set to the number of prompts, then of questions.
@@ -146,7 +171,7 @@ def evaluate_benchmark(
     if shots < 0:
         raise UserError(f"shots={shots}: choose 0 or more")
     shots = shots if answerer.reads_prompts else 0
-    cases = BenchmarkCases(benchmark, questions, train, shots, seed, other)
+    cases = BenchmarkCases(benchmark, questions, train, shots, seed, other, frame)
     log = None
     if path is not None:
         log = open_log(to_path(path), describe(cases, answerer), questions)
@@ -155,7 +180,7 @@ def evaluate_benchmark(
 
     prompts, adapter = answerer.prompts(cases), answerer.adapter
     if prompts is not None:
-        show(bar, f"{benchmark.name}, prompts", len(left))
+        show(bar, f"{benchmark.name}, {answerer.name}: prompts", len(left))
         adapter = answerer.specialise(
             prompts,
             tokens_per_batch=tokens_per_batch,
@@ -172,14 +197,14 @@ def evaluate_benchmark(
         if log is not None:
             log.append(rows)
 
-    show(bar, benchmark.name, len(questions), len(questions) - len(left))
+    show(bar, f"{benchmark.name}, {answerer.name}", len(questions), len(questions) - len(left))
     contexts = answerer.contexts(cases)
     score_items(
         answerer.model,
         encode_items(
             answerer.model,
             [
-                (context, benchmark.continuations(question))
+                (context, cases.continuations(question))
                 for context, question in zip(contexts, questions, strict=True)
             ],
             [question.id for question in questions],
@@ -254,7 +279,7 @@ def summary(
     )
 
 
-# --- the file and the bar ------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------
 
 
 def describe(cases: BenchmarkCases, answerer: Answerer) -> ItemRow:
@@ -268,6 +293,8 @@ def describe(cases: BenchmarkCases, answerer: Answerer) -> ItemRow:
         "questions": digest([benchmark.template, *map(dataclasses.asdict, questions)]),
         **answerer.identity(),
     }
+    if cases.frame != PLAIN:
+        found["frame"] = dataclasses.asdict(cases.frame)
     shuffled = cases.other if answerer.name == "shuffled" else None
     if shuffled is not None:
         found["prompts_of"] = shuffled[0].name
@@ -304,14 +331,3 @@ def known_numbers(log: ItemLog | None, count: int) -> np.ndarray:
     for row in log.rows if log is not None else ():
         numbers[row["index"]] = [row[name] for name in NUMBERS]
     return np.array(hosts.from_first(numbers))
-
-
-def show(bar: Any, text: str, total: int, done: int = 0) -> None:
-    if bar is not None:
-        bar.reset(total=total)
-        bar.set_description(text)
-        bar.update(done)
-
-
-def ticker(bar: Any) -> Callable[[int], object]:
-    return (lambda count: None) if bar is None else bar.update

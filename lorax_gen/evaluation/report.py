@@ -5,18 +5,21 @@
       "kind": "benchmarks", "gpt4tools" or "world",
       "edge", "cloud": names of the models, "device", "versions",
       "settings": what the numbers depend on besides the models: shots, limit, split, seed ...
-      "columns": {task: {"title", "n", and where known "chance", "tasks"}},
+      "columns": {task: {"title", "n", and where known "chance", "tasks"}}; a file of rows has a
+          column for each metric, FILE/METRIC, with "file", "metric" and "floors",
       "rows": {answerer: {
           "label",
           "cells": {task: {"score", "stderr", "n", and further counts of the kind}},
-          "average", "harmonic": of the scores,
+          "average", "harmonic": of the scores, those of files of rows left out; without any none,
           "context_tokens", "prompt_tokens": means read by the answering model and by the cloud,
           "flops", "cloud_flops": means for these tokens,
-          "latency_ms": {"median", "p90", "questions"}, "memory_bytes", "memory_measured",
+          where timed "latency_ms": {"median", "p90", "questions"}, "memory_bytes" and
+          "memory_measured",
           and further counts of the kind}},
     }
 
-Scores are shares. A column's standard error is that of its items: sample deviation / sqrt(n).
+Scores are shares, but for a loss. A column's standard error is that of its items: sample
+deviation / sqrt(n).
 """
 
 from __future__ import annotations
@@ -96,21 +99,27 @@ def cell(values: np.ndarray, **more: Any) -> Cell:
 
 def add_row(report: Report, answerer: Answerer, cells: Mapping[str, Cell], **more: Any) -> None:
     """Writes an answerer's row into the report; `more` holds its costs and further counts."""
-    scores = [found["score"] for found in cells.values()]
+    columns = report["columns"]
+    scores = [own["score"] for name, own in cells.items() if "file" not in columns[name]]
+    means = {}
+    if scores:
+        means = {"average": arithmetic_mean(scores), "harmonic": harmonic_mean(scores)}
     report["rows"][answerer.name] = {
         "label": answerer.label,
         "cells": dict(cells),
-        "average": arithmetic_mean(scores),
-        "harmonic": harmonic_mean(scores),
+        **means,
         **more,
     }
 
 
 def serving_cost(answerer: Answerer, texts: Sequence[str]) -> Cell:
     """Latency of the first token after each text, one at a time, and memory; see `latency`.
+    Nothing where there are no texts.
 
     A generated LoRA is merged for serving, so that it adds nothing here.
     """
+    if not texts:
+        return {}
     model, adapter = answerer.model, answerer.adapter
     room = model.config.max_position_embeddings - 1
     rows = [ids for text in texts if (ids := model.encode(text)[-room:])]
@@ -136,10 +145,12 @@ def to_csv(report: Report) -> str:
     for name, row in report["rows"].items():
         lines += [{"answerer": name, "task": task, **cell} for task, cell in row["cells"].items()]
         plain = {key: value for key, value in row.items() if not isinstance(value, dict)}
-        harmonic = plain.pop("harmonic")
-        plain |= {f"latency_{key}_ms": row["latency_ms"][key] for key in ("median", "p90")}
-        lines.append({"answerer": name, "task": "AVE", "score": plain.pop("average"), **plain})
-        lines.append({"answerer": name, "task": "HAR", "score": harmonic})
+        average, harmonic = plain.pop("average", None), plain.pop("harmonic", None)
+        latency = row.get("latency_ms", {})
+        plain |= {f"latency_{key}_ms": latency[key] for key in ("median", "p90") if latency}
+        lines.append({"answerer": name, "task": "AVE", "score": average, **plain})
+        if harmonic is not None:
+            lines.append({"answerer": name, "task": "HAR", "score": harmonic})
     out = io.StringIO()
     columns = dict.fromkeys(key for line in lines for key in line)
     writer = csv.DictWriter(out, list(columns), lineterminator="\n")

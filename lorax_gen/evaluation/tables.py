@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -11,7 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from lorax_gen.evaluation.report import Report
+from lorax_gen.data.benchmarks import BENCHMARKS
+from lorax_gen.evaluation.report import Cell, Report
+from lorax_gen.frames import Frame
+
+Columns = Mapping[str, Cell]
 
 
 class Look(NamedTuple):
@@ -26,6 +30,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+STYLES = {"lora_gen": "bold"}
+FLOOR_LABELS = {
+    "majority": "most frequent output",
+    "input": "the input itself",
+    "example": "another row's output",
+}
 LOOKS = {
     "benchmarks": Look(
         "accuracy of {edge}, in percent", percent, {"average": "AVE", "harmonic": "HAR"}
@@ -36,29 +46,29 @@ LOOKS = {
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Answerers by tasks, then the cost of a question for each, and what was truncated."""
+    """Answerers by tasks, a table for each file of rows, then the cost of a question for each
+    answerer, and what was truncated."""
     console = console or Console(highlight=False)
     columns, rows = report["columns"], report["rows"]
-    look = LOOKS[report["kind"]]
-    title = look.title.format(**{"edge": report["edge"], **report["settings"]})
-    table = make_table(title, len(columns) + len(look.means))
-    for column in columns.values():
-        table.add_column(column["title"], justify="right")
-    for head in look.means.values():
-        table.add_column(head, justify="right", style="bold")
-    for name, row in rows.items():
-        shares = [cell["score"] for cell in row["cells"].values()]
-        shares += [row[mean] for mean in look.means]
-        style = "bold" if name == "lora_gen" else ""
-        table.add_row(row["label"], *map(look.score, shares), style=style)
-    table.add_section()
-    if all("chance" in column for column in columns.values()):
-        chances = [look.score(column["chance"]) for column in columns.values()]
-        table.add_row("chance", *chances, style="dim")
-    errors = [max(row["cells"][name]["stderr"] for row in rows.values()) for name in columns]
-    table.add_row("questions", *(str(column["n"]) for column in columns.values()), style="dim")
-    table.add_row("std. error up to", *map(look.score, errors), style="dim")
-    console.print(table, "", cost_table(report), sep="\n")
+    files = dict.fromkeys(column["file"] for column in columns.values() if "file" in column)
+    benchmarks = {name: column for name, column in columns.items() if "file" not in column}
+    if benchmarks:
+        console.print(score_table(report, benchmarks), "", sep="\n")
+    normalised = {
+        name: own
+        for name, own in benchmarks.items()
+        if (name in BENCHMARKS and BENCHMARKS[name].per_character) or own.get("per_character")
+    }
+    if normalised:
+        console.print(norm_table(report, normalised), "", sep="\n")
+    for file in files:
+        own = {name: column for name, column in columns.items() if column.get("file") == file}
+        console.print(file_table(report, file, own), "", sep="\n")
+    console.print(cost_table(report))
+    if "frame" in report["settings"]:
+        frame = Frame(**report["settings"]["frame"])
+        which = "inputs" if frame.benchmarks else "inputs of rows"
+        console.print(f"{which} are read in the frame {frame.template!r}", markup=False)
     for row in rows.values():
         if "compression" in row:
             console.print(
@@ -75,37 +85,114 @@ def print_report(report: Report, console: Console | None = None) -> None:
                 console.print(
                     f"{name}: {count} {what} too long for the model were truncated on the left"
                 )
+    for file in files:
+        left_out = next(c["left_out"] for c in columns.values() if c.get("file") == file)
+        if left_out:
+            console.print(
+                f"{file}: {left_out} rows without an instruction or an output were left out"
+            )
+
+
+def score_table(report: Report, columns: Columns) -> Table:
+    """Accuracies and their means."""
+    look, rows = LOOKS[report["kind"]], report["rows"]
+    title = look.title.format(**{"edge": report["edge"], **report["settings"]})
+    table = make_table(title, [*(own["title"] for own in columns.values()), *look.means.values()])
+    for column in table.columns[1 + len(columns) :]:
+        column.style = "bold"
+    for name, row in rows.items():
+        shares = [row["cells"][task]["score"] for task in columns]
+        shares += [row[mean] for mean in look.means]
+        table.add_row(row["label"], *map(look.score, shares), style=STYLES.get(name, ""))
+    table.add_section()
+    if all("chance" in column for column in columns.values()):
+        chances = [look.score(column["chance"]) for column in columns.values()]
+        table.add_row("chance", *chances, style="dim")
+    errors = [max(row["cells"][name]["stderr"] for row in rows.values()) for name in columns]
+    table.add_row("questions", *(str(column["n"]) for column in columns.values()), style="dim")
+    table.add_row("std. error up to", *map(look.score, errors), style="dim")
+    return table
+
+
+def norm_table(report: Report, columns: Columns) -> Table:
+    """`acc_norm` of the benchmarks that people quote by it."""
+    rows = report["rows"]
+    table = make_table("acc_norm, per character", [own["title"] for own in columns.values()])
+    for name, row in rows.items():
+        shares = [row["cells"][task]["acc_norm"] for task in columns]
+        table.add_row(row["label"], *map(percent, shares), style=STYLES.get(name, ""))
+    table.add_section()
+    errors = [max(row["cells"][n]["acc_norm_stderr"] for row in rows.values()) for n in columns]
+    table.add_row("std. error up to", *map(percent, errors), style="dim")
+    return table
+
+
+def file_table(report: Report, file: str, columns: Columns) -> Table:
+    """Answerers by the metrics of a file of rows, then floors and chance."""
+    rows, first = report["rows"], next(iter(columns.values()))
+    tasks = f"{first['tasks']} task{'s' * (first['tasks'] != 1)}"
+    looks = {
+        name: "{:.3f}".format if own["metric"] == "loss" else percent
+        for name, own in columns.items()
+    }
+    table = make_table(
+        f"{file} ({tasks}), in percent; loss in nats",
+        [own["title"] for own in columns.values()],
+    )
+    for key, row in rows.items():
+        shown = [looks[name](row["cells"][name]["score"]) for name in columns]
+        table.add_row(row["label"], *shown, style=STYLES.get(key, ""))
+    table.add_section()
+    for floor, label in FLOOR_LABELS.items():
+        shares = [own["floors"].get(floor) for own in columns.values()]
+        shown = ["-" if share is None else percent(share) for share in shares]
+        table.add_row(label, *shown, style="dim")
+    if any("chance" in own for own in columns.values()):
+        chances = [percent(own["chance"]) if "chance" in own else "-" for own in columns.values()]
+        table.add_row("chance", *chances, style="dim")
+    table.add_section()
+    table.add_row("rows", *(str(own["n"]) for own in columns.values()), style="dim")
+    errors = [max(row["cells"][name]["stderr"] for row in rows.values()) for name in columns]
+    shown = [looks[name](error) for name, error in zip(columns, errors, strict=True)]
+    table.add_row("std. error up to", *shown, style="dim")
+    return table
 
 
 def cost_table(report: Report) -> Table:
     """The cost of one question for the answering model, and of its prompt for the cloud."""
-    table = make_table(f"cost of a question on {report['device']}", 6)
-    for head in ("tokens", "ms", "p90 ms", "GiB", "GFLOPs", "cloud GFLOPs"):
-        table.add_column(head, justify="right")
-    for row in report["rows"].values():
-        latency = row["latency_ms"]
+    rows = report["rows"].values()
+    timed = any("latency_ms" in row for row in rows)
+    heads = ["tokens", *(["ms", "p90 ms", "GiB"] if timed else []), "GFLOPs", "cloud GFLOPs"]
+    table = make_table(f"cost of a question on {report['device']}", heads)
+    for row in rows:
+        own = ["-", "-", "-"]
+        if "latency_ms" in row:
+            latency = row["latency_ms"]
+            own = [f"{latency['median']:.2f}", f"{latency['p90']:.2f}"]
+            own.append(f"{row['memory_bytes'] / 2**30:.3f}")
         table.add_row(
             row["label"],
             f"{row['context_tokens']:.1f}",
-            f"{latency['median']:.2f}",
-            f"{latency['p90']:.2f}",
-            f"{row['memory_bytes'] / 2**30:.3f}",
+            *(own if timed else ()),
             *(f"{row[name] / 1e9:.3g}" for name in ("flops", "cloud_flops")),
         )
     return table
 
 
-def make_table(title: str, columns: int) -> Table:
-    """A table narrow enough for eight benchmarks and their means in 80 columns."""
+def make_table(title: str, heads: Sequence[str]) -> Table:
+    """A table of labels and numbers, narrow enough for eight benchmarks and their means in 80
+    columns. Where that is too wide, labels are folded, never numbers."""
     table = Table(
         title=title,
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 0 if columns > 6 else 1),
+        padding=(0, 0 if len(heads) > 6 else 1),
         pad_edge=False,
         show_edge=False,
     )
-    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
     return table
 
 

@@ -1,9 +1,18 @@
 """`lorax-gen evaluate`."""
 
+import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lorax_gen.artifacts.generator import load_generator, save_generator
+from lorax_gen.cli.evaluate import Evaluate, frame_of, modes_of, timing
+from lorax_gen.documents import to_yaml
+from lorax_gen.errors import UserError
+from lorax_gen.evaluation.world import NAMES
+from lorax_gen.frames import IO, PLAIN
 from tests.data import rows
 
 
@@ -24,6 +33,19 @@ def test_evaluate_refuses_a_directory_that_holds_something_else(refused, tmp_pat
         (["gpt4tools", "arc_easy"], "gpt4tools is evaluated by itself"),
         (["gpt4tools"], "give --data-dir"),
         (["boolq", "--modes", "card"], "mode card needs --card"),
+        (["boolq", "--modes", "plain", "lora"], "mode lora needs --lora"),
+        (["boolq", "--modes", "lora_gen", "--edge", "x"], "mode lora_gen needs --cloud and --gen"),
+        (["boolq", "--modes", "cloud_icl", "--edge", "x"], "mode cloud_icl needs --cloud\n"),
+        (["boolq", "--modes", "plain", "--card", "x"], "--card is given, but --modes has no card"),
+        (["boolq", "--modes", "plain", "--lora", "x"], "--lora is given, but --modes has no lora"),
+        (["boolq", "--edge", "x", "--generator", "y"], "--generator needs --cloud"),
+        (["boolq", "--card", "a/x", "b/x.card.safetensors"], "two cards are called x; rename one"),
+        (["boolq", "--columns", "input=x"], "--columns are those of files of rows"),
+        (["world", "--frame", "io"], "--frame is for benchmarks and rows, not world"),
+        (["gpt4tools", "--raw"], "--raw is for benchmarks and rows, not gpt4tools"),
+        (["none.jsonl"], "cannot read none.jsonl"),
+        (["none.yaml"], "no such file: none.yaml"),
+        (["boolq", "--timed", "-1"], "timed is -1; expected"),
         (["boolq", "--modes", "plane", "--data-dir", "."], "unknown mode 'plane'"),
         (["boolq", "--modes", "plain", "--data-dir", "."], "no file boolq.test.jsonl"),
         (["boolq", "--modes", "plain", "--data-dir", "nowhere"], "no such data directory"),
@@ -82,3 +104,134 @@ def test_modes_of_the_world_may_come_in_several_calls(call, refused, models, tmp
     assert report["kind"] == "world" and list(report["rows"]) == ["plain", "lora_gen"]
     assert "this evaluation of" in refused(*words, "--modes", "plain", "--split", "seen")
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+
+
+# --- own rows, own benchmarks, cards -------------------------------------------------------------
+
+ROWS = [
+    {"task": "size", "instruction": "Put each thing by its size .", "word": f"{word} :",
+     "choices": ["alpha", "beta"], "answer": i % 2}
+    for i, word in enumerate(("tiny", "small", "big"))
+] + [
+    {"task": "place", "instruction": "Look at the place .", "word": f"{word} :", "output": "beta"}
+    for word in ("garden", "attic")
+]  # fmt: skip
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Rows, a benchmark of one's own, and two questions of a known one."""
+    rows.write_lines(tmp_path / "mine.jsonl", ROWS)
+    rows.write_lines(tmp_path / "words.jsonl", [{"q": row["word"], "a": 0} for row in ROWS])
+    spec = {"name": "words", "description": "Say it .", "template": "{q}",
+            "choices": ["alpha", "beta"], "answer": "a", "test": "words.jsonl",
+            "train": "words.jsonl"}  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(to_yaml(spec))
+    rows.write_lines(tmp_path / "arc_easy.test.jsonl", rows.make_rows("arc_easy", 2))
+    return ["mine.jsonl", "--columns", "input=word", "--shots", 0, "--timed", 0]
+
+
+def test_a_file_of_rows_is_evaluated_beside_benchmarks(call, models, mine, tmp_path):
+    words = ["evaluate", "arc_easy", "mine.yaml", *mine, "--data-dir", ".", "--run-dir", "run"]
+    words += [f"--{role}={models / role}" for role in ("cloud", "edge", "generator")]
+    code, out, err = call(*words)
+    assert (code, err) == (0, "")
+    for word in ("ARC-e", "words", "acc_norm", "mine (2 tasks)", "ROUGE-L", "most frequent output",
+                 "chance", "edge + LoRA-Gen"):  # fmt: skip
+        assert word in out
+    assert "p90" not in out and max(map(len, out.splitlines())) <= 80
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(report["rows"]) == ["plain", "icl", "lora_gen"]
+    assert report["columns"]["mine/loss"]["n"] == 5
+
+    item = tmp_path / "run" / "items" / "mine.lora_gen.jsonl"
+    lines = item.read_text().splitlines()
+    item.write_text("\n".join(lines[:4]) + "\n" + lines[4][:9])  # as if killed while writing
+    code, again, err = call(*words)
+    assert (code, err) == (0, "") and again == out
+    assert sorted(item.read_text().splitlines()) == sorted(lines)
+
+
+def test_modes_follow_what_was_given(call, models, card, mine, tmp_path):
+    edge = f"--edge={models / 'edge'}"
+    words = ["evaluate", "mine.yaml", "--shots", 1, "--timed", 0]
+    parts = [f"--{role}={models / role}" for role in ("cloud", "generator")]
+    for more, modes in (
+        ([edge], ["plain", "icl"]),
+        ([edge, parts[0]], ["plain", "icl"]),
+        ([edge, *parts], ["plain", "icl", "lora_gen"]),
+        ([edge, *parts, "--card", card], ["plain", "icl", "lora_gen", "card"]),
+        ([], ["plain", "icl", "lora_gen"]),
+        (["--lora", "world/lora"], ["plain", "icl", "lora_gen", "lora"]),
+    ):
+        run = tmp_path / str(len(list(tmp_path.iterdir())))
+        code, _, err = call(*words, *more, "--run-dir", run)
+        assert (code, err) == (0, ""), more
+        assert list(json.loads((run / "report.json").read_text())["rows"]) == modes
+
+
+def test_every_card_has_a_row_called_as_its_file(call, models, card, specialize, mine, tmp_path):
+    assert call(*specialize("Look at the place .", "--output", "other.card.safetensors"))[0] == 0
+    words = ["evaluate", "mine.yaml", "--run-dir", "run", "--timed", 0, "--modes", "plain", "card"]
+    words += [f"--{role}={models / role}" for role in ("edge", "generator")]
+    code, out, err = call(*words, "--card", card, "other.card.safetensors")
+    assert (code, err) == (0, "")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    labels = {name: row["label"] for name, row in report["rows"].items()}
+    assert labels == {"plain": "edge, no prompt", "card:task": "task", "card:other": "other"}
+    items = sorted(path.name for path in (tmp_path / "run" / "items").glob("*.jsonl"))
+    assert items == ["words.card.other.jsonl", "words.card.task.jsonl", "words.plain.jsonl"]
+    code, again, _ = call(*words, "--card", card, "--card", "other.card.safetensors")
+    assert code == 0 and again == out
+
+
+def test_inputs_are_in_the_frame_of_an_option_or_of_the_generator(call, models, mine, tmp_path):
+    generator = load_generator(models / "generator")
+    metadata = generator.metadata | {"frame": dataclasses.asdict(IO)}
+    save_generator(tmp_path / "framed", dataclasses.replace(generator, metadata=metadata))
+    words = ["evaluate", *mine, "--edge", models / "edge", "--modes", "plain", "--run-dir"]
+    options = {
+        None: [],
+        "It : {input}": ["--frame", "It : {input}"],
+        IO.template: ["--generator", "framed"],
+    }
+    options |= {"raw": [*options[IO.template], "--raw"]}
+    for i, (template, more) in enumerate(options.items()):
+        code, out, err = call(*words, f"run{i}", *more)
+        assert (code, err) == (0, "")
+        settings = json.loads((tmp_path / f"run{i}" / "report.json").read_text())["settings"]
+        assert settings.get("frame", {"template": "raw" if more else None})["template"] == template
+        assert ("inputs are read in the frame" in out) == ("frame" in settings)
+
+
+def test_the_generators_frame_is_used_unless_an_option_says_otherwise():
+    system = SimpleNamespace(generator=SimpleNamespace(frame=IO), edge=SimpleNamespace(tokenizer=0))
+    assert frame_of(Evaluate(), system) == IO
+    assert frame_of(Evaluate(raw=True), system) == PLAIN
+    assert frame_of(Evaluate(frame="plain"), system) == PLAIN
+    assert frame_of(Evaluate(), SimpleNamespace(generator=None)) == PLAIN
+    with pytest.raises(UserError, match="--frame and --raw exclude each other"):
+        frame_of(Evaluate(frame="io", raw=True), system)
+
+
+@pytest.mark.parametrize(
+    "given, modes",
+    [
+        ({}, "plain icl lora cloud_icl lora_gen shuffled"),  # `lora` stands for the shipped one
+        ({"edge": "x"}, "plain icl"),
+        ({"edge": "x", "cloud": "y"}, "plain icl cloud_icl"),
+        ({"edge": "x", "cloud": "y", "generator": "z"}, "plain icl cloud_icl lora_gen shuffled"),
+        ({"generator": "z"}, "plain icl lora cloud_icl lora_gen shuffled"),
+        ({"modes": ("card", "plain"), "card": ((Path("a"), Path("b")),)}, "card:a card:b plain"),
+    ],
+)
+def test_modes_of_the_world_follow_what_was_given(given, modes):
+    command = Evaluate(**given)
+    if command.edge == "world/edge":
+        command = dataclasses.replace(command, lora="world/lora")
+    assert modes_of(command, NAMES) == modes.split()
+
+
+@pytest.mark.parametrize("timed, options", [(None, {}), (0, {"timed": 0}), (3, {"timed": 3})])
+def test_what_is_timed_is_the_evaluations_default_unless_said(timed, options):
+    assert timing(Evaluate(timed=timed)) == options

@@ -18,6 +18,7 @@ from lorax_gen.data.world import make_world
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.benchmark import BenchmarkCases, evaluate_benchmark
+from lorax_gen.frames import IO, PLAIN, Frame
 from lorax_gen.inference.cards import gates_of_prompts
 from lorax_gen.inference.choices import encode_items, score_items
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
@@ -281,7 +282,7 @@ class Interrupting:
 
     def update(self, count):
         self.batches += count > 0
-        if self.batches == 2 and self.text == SORTING.name:
+        if self.batches == 2 and "prompts" not in self.text:
             raise KeyboardInterrupt
 
 
@@ -416,3 +417,43 @@ def test_killed_eight_times_it_has_the_scores_of_an_uninterrupted_one(
     result = evaluate_benchmark(SORTING, questions, answerer, path=path, **options)
     for name in ("acc", "acc_norm", "acc_stderr", "context_tokens", "prompt_tokens"):
         assert getattr(result, name) == getattr(expected, name)
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+CHAT = Frame("<u>{input}<a>\n", "", turn=True)
+
+
+def test_every_mode_reads_questions_in_the_frame(questions, train, other):
+    """Shots are in it too, a chat's as the other frames have them; the plain frame adds nothing."""
+    question, shots = questions[0], harness_shots(SORTING, train, 1, questions[:1])[0]
+    (context,), (shot,) = SORTING.contexts(question), shots
+    asked, answer = SORTING.pair(shot)
+    for frame, bare, solved, continuation in (
+        (PLAIN, context, f"{asked}{answer}", " x"),
+        (IO, f"Input: {context}\nOutput:", f"Input: {asked}\nOutput:{answer}", " x"),
+        (CHAT, f"<u>{context}<a>\n", f"Input: {asked}\nOutput:{answer}", "x"),
+    ):
+        cases = BenchmarkCases(SORTING, [question], train, 1, other=other, frame=frame)
+        assert cases.bare() == [(bare,)]
+        (prompted,) = cases.prompted()
+        before = f"<u>{solved}\n\n{context}<a>\n" if frame.turn else f"{solved}\n\n{bare}"
+        assert prompted == (before,)
+        assert cases.prompts() == [f"{SORTING.description}\n\n{solved}"]
+        assert dataclasses.replace(cases, shots=0).prompted() == [(bare,)]
+        two = dataclasses.replace(question, choices=("x", "y"), answer=0)
+        assert cases.continuations(two)[0] == continuation
+
+
+def test_a_frame_that_leaves_benchmarks_as_they_are_is_none(system, questions, tmp_path):
+    found = {}
+    own = dataclasses.replace(IO, benchmarks=False)
+    for name, frame in (("plain", PLAIN), ("io", IO), ("own", own)):
+        path = tmp_path / f"{name}.jsonl"
+        evaluate_benchmark(SORTING, questions, system.answerer("plain"), frame=frame, path=path)
+        found[name] = np.concatenate(likelihoods(path))
+    np.testing.assert_array_equal(found["own"], found["plain"])
+    assert np.abs(found["io"] - found["plain"]).max() > 1e-2
+    with pytest.raises(UserError, match="is of a run with frame"):
+        evaluate_benchmark(SORTING, questions, system.answerer("plain"), path=tmp_path / "io.jsonl")
