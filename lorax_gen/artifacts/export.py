@@ -18,11 +18,12 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from lorax_gen import documents
 from lorax_gen.artifacts.card import TaskCard, load_card, save_card
 from lorax_gen.artifacts.checks import check_tree
 from lorax_gen.artifacts.generator import Generator
 from lorax_gen.artifacts.gguf import save_gguf_lora
-from lorax_gen.artifacts.identity import fingerprint
+from lorax_gen.artifacts.identity import fingerprint, named
 from lorax_gen.artifacts.peft import CONFIG, load_adapter, save_adapter
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
@@ -30,7 +31,7 @@ from lorax_gen.frames import PLAIN, SLOT, Frame, read_frame
 from lorax_gen.hub import is_hub_name, public_name
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.decoder import Params
-from lorax_gen.models.huggingface import save_model, stored_frame
+from lorax_gen.models.huggingface import PROVENANCE, save_model, stored_frame
 from lorax_gen.models.model import Model
 from lorax_gen.tensors import named_leaves
 
@@ -66,6 +67,20 @@ def lora_of(
         raise UserError("a card needs the generator that it was made with; pass it as generator")
     artifact.check_edge(edge)
     return artifact.lora(generator), card_provenance(artifact, edge), artifact
+
+
+def check_adapted(adapter: str | AnyPath, edge: Model) -> None:
+    """Raises UserError where the provenance of a PEFT adapter has another edge model."""
+    path = to_path(adapter) / PROVENANCE
+    made_for = documents.read_json(path).get("edge") if path.is_file() else None
+    if not isinstance(made_for, dict) or not isinstance(made_for.get("fingerprint"), str):
+        return
+    if made_for["fingerprint"] != fingerprint(edge):
+        wanted = named(str(made_for.get("name", "")), made_for["fingerprint"])
+        raise UserError(
+            f"this adapter was made for the edge model {wanted}, but what its name leads to is "
+            f"{named(public_name(edge.name), edge.fingerprint)}; give the edge that is meant"
+        )
 
 
 def specialised(
