@@ -49,10 +49,6 @@ OPTIONAL = ("frame", "names")  # of the latest format
 MaybeHash = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
 
 
-def _names(stored: Any) -> Names:
-    return documents.convert(stored, Names, "names")
-
-
 class _Hashes(Struct):
     """The types of a card's metadata."""
 
@@ -264,9 +260,10 @@ def load_card(path: str | AnyPath) -> TaskCard:
         raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
     digest = metadata.pop("digest", None)
     try:
-        for name, read in (("frame", read_frame), ("names", _names)):
-            if name in metadata:
-                metadata[name] = read(metadata[name])
+        if "frame" in metadata:
+            metadata["frame"] = read_frame(metadata["frame"], "frame")
+        if "names" in metadata:
+            metadata["names"] = documents.convert(metadata["names"], Names, "names")
         card = TaskCard(**tensors, **metadata)
         if "digest" in names and digest != card.digest:
             raise UserError(f"its content has the digest {card.digest}, not {digest}")

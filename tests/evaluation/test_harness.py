@@ -336,7 +336,7 @@ def test_generation_options_are_translated():
         ({"batch_size": 0}, "batch_size is 0: choose"),
         ({"tokens_per_batch": 0}, "tokens_per_batch is 0"),
         ({"prompt": 12}, "prompt is 12, .* a text is written in quotes: prompt='12'"),
-        ({"edge": None}, "edge is None, expected str"),
+        ({"edge": 12}, "edge is 12, .*edge='12'"),
         ({"parallelize": True}, "unknown key parallelize"),
     ],
 )
