@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import textwrap
@@ -142,7 +143,10 @@ def export(
     if format == "peft":
         save_adapter(output, tree, edge.config, base_model=name, provenance=provenance)
     elif format == "gguf-lora":
-        flat = {key.replace(" ", "_"): str(x) for key, x in flatten_rows(provenance).items()}
+        flat = {key: str(value) for key, value in provenance.items() if key != "edge"}
+        flat |= {f"edge_{key}": value for key, value in describe(edge).items()}
+        if frame != PLAIN:
+            flat["frame"] = json.dumps(frame.stored())
         save_gguf_lora(output, tree, edge.config, name=to_path(output).stem, provenance=flat)
     else:
         merged = dataclasses.replace(edge.merged(tree), frame=frame)
@@ -212,7 +216,7 @@ needs no prompt. Same architecture, size and tokenizer as the edge model, whose 
 def how_to_ask(model: Model) -> str:
     """What a README says of the input: its frame, and how transformers continues it."""
     template = model.frame.template
-    fence = "```" + "`" * max((len(run) for run in re.findall("`+", template)), default=0)
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`*", template)))
     asked = "Give it the bare input."
     if model.frame != PLAIN:
         asked = (

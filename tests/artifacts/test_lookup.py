@@ -1,4 +1,4 @@
-"""An artifact leads to its generator and models, wherever it is used, or one line says what to give."""
+"""An artifact leads to its generator and models, or one line says what to give."""
 
 import dataclasses
 import json
