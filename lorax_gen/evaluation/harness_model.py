@@ -182,6 +182,7 @@ class HarnessModel(TemplateLM):
             "model_num_parameters": sum(leaf.size for leaf in leaves),
             "model_dtype": str(self.model.params["embed"].dtype),
             "model_sha": self.model.fingerprint,
+            "frame": self.frame.template,
         }
 
     def apply_chat_template(

@@ -393,6 +393,7 @@ def test_contexts_go_into_the_frame_and_continuations_follow(directory, tmp_path
     ours = make(directory, card=card)
     line = "lorax-gen: each context goes into the frame 'thing {input} box :' that the model was "
     assert capsys.readouterr().err.startswith(line)
+    assert ours.get_model_info()["frame"] == "thing {input} box :"
     bare = make(directory, card=card, raw=True)
     assert capsys.readouterr().err == ""
     context, continuation = PAIRS[0]
