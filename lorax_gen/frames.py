@@ -49,6 +49,11 @@ class Frame:
                 "expected it once"
             )
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether inputs stay as they are."""
+        return self.template == SLOT
+
     def stored(self) -> dict[str, Any]:
         """What differs from the plain frame, as plain values; see `read_frame`."""
         fields = {field.name: field.default for field in dataclasses.fields(self)}

@@ -98,7 +98,7 @@ def framed(frame: Frame) -> dict[str, Any]:
 
 
 def describe(model: Model) -> dict[str, str]:
-    """The name and fingerprint of a model; of a path only the last component."""
+    """The name and fingerprint of a model."""
     return {"name": public_name(model.name), "fingerprint": fingerprint(model)}
 
 
@@ -218,7 +218,7 @@ def how_to_ask(model: Model) -> str:
     template = model.frame.template
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`*", template)))
     asked = "Give it the bare input."
-    if model.frame != PLAIN:
+    if not model.frame.is_bare:
         asked = (
             f"It was trained on inputs in this frame; put yours where `{SLOT}` is:\n\n"
             f"{fence}text\n{template}\n{fence}"

@@ -82,10 +82,9 @@ class Generate:
         else:
             edge, generator = load_for(self.card, self.edge, self.generator, self.dtype)
             model = specialised(self.card, edge, generator)
-        framed = model.frame != PLAIN and not self.raw
-        if framed:
-            self.check_no_other_frame(model.frame)
-        texts = self.framed(questions, context, model.frame if framed else PLAIN)
+        frame = PLAIN if self.raw or model.frame.is_bare else model.frame
+        self.check_no_other(frame)
+        texts = self.framed(questions, context, frame)
         stream = lorax_gen.stream_text(
             model,
             texts,
@@ -100,7 +99,7 @@ class Generate:
             in_context=not self.chat,
         )
         # An answer in a chat is a turn of its own, not the continuation of the question's words.
-        apart = self.chat or (framed and not model.frame.separator)
+        apart = self.chat or not frame.separator
         shown_as = [f"{question} " if apart else question for question in questions]
         try:
             show(shown_as, stream)
@@ -111,12 +110,13 @@ class Generate:
             ) from None
         return 0
 
-    def check_no_other_frame(self, frame: Frame) -> None:
+    def check_no_other(self, frame: Frame) -> None:
+        """Raises UserError where an option says otherwise what a question is put into."""
         for given, option in ((self.chat, "--chat"), (self.separator is not None, "--separator")):
-            if given:
+            if given and frame != PLAIN:
                 raise UserError(
                     f"{option} does not go with the frame {frame.template!r} that inputs were "
-                    f"trained in; leave it out, or give --raw to use texts without that frame"
+                    "trained in; leave it out, or give --raw to use texts without that frame"
                 )
 
     def framed(self, questions: Sequence[str], context: str, frame: Frame) -> list[str]:

@@ -131,7 +131,8 @@ class HarnessModel(TemplateLM):
         if edge is None and card is not None and is_adapter(card):
             check_adapted(card, model)
         model = specialise(model, card, prompt, names)
-        self.frame = PLAIN if raw or not model.frame.benchmarks else model.frame
+        unframed = raw or model.frame.is_bare or not model.frame.benchmarks
+        self.frame = PLAIN if unframed else model.frame
         if self.frame != PLAIN:
             print(
                 f"lorax-gen: each context goes into the frame {self.frame.template!r} that the "

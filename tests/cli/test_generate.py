@@ -262,6 +262,13 @@ def test_a_template_or_separator_besides_a_frame_is_refused(call, refused, frame
         assert call("generate", "apple", "--card", card, *words, "--raw")[0] == 0
 
 
+def test_a_frame_that_leaves_inputs_alone_is_none_to_generate(call, framed):
+    """Such as that of a mixture of benchmarks and bare rows."""
+    card = framed(Frame(benchmarks=False))
+    words = ["generate", "apple", "--card", card, "--context", "red"]
+    assert call(*words, "--separator", " ") == call(*words) == call(*words, "--raw")
+
+
 def test_an_adapter_whose_name_leads_to_another_edge_is_refused(call, refused, framed, models):
     card = framed(FRAME)
     assert call("export", card, "--format", "peft", "--output", "adapter")[0] == 0
