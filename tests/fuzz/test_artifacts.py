@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorax_gen import load_adapter, load_card, load_generator, load_model, save_adapter, save_card
 from lorax_gen.artifacts.card import TaskCard
+from lorax_gen.artifacts.generator import digest
 from lorax_gen.artifacts.identity import Names
 from lorax_gen.assets import resolve
 from lorax_gen.frames import PLAIN, Frame
@@ -156,6 +157,9 @@ def test_a_damaged_generator_is_refused_or_its_numbers_fit_its_config(
     used = {key: document[key] for key in ("format", "generator", "shapes")}
     if version == 2:
         used |= {key: document[key] for key in ("models", "fingerprint", "digest")}
+        if data.draw(st.booleans()):
+            used["frame"] = CARD.frame.stored()
+            used["digest"] = digest(used)
     else:
         used["format"] = "lorax-gen generator 1"
     with tempfile.TemporaryDirectory() as folder:
@@ -180,6 +184,7 @@ def test_a_damaged_generator_is_refused_or_its_numbers_fit_its_config(
             assert same(loaded.params, original.params) and same(loaded.stats, original.stats)
             for name in ("shapes", "models"):
                 assert loaded.metadata[name] == original.metadata[name]
+            assert loaded.frame == (CARD.frame if "frame" in used else PLAIN)
 
 
 def check_generator(generator):
