@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lorax_gen import documents
 from lorax_gen.chat import render_chat
 from lorax_gen.errors import UserError
 from lorax_gen.prompts import check_text
@@ -48,6 +49,16 @@ class Frame:
                 "expected it once"
             )
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether inputs stay as they are."""
+        return self.template == SLOT
+
+    def stored(self) -> dict[str, Any]:
+        """What differs from the plain frame, as plain values; see `read_frame`."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in fields if getattr(self, name) != fields[name]}
+
     def wrap(self, text: str) -> str:
         """The input in its frame, as the edge model reads it."""
         before, _, after = self.template.partition(SLOT)
@@ -69,6 +80,17 @@ class Frame:
 
 
 PLAIN, IO = Frame(), Frame(NAMED["io"])
+
+
+def read_frame(stored: Any, where: str = "") -> Frame:
+    """The frame of plain values, such as those of `Frame.stored`.
+
+    Raises UserError, which begins with `where`, for any others.
+    """
+    known = {field.name for field in dataclasses.fields(Frame)}
+    if isinstance(stored, dict) and (unknown := stored.keys() - known):
+        raise UserError(f"{where}: unknown key {min(map(str, unknown))}".removeprefix(": "))
+    return documents.convert(stored, Frame, where)
 
 
 def make_frame(name: str, tokenizer: Any) -> Frame:

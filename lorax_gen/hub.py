@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,36 @@ from lorax_gen.errors import UserError
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Tensors, configs and tokenizers; no other framework's weights and no pickles.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+
+
+# Absolute paths, also those of Windows and of a home directory, and URLs.
+_ABSOLUTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|/|~|[a-zA-Z]:[\\/]")
+
+
+def without_folders(name: str) -> str:
+    """A name; of an absolute path or a URL only the last component."""
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if _ABSOLUTE.match(name) else name
+
+
+def public_name(name: str | os.PathLike) -> str:
+    """The name of a model as artifacts may hold it: that of the hub, a shipped one or a relative
+    path, as the user gave it; of an absolute path or a URL only the last component.
+
+    A relative path that could be a name on the hub begins with `./`.
+    """
+    text = os.fspath(name)
+    if not text or _ABSOLUTE.match(text):
+        return without_folders(text)
+    path = os.path.normpath(text)
+    if not path.strip("./"):  # a directory above the current one
+        return Path(path).resolve().name
+    is_path = text.startswith("./") or Path(path).is_dir()
+    return f"./{path}" if is_path and HUB_NAME.fullmatch(path) else path
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can only be one on the hub: neither a directory nor a shipped model."""
+    return HUB_NAME.fullmatch(name) is not None and not assets.resolve(name).exists()
 
 
 def find_directory(

@@ -9,7 +9,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from lorax_gen import assets, hub, load_model
 from lorax_gen.errors import UserError
-from lorax_gen.hub import find_directory
+from lorax_gen.hub import find_directory, is_hub_name, public_name
 from lorax_gen.models.huggingface import save_model
 
 NAME = "maker/model-1.1"
@@ -157,6 +157,39 @@ def test_a_model_of_the_hub_loads_under_its_name(answer, tmp_path, tiny_world_sy
     assert model.name == NAME
     assert model.fingerprint == tiny_world_system.edge.fingerprint
     assert asked[0]["revision"] == "v2"
+
+
+# --- names in artifacts --------------------------------------------------------------------------
+
+
+def test_a_name_in_an_artifact_tells_of_no_machine_user_or_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "edge").mkdir(parents=True)
+    names = {
+        "": "",
+        "org/name": "org/name",
+        "world/edge": "world/edge",
+        "edge/": "edge",
+        "runs/a/released": "runs/a/released",
+        "../other/edge": "../other/edge",
+        "models/edge": "./models/edge",  # a directory, not a name on the hub
+        "./models/gone": "./models/gone",
+        "/home/me/edge/": "edge",
+        "~/edge": "edge",
+        "s3://bucket/edge": "edge",
+        r"C:\me\edge": "edge",
+        ".": tmp_path.name,
+    }
+    for given, public in names.items():
+        assert public_name(given) == public_name(public) == public, given
+
+
+def test_a_name_on_the_hub_is_neither_a_directory_nor_a_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "edge").mkdir(parents=True)
+    assert is_hub_name("org/name")
+    for name in ("models/edge", "./models/gone", "world/edge", "edge", "../a", "/a/b", "a/b/c"):
+        assert not is_hub_name(name)
 
 
 # --- the real one, offline (see conftest.py) -----------------------------------------------------

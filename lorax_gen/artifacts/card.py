@@ -4,8 +4,9 @@
     gates    [L, K] fp32    summing to 1 in each layer
 
 A card is a safetensors file of a few hundred bytes. With its pool of experts it defines a LoRA; its
-metadata name the pool and the edge model, and it is refused with any other. A digest over all of it
-finds any damage to the file.
+metadata name the pool and the edge model, and it is refused with any other. They hold the frame of
+its inputs (see `frames`), where it is not plain, and the names of generator, cloud and edge. A
+digest over all of it finds any damage to the file.
 """
 
 from __future__ import annotations
@@ -16,34 +17,39 @@ import json
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
 from lorax_gen import documents
 from lorax_gen.artifacts.checks import read_arrays
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.artifacts.identity import Hash, fingerprint
+from lorax_gen.artifacts.identity import UNNAMED, Hash, Names, fingerprint, named
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
+from lorax_gen.frames import PLAIN, Frame, read_frame
+from lorax_gen.hub import public_name
 from lorax_gen.method.generator import GeneratorConfig, lora_from_gates
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.model import Model
 from lorax_gen.tensors import read_metadata, tree_hash, write_tensors
 
-METADATA = ("pool", "edge", "prompt", "composition", "generator", "cloud", "tokenizer")
-# Format -> its metadata. Cards of version 1 do not name the models that made them: those fields are
-# left empty. Version 2 has no digest.
-FORMAT = "lorax-gen card 3"
+HASHES = ("pool", "edge", "prompt", "composition", "generator", "cloud", "tokenizer")
+# Format -> its metadata. Cards of version 1 do not say which models made them: those fields are
+# left empty. Version 2 has no digest, version 3 neither frame nor names.
+FORMAT = "lorax-gen card 4"
 FORMATS = {
-    "lorax-gen card 1": METADATA[:4],
-    "lorax-gen card 2": METADATA,
-    FORMAT: (*METADATA, "digest"),
+    "lorax-gen card 1": HASHES[:4],
+    "lorax-gen card 2": HASHES,
+    "lorax-gen card 3": (*HASHES, "digest"),
+    FORMAT: (*HASHES, "digest"),
 }
+OPTIONAL = ("frame", "names")  # of the latest format
 
 MaybeHash = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
 
 
-class _Names(Struct):
+class _Hashes(Struct):
     """The types of a card's metadata."""
 
     pool: Hash
@@ -63,6 +69,8 @@ class TaskCard:
       pool: hash of the pool of experts; edge: hash of the edge model's parameters.
       prompt: SHA-256 of the prompt's text.
       generator, cloud, tokenizer: fingerprints of what made it; the tokenizer is the cloud's.
+      frame: of the inputs that it is for.
+      names: of generator, cloud and edge, as they were given.
 
     Raises UserError where a field is not as described above.
     """
@@ -76,19 +84,26 @@ class TaskCard:
     generator: str = ""
     cloud: str = ""
     tokenizer: str = ""
+    frame: Frame = PLAIN
+    names: Names = UNNAMED
 
     def __post_init__(self):
         check_gates(self.indices, self.gates)
-        documents.convert(self.names(), _Names)
+        for value, kind in ((self.frame, Frame), (self.names, Names)):
+            if not isinstance(value, kind):
+                raise UserError(f"expected a {kind.__name__}, not {value!r}")
+        documents.convert(self.metadata(), _Hashes)
 
-    def names(self) -> dict[str, str]:
-        """The card's metadata."""
-        return {name: getattr(self, name) for name in METADATA}
+    def metadata(self) -> dict[str, Any]:
+        """What it holds besides its arrays, as plain values; no frame where it is plain."""
+        found = {name: getattr(self, name) for name in HASHES}
+        more = {"frame": self.frame.stored(), "names": msgspec.to_builtins(self.names)}
+        return found | {name: value for name, value in more.items() if value}
 
     @property
     def digest(self) -> str:
         """Identifies the card's content."""
-        names = json.dumps(self.names(), sort_keys=True).encode()
+        names = json.dumps(self.metadata(), sort_keys=True).encode()
         arrays = {"indices": self.indices, "gates": self.gates}
         return tree_hash(arrays | {"names": np.frombuffer(names, np.uint8)})
 
@@ -119,8 +134,9 @@ class TaskCard:
         """
         if self.pool != generator.pool_hash:
             raise UserError(
-                f"this card was made with the pool {self.pool}, the given generator has "
-                f"{generator.pool_hash}; use the card's own generator or specialise again"
+                f"this card was made with the pool {named(self.names.generator, self.pool)}, the "
+                f"given generator has {named(generator.name, generator.pool_hash)}; use the card's "
+                "own generator or specialise again"
             )
         if self.composition != generator.config.composition:
             raise UserError(
@@ -144,18 +160,19 @@ class TaskCard:
     def check_edge(self, edge: Model) -> None:
         """Raises UserError if the card was made for another edge model."""
         if self.edge != fingerprint(edge):
+            given = named(public_name(edge.name), edge.fingerprint)
             raise UserError(
-                f"this card was made for the edge model {self.edge}, the given one is "
-                f"{edge.fingerprint}; use that model or specialise again"
+                f"this card was made for the edge model {named(self.names.edge, self.edge)}, the "
+                f"given one is {given}; use that model or specialise again"
             )
 
     def merge(self, edge: Model, generator: Generator) -> Model:
-        """The edge model with the card's LoRA merged into its kernels (eq. 1).
+        """The edge model with the card's LoRA merged into its kernels (eq. 1), and its frame.
 
         Raises UserError if the card was made for another edge model or pool.
         """
         self.check_edge(edge)
-        return edge.merged(self.lora(generator))
+        return dataclasses.replace(edge.merged(self.lora(generator)), frame=self.frame)
 
 
 def check_gates(indices: Any, gates: Any) -> None:
@@ -215,12 +232,14 @@ def make_card(
         generator=generator.fingerprint,
         cloud=fingerprint(cloud),
         tokenizer=cloud.tokenizer_fingerprint,
+        frame=generator.frame,
+        names=Names(generator.name, public_name(cloud.name), public_name(edge.name)),
     )
 
 
 def save_card(path: str | AnyPath, card: TaskCard) -> None:
     """Writes a card to a new file, atomically."""
-    metadata = {"format": FORMAT, **card.names(), "digest": card.digest}
+    metadata = {"format": FORMAT, **card.metadata(), "digest": card.digest}
     tensors = {"indices": card.indices, "gates": card.gates}
     # One entry, as safetensors writes several in random order: equal cards give equal files.
     write_tensors(to_path(path), tensors, {"card": json.dumps(metadata)})
@@ -233,15 +252,20 @@ def load_card(path: str | AnyPath) -> TaskCard:
     metadata = documents.parse_json(entries.get("card", "{}"), f"{path}, its metadata")
     kind = metadata.pop("format", None) if isinstance(metadata, dict) else None
     names = FORMATS.get(kind) if isinstance(kind, str) else None
-    if names is None or entries.keys() != {"card"} or metadata.keys() != set(names):
+    optional = set(OPTIONAL) if kind == FORMAT else set()
+    if names is None or entries.keys() != {"card"} or metadata.keys() - optional != set(names):
         raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
     tensors = read_arrays(path, ("U8", "U16", "F32"))
     if tensors.keys() != {"indices", "gates"}:
         raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
     digest = metadata.pop("digest", None)
     try:
+        if "frame" in metadata:
+            metadata["frame"] = read_frame(metadata["frame"], "frame")
+        if "names" in metadata:
+            metadata["names"] = documents.convert(metadata["names"], Names, "names")
         card = TaskCard(**tensors, **metadata)
-        if kind == FORMAT and digest != card.digest:
+        if "digest" in names and digest != card.digest:
             raise UserError(f"its content has the digest {card.digest}, not {digest}")
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}; get it or specialise again") from None

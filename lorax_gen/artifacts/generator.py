@@ -2,7 +2,7 @@
 
 generator.safetensors   meta tokens, cloud LoRA, router, pool, BatchNorm statistics
 config.json             GeneratorConfig, shapes and identities of the two models, fingerprint,
-                        a digest of these; training config and results
+                        frame, a digest of these; training config and results
 metrics.jsonl           the training metrics, if a run of this package trained it
 """
 
@@ -27,8 +27,8 @@ from lorax_gen.artifacts.checks import read_arrays
 from lorax_gen.artifacts.identity import Hash, Identities, check_same, identify
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
-from lorax_gen.frames import PLAIN, Frame
-from lorax_gen.hub import find_directory
+from lorax_gen.frames import PLAIN, Frame, read_frame
+from lorax_gen.hub import find_directory, public_name
 from lorax_gen.method.generator import GeneratorConfig, init_generator
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.model import Model
@@ -60,7 +60,7 @@ class _Document(Struct):
     generator: dict[str, Any]
     shapes: _Shapes
     models: Identities | None = None
-    frame: Frame = PLAIN
+    frame: dict[str, Any] = {}
     fingerprint: Hash | None = None
     digest: Hash | None = None
 
@@ -72,12 +72,14 @@ class Generator:
     Attributes:
       metadata: `shapes` of the two models, their identities in `models` where they are known (see
         `make_generator`), and what training adds.
+      name: that it was loaded by, see `hub.public_name`; cards keep it.
     """
 
     config: GeneratorConfig
     params: dict[str, Any]
     stats: dict[str, Any]
     metadata: dict[str, Any]
+    name: str = ""
 
     def spec(self, cloud: Model, edge: Model) -> GeneratorSpec:
         """The static system with its two models.
@@ -103,7 +105,7 @@ class Generator:
     @property
     def frame(self) -> Frame:
         """How the edge reads an input."""
-        return documents.convert(self.metadata.get("frame", {}), Frame)
+        return read_frame(self.metadata.get("frame", {}))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -150,7 +152,7 @@ def make_generator(
     if models is not None:
         metadata["models"] = msgspec.to_builtins(models)
     if frame != PLAIN:  # what is not stored is plain, as in generators that know no frames
-        metadata["frame"] = msgspec.to_builtins(frame)
+        metadata["frame"] = frame.stored()
     return Generator(config, params, stats, metadata)
 
 
@@ -187,6 +189,7 @@ def load_generator(directory: str | AnyPath, *, allow_other_models: bool = False
 
     Raises UserError if a file is missing, damaged or of another kind.
     """
+    name = public_name(directory)
     directory = find_directory(directory, "generator")
     path = directory / "config.json"
     metadata = documents.read_json(path)
@@ -197,6 +200,7 @@ def load_generator(directory: str | AnyPath, *, allow_other_models: bool = False
         )
     document = documents.convert(metadata, _Document, str(path))
     config = configs.from_dict(GeneratorConfig, document.generator, str(path))
+    read_frame(document.frame, f"{path}: frame")
     recorded = {"fingerprint": document.fingerprint, "digest": document.digest}
     if document.format == FORMAT and None in recorded.values():
         raise UserError(f"{path} lacks the fingerprint or the digest; get it again")
@@ -207,7 +211,7 @@ def load_generator(directory: str | AnyPath, *, allow_other_models: bool = False
     tree = jax.tree.map(jnp.asarray, unflatten(tensors))
     used = {"format", "generator", *recorded} | ({"models"} if allow_other_models else set())
     metadata = {name: value for name, value in metadata.items() if name not in used}
-    generator = Generator(config, tree["params"], tree["stats"], metadata)
+    generator = Generator(config, tree["params"], tree["stats"], metadata, name)
     if document.fingerprint not in (None, generator.fingerprint):
         raise UserError(
             f"{directory} is damaged: its content has the fingerprint {generator.fingerprint}, but "

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -18,12 +16,14 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from lorax_gen.errors import UserError
+from lorax_gen.hub import public_name, without_folders
 from lorax_gen.mesh import hosts
 from lorax_gen.models import int8
 from lorax_gen.models.model import Model
 from lorax_gen.tensors import named_leaves, tree_hash
 
 Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+Name = Annotated[str, Meta(max_length=1000)]
 
 
 class Identity(Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +50,33 @@ class Identities(Struct, frozen=True, forbid_unknown_fields=True):
     edge: Identity
 
 
+class Names(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The names of a generator and its models, as `hub.public_name` has them; empty: unknown.
+
+    Raises UserError for an absolute path or a URL.
+    """
+
+    generator: Name = ""
+    cloud: Name = ""
+    edge: Name = ""
+
+    def __post_init__(self):
+        for role in self.__struct_fields__:
+            name = getattr(self, role)
+            if without_folders(name) != name:
+                raise UserError(
+                    f"{role} is named {name!r}; expected a relative path or a name on the hub"
+                )
+
+
+UNNAMED = Names()
+
+
+def named(name: str, fingerprint: str | None) -> str:
+    """How messages call a model or a generator."""
+    return f"{name!r} ({fingerprint})" if name else f"{fingerprint}"
+
+
 def fingerprint(model: Model) -> str:
     """`model.fingerprint`, also where its arrays span several processes, which all call this."""
     if "fingerprint" not in model.__dict__ and _spans_hosts(model.params):
@@ -68,7 +95,7 @@ def identify(model: Model, *, reads: bool) -> Identity:
         layers = {k: leaf for k, leaf in model.params["layers"].items() if k not in kernels}
         quantized = any(map(int8.is_quantized, kernels.values()))
         model.__dict__[key] = Identity(
-            name=public_name(model),
+            name=public_name(model.name),
             fingerprint=None if quantized else fingerprint(model),
             besides_kernels=tree_hash(_lazy({**model.params, "layers": layers}), jnp.bfloat16),
             tokenizer=reading(model) if reads else None,
@@ -110,12 +137,6 @@ def reading(model: Model) -> str:
     own file, it does not depend on the version of the library."""
     found = [sorted(model.tokenizer.get_vocab().items()), list(model.encode(PROBE))]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-
-
-def public_name(model: Model) -> str:
-    """The name of a model; of a path only its last component."""
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name)
-    return model.name if is_name else Path(model.name).name
 
 
 def _is_kernel(leaf: Any) -> bool:

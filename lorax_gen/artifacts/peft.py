@@ -21,10 +21,12 @@ from lorax_gen.artifacts.checks import check_finite, read_arrays
 from lorax_gen.artifacts.peft_config import adapted_modules, read_config
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.hub import find_directory
 from lorax_gen.method.lora import Tree, check_fits
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.families import tensor_names
+from lorax_gen.models.huggingface import write_provenance
 from lorax_gen.tensors import write_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,6 +48,7 @@ def save_adapter(
     *,
     base_model: str = "",
     provenance: dict[str, Any] | None = None,
+    frame: Frame = PLAIN,
 ) -> None:
     """Writes an adapter to a new directory, for `peft`, vLLM and others.
 
@@ -55,7 +58,7 @@ def save_adapter(
       tree: `{name: {'a': [L, D, R], 'b': [L, R, F]}}`, its scale folded in.
       config: of the model that the tree is for.
       base_model: its name, for `AutoPeftModel`.
-      provenance: if given, written to `provenance.json`.
+      provenance: if given, written to `provenance.json`; frame: of its inputs, added to that.
 
     Raises UserError if `directory` exists or the tree does not fit the model.
     """
@@ -91,8 +94,7 @@ def save_adapter(
                 "modules_to_save": None,
             },
         )
-        if provenance is not None:
-            files.write_json(partial / "provenance.json", provenance)
+        write_provenance(partial, provenance, frame)
 
 
 def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:

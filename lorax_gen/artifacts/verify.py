@@ -68,13 +68,8 @@ def verify(
     Raises UserError for any other artifact, or one made for other models.
     """
     merged_dir = None
-    if isinstance(artifact, str | os.PathLike) and (to_path(artifact) / "config.json").is_file():
-        merged_dir, artifact = artifact, to_path(artifact) / CARD
-        if not artifact.is_file():
-            raise UserError(
-                f"{merged_dir} holds no {CARD} to compare it with; verify takes a card, an adapter "
-                "or a directory that `lorax-gen export` merged from a card"
-            )
+    if isinstance(artifact, str | os.PathLike) and (found := card_in(artifact)) != artifact:
+        merged_dir, artifact = artifact, found
     lora, _, card = lora_of(artifact, edge, generator)
 
     length = min(length, edge.config.max_position_embeddings)
@@ -120,6 +115,22 @@ def verify(
         )
         for form, (value, dtype) in forms.items()
     ]
+
+
+def card_in(artifact: str | AnyPath) -> str | AnyPath:
+    """The card in a merged directory; anything else as it is.
+
+    Raises UserError for a model directory without a card.
+    """
+    directory = to_path(artifact)
+    if not (directory / "config.json").is_file():
+        return artifact
+    if not (directory / CARD).is_file():
+        raise UserError(
+            f"{artifact} holds no {CARD} to compare it with; verify takes a card, an adapter or a "
+            "directory that `lorax-gen export` merged from a card"
+        )
+    return directory / CARD
 
 
 def run(params: dict, config: Any, tokens: jax.Array, adapter: Any) -> jax.Array:

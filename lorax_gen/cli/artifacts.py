@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorax_gen.artifacts.generator import Generator
-    from lorax_gen.files import AnyPath
+    from lorax_gen.models.model import Model
 
 
-def generator_of(artifact: AnyPath, directory: str) -> Generator | None:
-    """The generator that a card was made with; None for a PEFT adapter, which needs none."""
-    from lorax_gen.artifacts.export import is_adapter
-    from lorax_gen.artifacts.generator import load_generator
+def load_for(
+    artifact: str | os.PathLike,
+    edge: str | None,
+    generator: str | None,
+    dtype: Any = "float32",
+) -> tuple[Model, Generator | None]:
+    """The edge and the generator of a card, or the edge of a PEFT adapter, which needs no other.
 
-    return None if is_adapter(artifact) else load_generator(directory)
+    Args:
+      edge, generator: what the user gave; None: what the artifact names.
+    """
+    import lorax_gen
+    from lorax_gen.artifacts.export import check_adapted, is_adapter
+    from lorax_gen.artifacts.lookup import find_system
+
+    names = find_system(artifact, generator, edge=edge, need=("generator", "edge"))
+    model = lorax_gen.load_model(names.edge, dtype)
+    if is_adapter(artifact):
+        if edge is None:
+            check_adapted(artifact, model)
+        return model, None
+    return model, lorax_gen.load_generator(names.generator)

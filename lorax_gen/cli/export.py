@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lorax_gen.cli.artifacts import generator_of
+from lorax_gen.cli.artifacts import load_for
 from lorax_gen.cli.parse import UserPath
 
 
@@ -27,10 +27,10 @@ class Export:
     """Format to write."""
     output: UserPath
     """A new directory, or for gguf-lora a new file."""
-    edge: str = "world/edge"
-    """Edge model that the artifact was made for."""
-    generator: str = "world/generator"
-    """Generator that the card was made with."""
+    edge: str | None = None
+    """Edge model that the artifact was made for; default the one that it names."""
+    generator: str | None = None
+    """Generator that the card was made with; default the one that it names."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Dtype of a merged model's tensors; merged in float32, then rounded once."""
     max_shard_size: str = "5GB"
@@ -39,13 +39,13 @@ class Export:
     def run(self) -> int:
         import lorax_gen
 
-        edge = lorax_gen.load_model(self.edge)
+        edge, generator = load_for(self.artifact, self.edge, self.generator)
         lorax_gen.export(
             self.artifact,
             self.output,
             self.format,
             edge,
-            generator_of(self.artifact, self.generator),
+            generator,
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
         )

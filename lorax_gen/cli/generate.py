@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lorax_gen.cli.artifacts import generator_of
+from lorax_gen.cli.artifacts import load_for
 from lorax_gen.cli.parse import UserPath
 from lorax_gen.config import Size
 from lorax_gen.errors import UserError
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.prompts import read_prompt
 
 
@@ -28,7 +29,8 @@ class Generate:
     questions: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION ...")
     ]
-    """Texts to continue, used as they are; `-` is the text of standard input, `@FILE` that of a
+    """Texts to continue. They go into the frame that the card or the merged model was trained with,
+    if it has one; --raw: not. `-` is the text of standard input, `@FILE` that of a
     file without its last line end, `@@` stands for an @ that begins a text, and `--` goes before a
     text that begins with -."""
     card: UserPath | None = None
@@ -36,14 +38,17 @@ class Generate:
     context: str = ""
     """A prompt that precedes every question, read as a question is; with --chat the system
     message."""
-    separator: str = " "
-    """What is put between the context and a question; not used with --chat."""
+    separator: str | None = None
+    """What is put between the context and a question, default a space; not used with --chat or a
+    frame."""
+    raw: bool = False
+    """Use the texts as they are, in no frame."""
     chat: bool = False
     """Wrap each question in the tokenizer's chat template."""
-    edge: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "world/edge"
-    """The model that answers: a directory or a hub name."""
-    generator: str = "world/generator"
-    """Generator that the card was made with."""
+    edge: Annotated[str | None, tyro.conf.arg(aliases=("--model",))] = None
+    """The model that answers: a directory or a hub name; default the one that the card names."""
+    generator: str | None = None
+    """Generator that the card was made with; default the one that it names."""
     max_new_tokens: Size = 16
     """Most tokens of an answer."""
     temperature: float = 0.0
@@ -63,21 +68,23 @@ class Generate:
     def run(self) -> int:
         if not self.questions:
             raise UserError('no question given; for example: lorax-gen generate "apple :"')
-        if self.chat and self.separator != " ":
+        if self.chat and self.separator is not None:
             raise UserError("--separator has no use with --chat: the template separates the turns")
         if [self.context, *self.questions].count("-") > 1:
             raise UserError("- is given twice, but standard input can be read only once")
         context, *questions = map(read_prompt, (self.context, *self.questions))
         import lorax_gen
-        from lorax_gen.artifacts.export import lora_of
+        from lorax_gen.artifacts.export import specialised
+        from lorax_gen.artifacts.lookup import find_system
 
-        model = lorax_gen.load_model(self.edge, self.dtype)
-        if self.card is not None:
-            tree, *_ = lora_of(self.card, model, generator_of(self.card, self.generator))
-            model = model.merged(tree)
-        texts = questions
-        if context and not self.chat:
-            texts = [f"{context}{self.separator}{question}" for question in questions]
+        if self.card is None:
+            model = lorax_gen.load_model(find_system(edge=self.edge).edge, self.dtype)
+        else:
+            edge, generator = load_for(self.card, self.edge, self.generator, self.dtype)
+            model = specialised(self.card, edge, generator)
+        frame = PLAIN if self.raw or model.frame.is_bare else model.frame
+        self.check_no_other(frame)
+        texts = self.framed(questions, context, frame)
         stream = lorax_gen.stream_text(
             model,
             texts,
@@ -92,7 +99,8 @@ class Generate:
             in_context=not self.chat,
         )
         # An answer in a chat is a turn of its own, not the continuation of the question's words.
-        shown_as = [f"{question} " if self.chat else question for question in questions]
+        apart = self.chat or not frame.separator
+        shown_as = [f"{question} " if apart else question for question in questions]
         try:
             show(shown_as, stream)
         except UnicodeEncodeError as error:
@@ -101,6 +109,24 @@ class Generate:
                 "PYTHONIOENCODING=utf-8"
             ) from None
         return 0
+
+    def check_no_other(self, frame: Frame) -> None:
+        """Raises UserError where an option says otherwise what a question is put into."""
+        for given, option in ((self.chat, "--chat"), (self.separator is not None, "--separator")):
+            if given and frame != PLAIN:
+                raise UserError(
+                    f"{option} does not go with the frame {frame.template!r} that inputs were "
+                    "trained in; leave it out, or give --raw to use texts without that frame"
+                )
+
+    def framed(self, questions: Sequence[str], context: str, frame: Frame) -> list[str]:
+        """What the model reads for each question, with a context before it."""
+        if not context or self.chat:
+            return [frame.wrap(question) for question in questions]
+        if frame != PLAIN:
+            return [frame.prompted(context, question) for question in questions]
+        separator = " " if self.separator is None else self.separator
+        return [f"{context}{separator}{question}" for question in questions]
 
 
 def show(questions: Sequence[str], stream: Iterator[list[str]]) -> None:

@@ -10,7 +10,8 @@ class LmEval:
     """Run lm-evaluation-harness (pip install 'lorax-gen[harness]') on our models.
 
     All arguments are those of lm-eval; the model is lorax_gen, and --model_args takes edge, card,
-    prompt, cloud, generator, dtype and others.
+    prompt, cloud, generator, dtype and others. A model that was specialised in a frame reads
+    contexts in it; raw=true: as they are.
 
     Example: lorax-gen lm-eval --model lorax_gen --model_args edge=org/name --tasks piqa
     """

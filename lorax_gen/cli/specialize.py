@@ -30,12 +30,12 @@ class Specialize:
     """The card, a new file."""
     merged: UserPath | None = None
     """Also write the merged edge model into this new directory."""
-    cloud: str = "world/cloud"
-    """Cloud model: a directory or a hub name."""
-    edge: str = "world/edge"
-    """Edge model: a directory or a hub name."""
-    generator: str = "world/generator"
-    """Generator directory."""
+    cloud: str | None = None
+    """Cloud model: a directory or a hub name; default the one that the generator names."""
+    edge: str | None = None
+    """Edge model: a directory or a hub name; default the one that the generator names."""
+    generator: str | None = None
+    """Generator directory; default that of the shipped world."""
     allow_other_models: bool = False
     """Accept a cloud or an edge model of the same shape that the generator was not trained with."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -51,6 +51,7 @@ class Specialize:
     def run(self) -> int:
         import lorax_gen
         from lorax_gen import files
+        from lorax_gen.artifacts.lookup import find_system
         from lorax_gen.mesh.sharding import serving_mesh, tree_shardings
 
         files.must_be_new(self.output)
@@ -59,12 +60,13 @@ class Specialize:
         prompt = read_prompt(self.prompt)
         mesh = serving_mesh(self.fsdp, self.tensor)
         shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
+        names = find_system(generator=self.generator, cloud=self.cloud, edge=self.edge)
         cloud = lorax_gen.load_model(
-            self.cloud, self.dtype, in_int8=self.cloud_int8, shardings=shardings
+            names.cloud, self.dtype, in_int8=self.cloud_int8, shardings=shardings
         )
-        edge = lorax_gen.load_model(self.edge)
+        edge = lorax_gen.load_model(names.edge)
         generator = lorax_gen.load_generator(
-            self.generator, allow_other_models=self.allow_other_models
+            names.generator, allow_other_models=self.allow_other_models
         )
         card = lorax_gen.specialize(prompt, cloud, edge, generator, mesh=mesh)
         lorax_gen.save_card(self.output, card)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lorax_gen.cli.artifacts import generator_of
+from lorax_gen.cli.artifacts import load_for
 from lorax_gen.cli.parse import UserPath
 
 
@@ -23,10 +23,10 @@ class Verify:
 
     artifact: Annotated[UserPath, tyro.conf.Positional, tyro.conf.arg(metavar="ARTIFACT")]
     """A task card, a PEFT adapter directory, or a merged directory that export wrote."""
-    edge: str = "world/edge"
-    """Edge model that the artifact was made for."""
-    generator: str = "world/generator"
-    """Generator that the card was made with."""
+    edge: str | None = None
+    """Edge model that the artifact was made for; default the one that it names."""
+    generator: str | None = None
+    """Generator that the card was made with; default the one that it names."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the edge model's parameters."""
 
@@ -36,9 +36,10 @@ class Verify:
         from rich.table import Table
 
         import lorax_gen
+        from lorax_gen.artifacts.verify import card_in
 
-        edge = lorax_gen.load_model(self.edge, self.dtype)
-        generator = generator_of(self.artifact, self.generator)
+        made_from = card_in(self.artifact)
+        edge, generator = load_for(made_from, self.edge, self.generator, self.dtype)
         comparisons = lorax_gen.verify(self.artifact, edge, generator)
         title = "compared with the unmerged LoRA"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

@@ -3,6 +3,11 @@
 Texts are tokenised as in lm-eval's own `hf` backend, so that the numbers are the same. Choices of a
 question are scored together (`inference.choices`), texts are continued in batches of similar
 lengths (`inference.continuations`).
+
+A model that was specialised in a frame (see `frames`) reads each context in it, unless it was
+trained on benchmarks as they are: the text that lm-eval makes of a question and its shots stands
+where the input does, and the continuation follows. Rolling log-likelihoods have no context and no
+frame.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import inspect
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self, get_type_hints
@@ -28,11 +34,13 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from lorax_gen.artifacts.export import is_adapter, lora_of
+from lorax_gen.artifacts.export import check_adapted, is_adapter, specialised
 from lorax_gen.artifacts.generator import load_generator
+from lorax_gen.artifacts.lookup import Found, find_system
 from lorax_gen.chat import render_chat
 from lorax_gen.documents import convert
 from lorax_gen.errors import UserError
+from lorax_gen.frames import PLAIN
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, ChoiceItem, prefix_id, score_items
 from lorax_gen.inference.continuations import continue_texts, room_for
@@ -59,11 +67,14 @@ class HarnessModel(TemplateLM):
     """`--model lorax_gen`; the arguments are those of `--model_args`.
 
     Args:
-      edge: the model that answers: a directory, a shipped one or a hub name.
+      edge: the model that answers: a directory, a shipped one or a hub name; by default the one
+        that the card or the generator names.
       card: a task card or a PEFT adapter directory, merged into the edge first.
       prompt: specialise the edge to this text first, or to that of a file (`@FILE`), which may hold
         commas; see `prompts.read_prompt`.
-      cloud, generator: used for the prompt; a card needs the generator that it was made with.
+      cloud, generator: used for the prompt; a card needs the generator that it was made with. By
+        default those that it names, or for a prompt the shipped ones.
+      raw: contexts are read as they are, in no frame.
       dtype: of the parameters: float32, bfloat16, float16, or auto: that of the file.
       max_length: most tokens of a sequence; by default the positions of the model. Longer sequences
         are truncated on the left, and counted in a warning.
@@ -81,11 +92,12 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        edge: str = "world/edge",
+        edge: str | None = None,
         card: str | None = None,
         prompt: str | None = None,
-        cloud: str = "world/cloud",
-        generator: str = "world/generator",
+        cloud: str | None = None,
+        generator: str | None = None,
+        raw: bool = False,
         dtype: str = "float32",
         max_length: int | None = None,
         tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -109,11 +121,24 @@ class HarnessModel(TemplateLM):
         self.tokens_per_batch, self.most_rows = tokens_per_batch, most_rows_of(batch_size)
         self.mesh = serving_mesh(fsdp, tensor)
         shardings = partial(tree_shardings, mesh=self.mesh) if self.mesh else None
-        model = load_model(edge, DTYPES[dtype], shardings=shardings, bos=add_bos_token)
+        if card is not None and prompt is not None:
+            raise UserError("card and prompt both say what to specialise to; give one of them")
+        names = system_for(card, prompt, edge, cloud, generator)
+        model = load_model(names.edge, DTYPES[dtype], shardings=shardings, bos=add_bos_token)
         positions = model.config.max_position_embeddings
         if max_length is not None and not 0 < max_length <= positions:
             raise UserError(f"max_length is {max_length}: choose from 1 to the model's {positions}")
-        model = specialised(model, card, prompt, cloud, generator)
+        if edge is None and card is not None and is_adapter(card):
+            check_adapted(card, model)
+        model = specialise(model, card, prompt, names)
+        unframed = raw or model.frame.is_bare or not model.frame.benchmarks
+        self.frame = PLAIN if unframed else model.frame
+        if self.frame != PLAIN:
+            print(
+                f"lorax-gen: each context goes into the frame {self.frame.template!r} that the "
+                "model was trained in (raw=true in --model_args: as it is)",
+                file=sys.stderr,
+            )
         config = dataclasses.replace(model.config, max_position_embeddings=max_length or positions)
         self.model = dataclasses.replace(model, config=config)
         self.tokenizer = model.tokenizer
@@ -158,12 +183,18 @@ class HarnessModel(TemplateLM):
             "model_num_parameters": sum(leaf.size for leaf in leaves),
             "model_dtype": str(self.model.params["embed"].dtype),
             "model_sha": self.model.fingerprint,
+            "frame": self.frame.template,
         }
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The text of a chat, up to the model's answer or, if it has begun, to its end so far."""
+        if self.frame != PLAIN:
+            raise UserError(
+                f"the model reads contexts in the frame {self.frame.template!r}: leave out "
+                "--apply_chat_template, or give raw=true in --model_args to use it instead"
+            )
         if not self.tokenizer.chat_template:
             raise UserError("this tokenizer has no chat template; leave out --apply_chat_template")
         return render_chat(
@@ -199,7 +230,8 @@ class HarnessModel(TemplateLM):
         )
 
     def encode_request(self, context: str, continuation: str) -> Pair:
-        """Ids of a context, which is at least one token, and of its continuation."""
+        """Ids of a context in its frame, which is at least one token, and of its continuation."""
+        context = self.frame.wrap(context)
         if context:
             return self._encode_pair(context, continuation)
         ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -275,7 +307,7 @@ class HarnessModel(TemplateLM):
             for indices in alike.values():
                 options = generation_options(requests[indices[0]].args[1])
                 room = room_for(self.model, options["max_new_tokens"])
-                rows = [self.tok_encode(requests[i].args[0]) for i in indices]
+                rows = [self.tok_encode(self.frame.wrap(requests[i].args[0])) for i in indices]
                 truncated += sum(len(row) > room for row in rows)
 
                 def on_batch(positions, written, indices=indices):
@@ -298,20 +330,25 @@ class HarnessModel(TemplateLM):
         return texts
 
 
-def specialised(
-    model: Model, card: str | None, prompt: str | None, cloud: str, generator: str
-) -> Model:
-    """The model with a card or adapter merged, or specialised to a prompt, or unchanged."""
-
-    if card is not None and prompt is not None:
-        raise UserError("card and prompt both say what to specialise to; give one of them")
-    if card is not None:
-        maker = None if is_adapter(card) else load_generator(generator)
-        tree, *_ = lora_of(card, model, maker)
-        return model.merged(tree)
+def system_for(
+    card: str | None, prompt: str | None, edge: str | None, cloud: str | None, generator: str | None
+) -> Found:
+    """Where the edge is, and what a card or a prompt needs besides it."""
     if prompt is not None:
-        maker = load_generator(generator)
-        return specialize(read_prompt(prompt), load_model(cloud), model, maker).merge(model, maker)
+        return find_system(None, generator, cloud, edge)
+    if card is not None:
+        return find_system(card, generator, edge=edge, need=("generator", "edge"))
+    return find_system(edge=edge)
+
+
+def specialise(model: Model, card: str | None, prompt: str | None, names: Found) -> Model:
+    """The model with a card or adapter merged, or specialised to a prompt, or unchanged."""
+    if card is not None:
+        maker = None if is_adapter(card) else load_generator(names.generator)
+        return specialised(card, model, maker)
+    if prompt is not None:
+        cloud, maker = load_model(names.cloud), load_generator(names.generator)
+        return specialize(read_prompt(prompt), cloud, model, maker).merge(model, maker)
     return model
 
 

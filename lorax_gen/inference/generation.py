@@ -70,7 +70,8 @@ def stream_text(
     is held back.
 
     Args:
-      texts: strings, or token ids, which are used as they are.
+      texts: strings, or token ids, which are used as they are. For inputs of a model that was
+        specialised in a frame, give `model.frame.wrap(text)`.
       temperature: 0 is greedy; above 0, tokens are sampled, restricted by `top_k` and `top_p`.
       seed: of sampling; row i uses the same random numbers in all calls with one seed.
       stop: strings that end a continuation and are removed from it; so do the model's `stop_ids`.

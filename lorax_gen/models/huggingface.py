@@ -4,6 +4,7 @@ config.json                   the shape: see `config_json`
 model.safetensors             the parameters: see `checkpoint_files`
 tokenizer.json and others     read and written by `transformers`
 generation_config.json        the tokens that end a text
+provenance.json               where it comes from, and its frame (see `frames`) if it has one
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 from msgspec import Meta
 
-from lorax_gen import assets, documents, files
+from lorax_gen import documents, files
 from lorax_gen.files import AnyPath
-from lorax_gen.hub import find_directory
+from lorax_gen.frames import PLAIN, Frame, read_frame
+from lorax_gen.hub import find_directory, public_name
 from lorax_gen.models import int8
 from lorax_gen.models.checkpoint_files import read_params, write_params
 from lorax_gen.models.config_json import read_config, write_config
 from lorax_gen.models.decoder import Params
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
+
+PROVENANCE = "provenance.json"
 
 
 def load_model(
@@ -53,11 +57,9 @@ def load_model(
     directory = find_directory(name_or_dir, revision=revision)
     config = read_config(directory / "config.json")
     params = read_params(directory, config, dtype, in_int8=in_int8, shardings=shardings)
-    # No path and no URL may enter artifacts made with the model.
-    on_hub = not (files.is_url(name_or_dir) or assets.resolve(name_or_dir).is_dir())
-    name = str(name_or_dir) if on_hub else directory.resolve().name
-    stop_ids = read_stop_ids(directory, config.vocab_size)
-    return Model(config, params, load_tokenizer(directory), stop_ids, name, bos)
+    name, stop_ids = public_name(name_or_dir), read_stop_ids(directory, config.vocab_size)
+    frame = stored_frame(directory)
+    return Model(config, params, load_tokenizer(directory), stop_ids, name, bos, frame)
 
 
 def save_model(
@@ -72,7 +74,7 @@ def save_model(
     """Writes a model directory that `transformers` and `load_model` read; never overwrites.
 
     Args:
-      provenance: if given, written to `provenance.json`.
+      provenance: if given, written to `provenance.json`; the model's frame is added to it.
       dtype: of the tensors; None keeps theirs.
       max_shard_size: of a file of tensors, such as `500MB`; several files get an index.
       extra: writes further files into the temporary directory, before it is renamed.
@@ -94,10 +96,26 @@ def save_model(
         files.write_json(partial / "generation_config.json", ids)
         write_params(partial, model.params, model.config, dtype, max_shard_size)
         model.tokenizer.save_pretrained(partial)
-        if provenance is not None:
-            files.write_json(partial / "provenance.json", provenance)
+        write_provenance(partial, provenance, model.frame)
         if extra is not None:
             extra(partial)
+
+
+def write_provenance(directory: Path, provenance: dict[str, Any] | None, frame: Frame) -> None:
+    """Writes provenance and a frame, if there are any."""
+    framed = {} if frame == PLAIN else {"frame": frame.stored()}
+    if provenance is not None or framed:
+        files.write_json(directory / PROVENANCE, {**(provenance or {}), **framed})
+
+
+def stored_frame(directory: AnyPath) -> Frame:
+    """The frame that the provenance of a directory has; the plain one where it has none.
+
+    Raises UserError where it is damaged.
+    """
+    path = directory / PROVENANCE
+    provenance = documents.read_json(path) if path.is_file() else {}
+    return read_frame(provenance.get("frame", {}), f"{path}: frame")
 
 
 def read_stop_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_gen import tokenizers
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.method.lora import Tree, merge
 from lorax_gen.models import decoder, int8
 from lorax_gen.models.adapter import Adapter
@@ -25,7 +26,9 @@ class Model:
       stop_ids: tokens that end a text; default the tokenizer's end of text.
       bos: whether a text begins with BOS, the one rule for training, scoring, decoding, prompts and
         requests; None is resolved to the tokenizer's default.
-      name: a hub name, or the last component of the directory it was loaded from.
+      name: as it was given, see `hub.public_name`.
+      frame: of the inputs that it was specialised to. Nothing applies it unasked: it is for
+        `model.frame.wrap(text)` before `encode`, `generate_text` and others.
     """
 
     config: DecoderConfig
@@ -34,6 +37,7 @@ class Model:
     stop_ids: tuple[int, ...] = ()
     name: str = ""
     bos: bool | None = None
+    frame: Frame = PLAIN
 
     def __post_init__(self):
         if self.bos is None and self.tokenizer is not None:

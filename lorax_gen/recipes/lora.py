@@ -85,6 +85,8 @@ def experiment(
     shapes = {name: shapes[name] for name in config.targets}
     key, layers = jax.random.key(config.run.seed), edge.config.num_hidden_layers
 
+    data = open_data(config, mesh, edge, samples=config.batch_size)
+
     def tree(state: State) -> Tree:
         return scaled(state["params"], config.scale)
 
@@ -93,7 +95,8 @@ def experiment(
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
         name = edge.name
-        save_adapter(directory, tree(state), edge.config, base_model=name, provenance=provenance)
+        more = {"base_model": name, "provenance": provenance, "frame": data.frame}
+        save_adapter(directory, tree(state), edge.config, **more)
 
     def work(batch: Batch) -> dict[str, float]:
         rows, length = batch["tokens"].shape
@@ -108,7 +111,7 @@ def experiment(
     return assemble(
         config,
         mesh,
-        open_data(config, mesh, edge, samples=config.batch_size),
+        data,
         init=lambda: (init_lora(key, shapes, config.rank, layers), {}),
         loss=lora_loss(config, edge.config, execution=config.execution(mesh)),
         frozen={"edge": edge.params},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lorax_gen import documents, files, locks, temporary
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
+from lorax_gen.hub import without_folders
 
 
 @contextmanager
@@ -93,8 +93,8 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
     if isinstance(value, str):
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|/|~|[a-zA-Z]:[\\/]", value):
-            return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        if (last := without_folders(value)) != value:
+            return last
         name, mark, rest = value.partition("=")
         return f"{name}={without_paths(rest)}" if mark else value
     return value

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from types import SimpleNamespace
 
 import chex
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from lorax_gen import load_card, save_card, specialize
-from lorax_gen.artifacts.card import TaskCard, make_card
+from lorax_gen.artifacts.card import HASHES, TaskCard, make_card
+from lorax_gen.artifacts.identity import Names
 from lorax_gen.data.tokens import Encoder, prompt_batch
 from lorax_gen.errors import UserError
+from lorax_gen.frames import IO, PLAIN, Frame
 from lorax_gen.method import lora_from_gates
 from lorax_gen.models import decoder
 from lorax_gen.system import prompt_gates
@@ -44,7 +47,12 @@ def cards(system, generator):
 
 
 def card_fields(card):
-    return dataclasses.asdict(card)
+    return {field.name: getattr(card, field.name) for field in dataclasses.fields(card)}
+
+
+def assert_same(card, fields):
+    for name, value in card_fields(card).items():
+        np.testing.assert_array_equal(value, fields[name])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -73,7 +81,7 @@ def test_a_card_comes_back_from_its_file(cards, tmp_path):
     path = tmp_path / "cards" / "one.safetensors"
     save_card(path, cards[0])
     loaded = load_card(path)
-    chex.assert_trees_all_equal(card_fields(loaded), card_fields(cards[0]))
+    assert_same(loaded, card_fields(cards[0]))
     assert loaded.indices.dtype == np.uint8 and loaded.gates.dtype == np.float32
 
 
@@ -134,14 +142,16 @@ def test_dense_gates_of_the_gumbel_strategy_are_all_kept(system):
 
 def test_more_than_256_experts_still_have_their_numbers():
     config = SimpleNamespace(top_k=2, strategy="keep_top_k", n_experts=300, composition="factors")
-    generator = SimpleNamespace(config=config, pool_hash="0" * 16, fingerprint="1" * 16)
+    generator = SimpleNamespace(
+        config=config, pool_hash="0" * 16, fingerprint="1" * 16, frame=PLAIN, name=""
+    )
     gates = np.zeros((3, 300), np.float32)
     gates[:, [7, 299]] = 0.25, 0.75
     card = make_card(
         gates,
         "a prompt",
-        SimpleNamespace(params={}, fingerprint="2" * 16, tokenizer_fingerprint="3" * 16),
-        SimpleNamespace(params={}, fingerprint="4" * 16),
+        SimpleNamespace(params={}, fingerprint="2" * 16, tokenizer_fingerprint="3" * 16, name=""),
+        SimpleNamespace(params={}, fingerprint="4" * 16, name=""),
         generator,
     )
     np.testing.assert_array_equal(card.indices, [[299, 7]] * 3)
@@ -270,7 +280,7 @@ def test_what_is_no_card_is_refused_in_python_and_as_a_file(change, message, car
     with pytest.raises(UserError, match=message):
         TaskCard(**good | change)
     tensors = {name: (good | change).pop(name) for name in ("indices", "gates")}
-    names = {key: value for key, value in (good | change).items() if key not in tensors}
+    names = {key: value for key, value in (good | change).items() if key in HASHES}
     metadata = {"card": json.dumps({"format": "lorax-gen card 2", **names})}
     write_tensors(tmp_path / "card", tensors, metadata)
     with pytest.raises(UserError, match=message):
@@ -307,7 +317,9 @@ def test_any_bit_of_the_content_that_flips_is_found(cards, tmp_path):
         ({}, {"digest": "0" * 16}),
         ({}, {"digest": None}),
         ({}, {"format": ["lorax-gen card 3"]}),
-        ({}, {"format": "lorax-gen card 4"}),
+        ({}, {"format": "lorax-gen card 5"}),
+        ({}, {"frame": {}}),
+        ({}, {"names": {}}),
         ({"card": "[1]"}, {}),
         ({"card": "{"}, {}),
         ({"card": '{"pool": NaN}'}, {}),
@@ -316,7 +328,7 @@ def test_any_bit_of_the_content_that_flips_is_found(cards, tmp_path):
 )
 def test_damaged_metadata_are_refused(entries, changes, cards, tmp_path):
     card = own_card(cards)
-    metadata = {"format": "lorax-gen card 3", **card.names(), "digest": card.digest} | changes
+    metadata = {"format": "lorax-gen card 3", **card.metadata(), "digest": card.digest} | changes
     tensors = {"indices": card.indices, "gates": card.gates}
     write_tensors(tmp_path / "card", tensors, {"card": json.dumps(metadata)} | entries)
     with pytest.raises(UserError):
@@ -372,22 +384,24 @@ def test_no_file_is_overwritten(cards, tmp_path):
 def test_a_card_is_plain_values(cards):
     assert {field.name for field in dataclasses.fields(TaskCard)} == {
         "indices", "gates", "pool", "edge", "prompt", "composition",
-        "generator", "cloud", "tokenizer",
+        "generator", "cloud", "tokenizer", "frame", "names",
     }  # fmt: skip
     assert all(isinstance(cards[0].prompt, str) and len(card.prompt) == 64 for card in cards)
 
 
-@pytest.mark.parametrize("version, missing", [(1, ("generator", "cloud", "tokenizer")), (2, ())])
+@pytest.mark.parametrize(
+    "version, missing", [(1, ("generator", "cloud", "tokenizer")), (2, ()), (3, ())]
+)
 def test_a_card_of_an_earlier_format_is_read(version, missing, cards, tmp_path):
     """The first did not say which generator, cloud and tokenizer had made it."""
     card, path = cards[0], tmp_path / "first.card.safetensors"
     metadata = {"format": f"lorax-gen card {version}"}
-    metadata |= {name: text for name, text in card.names().items() if name not in missing}
+    metadata |= {name: text for name, text in card.metadata().items() if name not in missing}
+    metadata |= {"digest": card.digest} if version == 3 else {}
     tensors = {"indices": card.indices, "gates": card.gates}
     write_tensors(path, tensors, {"card": json.dumps(metadata)})
-    chex.assert_trees_all_equal(
-        card_fields(load_card(path)), card_fields(card) | dict.fromkeys(missing, "")
-    )
+    assert_same(load_card(path), card_fields(card) | dict.fromkeys(missing, ""))
+    assert load_card(path).frame == PLAIN
 
 
 def test_a_card_names_what_made_it(system, generator):
@@ -397,3 +411,90 @@ def test_a_card_names_what_made_it(system, generator):
     assert card.tokenizer == system.cloud.tokenizer_fingerprint
     other = dataclasses.replace(generator, config=dataclasses.replace(generator.config, alpha=1.0))
     assert other.fingerprint != generator.fingerprint
+
+
+# --- its frame, and the names of what made it ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def framed(cards):
+    return dataclasses.replace(
+        cards[0], frame=Frame("[user] {input} [bot]", "", turn=True), names=Names(edge="org/edge")
+    )
+
+
+def test_a_card_of_a_framed_generator_has_its_frame(system, generator):
+    framed = dataclasses.replace(generator, metadata=generator.metadata | {"frame": IO.stored()})
+    card = specialize(PROMPT, system.cloud, system.edge, framed)
+    assert card.frame == IO
+    merged = card.merge(system.edge, framed)
+    assert (merged.frame, system.edge.frame) == (IO, PLAIN)
+    assert merged.fingerprint == dataclasses.replace(merged, frame=PLAIN).fingerprint
+
+
+def test_frame_and_names_come_back_and_are_in_the_digest(framed, cards, tmp_path):
+    save_card(tmp_path / "framed", framed)
+    loaded = load_card(tmp_path / "framed")
+    assert_same(loaded, card_fields(framed))
+    save_card(tmp_path / "again", loaded)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "framed").read_bytes()
+    others = (cards[0], *(dataclasses.replace(framed, **{name: getattr(cards[0], name)})
+                          for name in ("frame", "names")))  # fmt: skip
+    assert len({framed.digest, *(card.digest for card in others)}) == 4
+
+
+def test_a_plain_frame_and_unknown_names_take_no_room(framed, cards, tmp_path):
+    assert not {"frame", "names"} & cards[0].metadata().keys()
+    save_card(tmp_path / "plain", cards[0])
+    save_card(tmp_path / "framed", framed)
+    sizes = [(tmp_path / name).stat().st_size for name in ("plain", "framed")]
+    assert sizes[1] - sizes[0] < 200
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"frame": {"template": "no slot"}}, "'no slot' has {input} 0 times"),
+        ({"frame": {"template": 1}}, "template: expected str"),
+        ({"frame": {"colour": "red"}}, "frame: unknown key colour"),
+        ({"frame": "io"}, "expected"),
+        (
+            {"names": {"edge": "/home/me/edge"}},
+            "edge is named '/home/me/edge'; expected",
+        ),
+        ({"names": {"cloud": "s3://mine/cloud"}}, "cloud is named 's3://mine/cloud'"),
+        ({"names": {"cloud": 1}}, "cloud: expected str"),
+        ({"names": {"author": "me"}}, "unknown field author"),
+        ({"names": []}, "names: expected"),
+        ({"frame": {"template": "Q: {input}"}}, "its content has the digest"),
+        ({"names": {"edge": "org/other"}}, "its content has the digest"),
+    ],
+)
+def test_a_damaged_frame_or_name_is_refused(change, message, framed, tmp_path):
+    save_card(tmp_path / "card", framed)
+    metadata = {"format": "lorax-gen card 4", **framed.metadata(), "digest": framed.digest} | change
+    tensors = {"indices": framed.indices, "gates": framed.gates}
+    write_tensors(tmp_path / "damaged", tensors, {"card": json.dumps(metadata)})
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_card(tmp_path / "damaged")
+
+
+def test_a_frame_or_names_of_another_type_are_refused_in_python(cards):
+    for change in ({"frame": {"template": "{input}"}}, {"names": {"edge": "edge"}}):
+        with pytest.raises(UserError, match=r"expected a (Frame|Names), not"):
+            dataclasses.replace(cards[0], **change)
+
+
+def test_messages_name_the_models_beside_their_hashes(system, generator, cards):
+    card = dataclasses.replace(cards[0], names=Names("runs/a", "org/cloud", "org/edge"))
+    params = {**system.edge.params, "embed": system.edge.params["embed"] + 1}
+    other = dataclasses.replace(system.edge, params=params, name="/home/me/tuned")
+    with pytest.raises(
+        UserError, match=rf"edge model 'org/edge' \({card.edge}\), the given one is 'tuned' \("
+    ):
+        card.merge(other, generator)
+    other = dataclasses.replace(make_generator(system, seed=1), name="runs/b")
+    with pytest.raises(
+        UserError, match=rf"pool 'runs/a' \({card.pool}\), the given generator has 'runs/b' \("
+    ):
+        card.lora(other)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 
 import chex
 import jax
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from lorax_gen import UserError, export, load_adapter, load_card, load_model
-from lorax_gen.artifacts.export import CARD
+from lorax_gen import UserError, export, generate_text, load_adapter, load_card, load_model
+from lorax_gen.artifacts.export import CARD, specialised
+from lorax_gen.frames import Frame, read_frame
 from lorax_gen.models import decoder
 from tests.tiny import PROMPTS
 
@@ -253,6 +255,118 @@ def test_a_merged_directory_keeps_its_card(made, write):
     path = write("products.card", "merged")
     assert (path / CARD).read_bytes() == (made.folder / "products.card").read_bytes()
     assert load_card(path / CARD).composition == "products"
+
+
+# --- in what frame it is asked -------------------------------------------------------------------
+
+# The tokenizer prepends `<bos>`; the second frame begins with one, as those of chats do.
+FRAMES = [
+    Frame("thing {input} box :"),
+    Frame("<bos> thing ``` {input} \n box :\n", "", turn=True, benchmarks=False),
+]
+ASKED = ["apple", "bell", "king of the garden"]
+
+
+@pytest.fixture(params=FRAMES, ids=["text", "turn"])
+def framed(request, made):
+    """A card with a frame."""
+    return dataclasses.replace(made.cards["factors"], frame=request.param)
+
+
+def test_every_export_has_the_frame_of_its_card(framed, made, tmp_path):
+    """And so has what is exported from an adapter again."""
+    needed("gguf-lora")
+    generator = made.generators["factors"]
+    for format in FORMATS:
+        export(framed, tmp_path / format, format, made.edge, generator)
+    found = [
+        load_model(tmp_path / "merged").frame,
+        specialised(tmp_path / "peft", made.edge).frame,
+        specialised(framed, made.edge, generator).frame,
+        load_card(tmp_path / "merged" / CARD).frame,
+    ]
+    export(tmp_path / "peft", tmp_path / "again", "merged", made.edge)
+    found.append(load_model(tmp_path / "again").frame)
+    metadata, _ = gguf_tensors(tmp_path / "gguf-lora")
+    found.append(read_frame(json.loads(metadata["lorax_gen.frame"])))
+    assert found == [framed.frame] * len(found)
+
+
+def test_nothing_speaks_of_a_plain_frame(write):
+    for format in ("merged", "peft"):
+        path = write("factors.card", format)
+        assert "frame" not in json.loads((path / "provenance.json").read_text())
+        assert format == "peft" or "frame" not in (path / "README.md").read_text()
+    metadata, _ = gguf_tensors(write("factors.card", "gguf-lora"))
+    assert not [key for key in metadata if "frame" in key]
+
+
+def test_the_readme_shows_the_frame_as_it_is(framed, made, tmp_path):
+    export(framed, tmp_path / "mine", "merged", made.edge, made.generators["factors"])
+    text = (tmp_path / "mine" / "README.md").read_text()
+    fence = "````" if "```" in framed.frame.template else "```"
+    assert f"\n{fence}text\n{framed.frame.template}\n{fence}\n" in text
+
+
+@pytest.fixture(scope="module")
+def in_torch():
+    torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install -e '.[parity]'")
+    return torch, peft
+
+
+def continued(torch, model, ids):
+    """The tokens that a torch model writes after a prompt, greedily."""
+    found = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+    return found[0, len(ids) :].tolist()
+
+
+def test_all_exports_answer_alike_in_the_frame(framed, made, tmp_path, in_torch):
+    """transformers on the merged directory and peft on the adapter, with ours on both."""
+    from transformers import AutoModelForCausalLM
+
+    torch, peft = in_torch
+    generator = made.generators["factors"]
+    for format in ("merged", "peft"):
+        export(framed, tmp_path / format, format, made.edge, generator)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(made.folder / "edge", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
+    ours, by_peft = load_model(tmp_path / "merged"), specialised(tmp_path / "peft", made.edge)
+    for asked in ASKED:
+        ids = ours.encode(ours.frame.wrap(asked))
+        assert ids == by_peft.encode(by_peft.frame.wrap(asked))
+        assert ids.count(ours.tokenizer.bos_token_id) == 1
+        written = continued(torch, merged, ids)
+        assert written == continued(torch, adapted, ids)
+        text = made.edge.tokenizer.decode(written, skip_special_tokens=True)
+        for model in (ours, by_peft):
+            [found] = generate_text(model, [model.frame.wrap(asked)], max_new_tokens=8)
+            assert found == text
+
+
+def test_the_readme_asks_as_we_do(framed, made, tmp_path, in_torch, capsys, monkeypatch):
+    """Its program, run with transformers in the directory."""
+    export(framed, tmp_path / "mine", "merged", made.edge, made.generators["factors"])
+    readme = (tmp_path / "mine" / "README.md").read_text()
+    [program] = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path / "mine")
+    exec(program.replace("your input", "apple"), {})
+    ours = load_model(".")
+    [found] = generate_text(ours, [ours.frame.wrap("apple")], max_new_tokens=16)
+    assert capsys.readouterr().out == f"{found}\n"
+
+
+def test_objects_are_exported_as_their_files_are(made, write, tmp_path):
+    card, generator = made.cards["factors"], made.generators["factors"]
+    for format in FORMATS:
+        needed(format)
+        by_path = write("factors.card", format)
+        export(card, tmp_path / by_path.name, format, made.edge, generator)
+        files = [by_path] if by_path.is_file() else sorted(by_path.iterdir())
+        for file in files:
+            ours = tmp_path / by_path.name / file.relative_to(by_path)
+            assert ours.read_bytes() == file.read_bytes(), file.name
 
 
 # --- whole or not at all -------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lorax_gen.artifacts.generator import digest, save_generator
 from lorax_gen.artifacts.generator import make_generator as make
 from lorax_gen.artifacts.identity import Identities, identify
 from lorax_gen.errors import UserError
+from lorax_gen.frames import IO, PLAIN
 from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.int8 import quantize_kernels
 from lorax_gen.tensors import named_leaves, read_tensors, tree_hash, write_tensors
@@ -166,6 +167,7 @@ def test_the_shipped_generator_knows_its_models():
     assert generator.metadata["models"]["cloud"]["fingerprint"] == "10392ab8853ba3a4"
     assert generator.metadata["models"]["edge"]["fingerprint"] == "e1e8a0348d976b91"
     assert generator.pool_hash == "1d2697e834d087bb"
+    assert (generator.name, generator.frame) == ("world/generator", PLAIN)
     generator.spec(cloud, edge)
     with pytest.raises(UserError, match="trained with the edge model 'edge'"):
         generator.spec(cloud, changed(edge, "down"))
@@ -319,3 +321,28 @@ def test_no_directory_is_replaced(generator, tiny_world_system, directory):
         write_generator(directory, other, tiny_world_system)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     np.testing.assert_equal([path.name for path in directory.parent.iterdir()], ["generator"])
+
+
+# --- its frame -----------------------------------------------------------------------------------
+
+
+def test_a_frame_comes_back_and_is_in_the_digest(generator, knowing, tiny_world_system, tmp_path):
+    cloud, edge = tiny_world_system.cloud.config, tiny_world_system.edge.config
+    framed = make(generator.config, generator.params, generator.stats,
+                  cloud=cloud, edge=edge, frame=IO)  # fmt: skip
+    save_generator(tmp_path / "framed", framed)
+    loaded = load_generator(tmp_path / "framed")
+    assert (loaded.frame, loaded.fingerprint) == (IO, generator.fingerprint)
+    assert knowing.frame == PLAIN and "frame" not in knowing.metadata
+    path = tmp_path / "framed" / "config.json"
+    document = json.loads(path.read_text())
+    changes = {
+        "was changed": {"template": "Q: {input}"},
+        "frame: unknown key x": IO.stored() | {"x": 1},
+        "0 times": {"template": "none"},
+        "frame: expected": "io",
+    }
+    for message, frame in changes.items():
+        path.write_text(json.dumps(document | {"frame": frame}))
+        with pytest.raises(UserError, match=message):
+            load_generator(tmp_path / "framed")

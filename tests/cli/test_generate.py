@@ -1,6 +1,8 @@
 """`lorax-gen generate`: what is printed for questions, and which options are refused."""
 
+import dataclasses
 import io
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders
@@ -8,10 +10,12 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from lorax_gen import cli, generate_text, load_model
+from lorax_gen import cli, generate_text, load_generator, load_model, save_generator
+from lorax_gen.frames import Frame
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.model import Model
+from tests.tiny import PROMPTS
 
 
 def test_a_context_stands_before_every_question(call, models):
@@ -23,7 +27,8 @@ def test_a_context_stands_before_every_question(call, models):
 @pytest.fixture(scope="module")
 def bytes_model(tmp_path_factory, random_params):
     """A model of bytes, which continues a text with a new line at its end in another way."""
-    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(ByteLevel.alphabet())}, []))
+    letters = sorted(ByteLevel.alphabet())  # which has another order in each process
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -178,3 +183,110 @@ def test_the_edge_has_an_older_name(call, models):
     )
     assert by_edge == by_model
     assert by_edge != call("generate", "apple :", "--edge", models / "edge")
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+FRAME = Frame("thing {input} box :")
+TURN = Frame("thing {input} box :", "", turn=True)
+ASKED = ["apple", "bell"]
+
+
+@pytest.fixture
+def framed(call, models, tmp_path):
+    """`framed(frame)`: the name of a card of a generator with a frame; it names all it needs."""
+
+    def framed(frame):
+        for name in ("cloud", "edge"):
+            if not (tmp_path / name).exists():
+                (tmp_path / name).symlink_to(models / name)
+        generator = load_generator(models / "generator")
+        metadata = generator.metadata | {"frame": frame.stored()}
+        save_generator(tmp_path / "framed", dataclasses.replace(generator, metadata=metadata))
+        options = ["--cloud", "cloud", "--edge", "edge", "--generator", "framed"]
+        assert call("specialize", PROMPTS[0], *options)[0] == 0
+        return "task.card.safetensors"
+
+    return framed
+
+
+def answers(call, *words):
+    """What follows each question of `ASKED`."""
+    code, out, err = call("generate", *words, "--max-new-tokens", 3)
+    assert (code, err) == (0, "")
+    return [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("frame", [FRAME, TURN], ids=["text", "turn"])
+def test_questions_go_into_the_frame_of_a_card_and_are_shown_as_typed(call, framed, frame):
+    card = framed(frame)
+    read = answers(call, *map(frame.wrap, ASKED), "--raw", "--card", card)
+    found = answers(call, *ASKED, "--card", card)
+    assert [words[0] for words in found] == ASKED
+    assert [words[1:] for words in found] == [words[4:] for words in read]
+    assert answers(call, *ASKED, "--raw", "--card", card) != found
+
+
+def test_a_merged_model_and_an_adapter_have_the_frame_of_their_card(call, framed):
+    card = framed(FRAME)
+    found = answers(call, *ASKED, "--card", card)
+    for format in ("merged", "peft"):
+        assert call("export", card, "--format", format, "--output", format)[0] == 0
+    assert answers(call, *ASKED, "--edge", "merged") == found
+    assert answers(call, *ASKED, "--card", "peft") == found
+    raw = answers(call, *ASKED, "--card", card, "--raw")
+    assert answers(call, *ASKED, "--edge", "merged", "--raw") == raw != found
+
+
+@pytest.mark.parametrize(
+    "frame, text",
+    [(FRAME, "red thing apple box :"), (TURN, "thing red apple box :")],
+    ids=["text", "turn"],
+)
+def test_a_context_goes_before_a_frame_or_into_a_turn(call, framed, frame, text):
+    card = framed(frame)
+    [asked] = answers(call, "apple", "--context", "red", "--card", card)
+    [read] = answers(call, text, "--raw", "--card", card)
+    assert asked[1:] == read[5:]
+
+
+@pytest.mark.parametrize(
+    "words, option", [(["--chat"], "--chat"), (["--context", "red", "--separator", ""], "--sep")]
+)
+def test_a_template_or_separator_besides_a_frame_is_refused(call, refused, framed, words, option):
+    card = framed(FRAME)
+    message = refused("generate", "apple", "--card", card, *words)
+    assert message.startswith(option) and "the frame 'thing {input} box :'" in message
+    assert "give --raw to use texts without that frame" in message
+    if option == "--sep":
+        assert call("generate", "apple", "--card", card, *words, "--raw")[0] == 0
+
+
+def test_a_frame_that_leaves_inputs_alone_is_none_to_generate(call, framed):
+    """Such as that of a mixture of benchmarks and bare rows."""
+    card = framed(Frame(benchmarks=False))
+    words = ["generate", "apple", "--card", card, "--context", "red"]
+    assert call(*words, "--separator", " ") == call(*words) == call(*words, "--raw")
+
+
+def test_an_adapter_whose_name_leads_to_another_edge_is_refused(call, refused, framed, models):
+    card = framed(FRAME)
+    assert call("export", card, "--format", "peft", "--output", "adapter")[0] == 0
+    Path("edge").unlink()
+    Path("edge").symlink_to(models / "edge2")
+    message = refused("generate", "apple", "--card", "adapter")
+    assert "this adapter was made for the edge model 'edge' (" in message
+    assert "leads to is 'edge' (" in message
+    assert call("generate", "apple", "--card", "adapter", "--edge", "edge")[0] == 0  # it is meant
+
+
+def test_a_card_alone_is_enough_where_it_was_made(call, framed, refused):
+    card = framed(FRAME)
+    assert call("verify", card)[0] == 0
+    assert call("export", card, "--format", "merged", "--output", "merged")[0] == 0
+    assert call("verify", "merged")[0] == 0
+    Path("edge").unlink()
+    for words in (["generate", "apple", "--card", card], ["verify", card], ["verify", "merged"],
+                  ["export", card, "--format", "peft", "--output", "adapter"]):  # fmt: skip
+        message = refused(*words)
+        assert "names the edge 'edge', which is neither here nor beside it; give it as" in message

@@ -1,6 +1,7 @@
 """lm-evaluation-harness gets from our class what it gets from its own, on the same files."""
 
 import builtins
+import dataclasses
 import json
 import logging
 import subprocess
@@ -9,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from lorax_gen import generate_text, load_model, save_card, specialize
+from lorax_gen import generate_text, load_card, load_generator, load_model, save_card, specialize
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import harness
+from lorax_gen.frames import Frame
 from tests.tiny import PROMPTS, make_generator, write_system
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'lorax-gen[harness]'")
@@ -336,7 +338,7 @@ def test_generation_options_are_translated():
         ({"batch_size": 0}, "batch_size is 0: choose"),
         ({"tokens_per_batch": 0}, "tokens_per_batch is 0"),
         ({"prompt": 12}, "prompt is 12, .* a text is written in quotes: prompt='12'"),
-        ({"edge": None}, "edge is None, expected str"),
+        ({"edge": 12}, "edge is 12, .*edge='12'"),
         ({"parallelize": True}, "unknown key parallelize"),
     ],
 )
@@ -363,3 +365,88 @@ def test_the_prompt_is_that_of_specialize(directory, tmp_path):
     given = make(directory, prompt=PROMPTS[0]).model.fingerprint
     assert make(directory, prompt=f"@{tmp_path}/prompt.txt").model.fingerprint == given
     assert make(directory, prompt=PROMPTS[0] + "\n x").model.fingerprint != given
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+FRAME = Frame("thing {input} box :")
+
+
+def framed(directory, tmp_path, frame):
+    card = dataclasses.replace(load_card(directory / "task.card.safetensors"), frame=frame)
+    save_card(tmp_path / "framed.card", card)
+    return str(tmp_path / "framed.card")
+
+
+def asked_of(model):
+    """What it answers to two kinds of requests, and the ids of a pair."""
+    options = {"until": ["x"], "max_gen_toks": 4}
+    asked = requests("loglikelihood", PAIRS[:3])
+    return (
+        [score for score, _ in model.loglikelihood(asked, disable_tqdm=True)],
+        model.generate_until(requests("x", [(t, options) for t in TEXTS[:2]]), disable_tqdm=True),
+    )
+
+
+def test_contexts_go_into_the_frame_and_continuations_follow(directory, tmp_path, capsys):
+    card = framed(directory, tmp_path, FRAME)
+    ours = make(directory, card=card)
+    line = "lorax-gen: each context goes into the frame 'thing {input} box :' that the model was "
+    assert capsys.readouterr().err.startswith(line)
+    assert ours.get_model_info()["frame"] == "thing {input} box :"
+    bare = make(directory, card=card, raw=True)
+    assert capsys.readouterr().err == ""
+    context, continuation = PAIRS[0]
+    wrapped = FRAME.wrap(context)
+    assert ours.encode_request(context, continuation) == bare.encode_request(wrapped, continuation)
+    assert ours.encode_request("", " red") == bare.encode_request(FRAME.wrap(""), " red")
+    scores, texts = asked_of(ours)
+    pairs = [(FRAME.wrap(context), continuation) for context, continuation in PAIRS[:3]]
+    same = bare.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    np.testing.assert_allclose(scores, [score for score, _ in same], atol=1e-5)
+    options = {"until": ["x"], "max_gen_toks": 4}
+    asked = requests("x", [(FRAME.wrap(text), options) for text in TEXTS[:2]])
+    assert texts == bare.generate_until(asked, disable_tqdm=True)
+    assert np.abs(np.subtract(scores, asked_of(bare)[0])).max() > 1e-3
+
+
+def test_a_frame_of_rows_alone_leaves_benchmarks_as_they_are(directory, tmp_path, capsys):
+    plain = make(directory, card=str(directory / "task.card.safetensors"))
+    frame = dataclasses.replace(FRAME, benchmarks=False)
+    ours = make(directory, card=framed(directory, tmp_path, frame))
+    assert capsys.readouterr().err == ""
+    assert asked_of(ours) == asked_of(plain)
+
+
+def test_texts_without_context_are_in_no_frame(directory, tmp_path):
+    plain = make(directory, card=str(directory / "task.card.safetensors"))
+    ours = make(directory, card=framed(directory, tmp_path, FRAME))
+    asked = requests("loglikelihood_rolling", [(text,) for text in TEXTS[:2]])
+    found, expected = (
+        each.loglikelihood_rolling(asked, disable_tqdm=True) for each in (ours, plain)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_chat_template_besides_a_frame_is_refused(directory, tmp_path, monkeypatch):
+    card, turns = framed(directory, tmp_path, FRAME), [{"role": "user", "content": "apple"}]
+    ours, bare = make(directory, card=card), make(directory, card=card, raw=True)
+    for model in (ours, bare):
+        monkeypatch.setattr(model.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    with pytest.raises(UserError, match=r"leave out --apply_chat_template, or give raw=true in"):
+        ours.apply_chat_template(turns)
+    assert bare.apply_chat_template(turns) == "apple"
+
+
+def test_a_card_finds_its_edge_and_generator(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(directory)
+    card = specialize(
+        PROMPTS[0], load_model("cloud"), load_model("edge"), load_generator("generator")
+    )
+    save_card(tmp_path / "card", card)
+    found = HarnessModel(card=str(tmp_path / "card"))
+    assert found.model.fingerprint == make(directory, card=str(tmp_path / "card")).model.fingerprint
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    with pytest.raises(UserError, match=r"names the generator 'generator', which is neither here"):
+        HarnessModel(card=str(tmp_path / "card"))

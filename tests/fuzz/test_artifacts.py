@@ -3,12 +3,14 @@
 What is accepted must be valid by the checks here, which share no code with the package's own.
 """
 
+import dataclasses
 import json
 import re
 import tempfile
 from pathlib import Path
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,7 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from lorax_gen import load_adapter, load_card, load_generator, load_model, save_adapter, save_card
 from lorax_gen.artifacts.card import TaskCard
+from lorax_gen.artifacts.generator import digest
+from lorax_gen.artifacts.identity import Names
 from lorax_gen.assets import resolve
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.models.decoder import kernel_shapes
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_tensors, fuzz, refused
 
@@ -48,6 +53,8 @@ CARD = TaskCard(
     np.array([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]], np.float32),
     pool=HASH, edge=HASH[::-1], prompt=SHA256, composition="products",
     generator=HASH, cloud=HASH, tokenizer=HASH,
+    frame=Frame("[user] {input} [bot]", "", turn=True),
+    names=Names("runs/a/released", "org/cloud", "../edge"),
 )  # fmt: skip
 
 
@@ -69,12 +76,18 @@ def check_card(card):
         assert re.fullmatch("[0-9a-f]{16}", text)
     for text in (card.generator, card.cloud, card.tokenizer):
         assert re.fullmatch("([0-9a-f]{16})?", text)
+    frame, names = card.frame, card.names
+    assert frame.template.count("{input}") == 1 and isinstance(frame.separator, str)
+    assert type(frame.turn) is type(frame.benchmarks) is bool
+    for text in (names.generator, names.cloud, names.edge):
+        assert isinstance(text, str) and not text.startswith(("/", "~")) and "://" not in text
 
 
 @fuzz
-@given(data=st.data(), way=WAYS, version=st.sampled_from([1, 2, 3]))
+@given(data=st.data(), way=WAYS, version=st.sampled_from([1, 2, 3, 4]))
 def test_a_damaged_card_is_refused_or_still_a_card(data, way, version):
-    """One of the present format is refused or the original."""
+    """One of a format with a digest is refused or the original."""
+    digested = CARD if version == 4 else dataclasses.replace(CARD, frame=PLAIN, names=Names())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "card"
         save_card(path, CARD)
@@ -82,10 +95,12 @@ def test_a_damaged_card_is_refused_or_still_a_card(data, way, version):
         names = {key: getattr(CARD, key) for key in ("pool", "edge", "prompt", "composition")}
         if version > 1:
             names |= {key: getattr(CARD, key) for key in ("generator", "cloud", "tokenizer")}
-        if version == 3:
-            names["digest"] = CARD.digest
+        if version > 2:
+            names["digest"] = digested.digest
+        if version == 4:
+            names |= {"frame": CARD.frame.stored(), "names": msgspec.to_builtins(CARD.names)}
         names = {"format": f"lorax-gen card {version}", **names}
-        if version < 3:
+        if version < 4:
             write(path, tensors, {"card": json.dumps(names)})
             whole = path.read_bytes()
         if way == "bytes":
@@ -99,8 +114,8 @@ def test_a_damaged_card_is_refused_or_still_a_card(data, way, version):
         found = []
         if refused(lambda: found.append(load_card(path))) is None:
             check_card(found[0])
-            kept = b"lorax-gen card 3" in path.read_bytes()
-            assert not kept or same(card_fields(found[0]), card_fields(CARD))
+            kept = re.search(b"lorax-gen card [34]", path.read_bytes())
+            assert not kept or same(card_fields(found[0]), card_fields(digested))
 
 
 @fuzz
@@ -142,6 +157,9 @@ def test_a_damaged_generator_is_refused_or_its_numbers_fit_its_config(
     used = {key: document[key] for key in ("format", "generator", "shapes")}
     if version == 2:
         used |= {key: document[key] for key in ("models", "fingerprint", "digest")}
+        if data.draw(st.booleans()):
+            used["frame"] = CARD.frame.stored()
+            used["digest"] = digest(used)
     else:
         used["format"] = "lorax-gen generator 1"
     with tempfile.TemporaryDirectory() as folder:
@@ -166,6 +184,7 @@ def test_a_damaged_generator_is_refused_or_its_numbers_fit_its_config(
             assert same(loaded.params, original.params) and same(loaded.stats, original.stats)
             for name in ("shapes", "models"):
                 assert loaded.metadata[name] == original.metadata[name]
+            assert loaded.frame == (CARD.frame if "frame" in used else PLAIN)
 
 
 def check_generator(generator):

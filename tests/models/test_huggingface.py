@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorax_gen.assets import ASSETS
 from lorax_gen.errors import UserError
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
 from lorax_gen.models import checkpoint_files, huggingface
 from lorax_gen.models.checkpoint_files import Checkpoint, read_params
@@ -323,17 +324,49 @@ def test_the_host_holds_one_leaf_at_a_time(
 # --- what a model is called, and what ends its texts ---------------------------------------------
 
 
-def test_a_model_is_called_by_its_directory_never_by_the_path_to_it(saved, monkeypatch):
+def test_a_model_is_called_as_it_was_given_without_an_absolute_path(saved, monkeypatch):
     assert load_model(saved).name == load_model(str(saved)).name == saved.name
     assert load_model(f"{saved}/").name == saved.name
     monkeypatch.chdir(saved.parent)
-    assert load_model(saved.name).name == saved.name
+    assert load_model(saved.name).name == load_model(f"./{saved.name}/").name == saved.name
+    monkeypatch.chdir(saved.parent.parent)
+    path = f"{saved.parent.name}/{saved.name}"
+    assert load_model(path).name == load_model(f"./{path}").name == f"./{path}"
     monkeypatch.chdir(saved)
     assert load_model(".").name == saved.name
+    assert load_model(f"../{saved.name}").name == f"../{saved.name}"
 
 
-def test_a_shipped_model_is_called_by_its_directory_too():
-    assert load_model("world/edge").name == load_model(ASSETS / "world" / "edge").name == "edge"
+def test_a_shipped_model_is_called_by_its_name():
+    assert load_model("world/edge").name == "world/edge"
+    assert load_model(ASSETS / "world" / "edge").name == "edge"
+
+
+def test_the_frame_of_a_model_comes_back_and_changes_no_fingerprint(model, tmp_path):
+    frame = Frame("[user] {input} [bot]", "", turn=True)
+    framed = dataclasses.replace(model, frame=frame)
+    save_model(tmp_path / "bare", framed)
+    save_model(tmp_path / "told", framed, {"made_with": "us"})
+    for name in ("bare", "told"):
+        loaded = load_model(tmp_path / name)
+        assert (loaded.frame, loaded.fingerprint) == (frame, model.fingerprint)
+    assert json.loads((tmp_path / "told" / "provenance.json").read_text()) == {
+        "made_with": "us",
+        "frame": {"template": "[user] {input} [bot]", "separator": "", "turn": True},
+    }
+
+
+def test_a_model_without_a_frame_says_nothing_of_it(saved, model, tmp_path):
+    assert not (saved / "provenance.json").exists()
+    save_model(tmp_path / "told", model, {"made_with": "us"})
+    assert json.loads((tmp_path / "told" / "provenance.json").read_text()) == {"made_with": "us"}
+    assert load_model(saved).frame == load_model(tmp_path / "told").frame == PLAIN
+
+
+@pytest.mark.parametrize("frame", ["io", {"template": "none"}, {"template": "{input}", "x": 1}])
+def test_a_damaged_frame_is_named(frame, copy):
+    (copy / "provenance.json").write_text(json.dumps({"frame": frame}))
+    assert_refused(copy, r"provenance\.json: frame|has \{input\} 0 times")
 
 
 def test_a_model_of_the_hub_is_called_by_its_name(saved, monkeypatch):

@@ -1,5 +1,6 @@
 """The baseline starts as the edge model, trains its LoRA alone, and comes back as it was."""
 
+import dataclasses
 import json
 
 import chex
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax_gen.artifacts.export import specialised
 from lorax_gen.artifacts.peft import load_adapter
-from lorax_gen.data.config import WorldConfig
+from lorax_gen.data.config import MixtureConfig, WorldConfig
 from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.method import merge, scaled
 from lorax_gen.models import decoder
 from lorax_gen.models.adapter import Adapter
@@ -132,3 +135,22 @@ def test_a_release_replaces_nothing(trained, released):
 def test_a_target_that_the_edge_lacks_is_named(edge_directory):
     with pytest.raises(UserError, match="targets names 'fc1', which the edge model lacks"):
         experiment(LoraConfig(edge=str(edge_directory), targets=("q", "fc1")))
+
+
+def test_a_baseline_of_rows_in_a_frame_is_released_with_it(config, edge_directory, tmp_path):
+    rows = [
+        {"instruction": f"Say {word} .", "input": thing, "output": word}
+        for word in ("alpha", "beta")
+        for thing in ("apple", "bell", "king")
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = MixtureConfig(sources=(str(path),), frame="thing {input} box :", evaluate_on=())
+    made = experiment(dataclasses.replace(config, data=data))
+    params, _ = made.init()
+    made.release({"params": params}, tmp_path / "released", {"config": {}})
+    edge = load_model(edge_directory)
+    assert specialised(tmp_path / "released", edge).frame == Frame("thing {input} box :")
+    made = experiment(config)
+    made.release({"params": params}, tmp_path / "plain", {"config": {}})
+    assert specialised(tmp_path / "plain", edge).frame == PLAIN
