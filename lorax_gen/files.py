@@ -330,7 +330,7 @@ def upload(local: Path, path: AnyPath) -> None:
         store.put_file(os.fspath(each), os.fspath(path / each.relative_to(local)))
 
 
-def _upload_new(local: Path, path: AnyPath) -> None:
+def _upload_new(local: Path, path: epath.Path) -> None:
     """Uploads a directory completely, or leaves it marked incomplete."""
     if is_incomplete(path):
         path.rmtree()
@@ -360,7 +360,8 @@ class Log:
 
     def __init__(self, path: AnyPath, text: str = ""):
         write_text(path, text)
-        self.path, self.written, self.pending = path, text, []
+        self.path, self.written = path, text
+        self.pending: list[str] = []
         self.flushed = time.monotonic()
 
     def write(self, text: str) -> None:

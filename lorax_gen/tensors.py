@@ -56,7 +56,7 @@ def tree_hash(tree: dict[str, Any], dtype: Any = None) -> str:
         value = np.asarray(leaf)
         value = value.astype(dtype or value.dtype, copy=False)
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 

@@ -104,7 +104,7 @@ def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     """
     stacked = {name: kernel.shape for name, kernel in kernels.items() if kernel.ndim == 3}
     layers = max((shape[0] for shape in stacked.values()), default=0)
-    check_fits(tree, {name: shape[1:] for name, shape in stacked.items()}, layers)
+    check_fits(tree, {name: (d_in, d_out) for name, (_, d_in, d_out) in stacked.items()}, layers)
     # The default precision of an accelerator rounds the factors to fewer bits than fp32.
     exact, fp32 = jax.lax.Precision.HIGHEST, jnp.float32
     merged = dict(kernels)
