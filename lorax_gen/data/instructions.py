@@ -12,6 +12,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def load_tasks(
         if not isinstance(row, dict):
             raise UserError(f"{location}: expected an object, not a {type(row).__name__}")
         name = Path(file).stem
-        tasks.append(parse_row(location, row, lambda row, name=name: _natural_task(name, row)))
+        tasks.append(parse_row(location, row, partial(_natural_task, name)))
     if not tasks:
         raise UserError(f"{path} holds no task whose name matches {', '.join(only)}")
     return sorted(tasks, key=lambda task: task.name)
@@ -175,7 +176,9 @@ def _members(path: Path, only, leave_out) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and wanted(member.name):
                     if member.size > MAX_BYTES:
                         raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes")
-                    yield member.name, archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # of a file
+                    yield member.name, content.read()
     except UserError:
         raise
     except (OSError, EOFError, ValueError, tarfile.TarError, LZMAError, zlib.error) as error:
