@@ -240,7 +240,7 @@ def load_card(path: str | AnyPath) -> TaskCard:
         raise UserError(f"{path} is not a task card; make one with `lorax-gen specialize`")
     digest = metadata.pop("digest", None)
     try:
-        card = TaskCard(**tensors, **metadata)
+        card = TaskCard(tensors["indices"], tensors["gates"], **metadata)
         if kind == FORMAT and digest != card.digest:
             raise UserError(f"its content has the digest {card.digest}, not {digest}")
     except UserError as error:

@@ -166,7 +166,7 @@ def model_card(edge: Model, provenance: dict[str, Any]) -> str:
 
 
 def flatten_rows(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows = {}
+    rows: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict)
         rows |= flatten_rows(value, f"{key} ") if nested else {f"{prefix}{key}": value}
