@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,7 +102,7 @@ def stream_text(
     tokens = pad_rows(rows, bucket(lengths.max()), 0, "a prompt")
 
     greedy = temperature == 0.0
-    shared = {
+    shared: dict[str, Any] = {
         "stop_ids": model.stop_ids,
         "sampling": None if greedy else Sampling(temperature, top_k, top_p),
         "key": None if greedy else jax.random.key(seed),
