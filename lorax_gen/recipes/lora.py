@@ -95,7 +95,7 @@ def experiment(
         name = edge.name
         save_adapter(directory, tree(state), edge.config, base_model=name, provenance=provenance)
 
-    def work(batch: Batch) -> dict[str, float]:
+    def work(batch: Batch) -> dict[str, int]:
         rows, length = batch["tokens"].shape
         ranks, answered = dict.fromkeys(config.targets, config.rank), config.answered(length)
         macs = [
