@@ -132,7 +132,7 @@ def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> S
     edge, lora, card = load(command.edge, bos=bos), None, None
     if command.lora is not None and "lora" in needed:
         lora = lorax_gen.load_adapter(command.lora, edge.config)
-    if "card" in needed:
+    if command.card is not None and "card" in needed:
         card, *_ = lora_of(command.card, edge, None if is_adapter(command.card) else generator())
     return System(
         edge,
@@ -206,6 +206,7 @@ def evaluate_real(command: Evaluate) -> int:
         "bar": tqdm(unit="question", leave=False, disable=not sys.stderr.isatty()),
     }
     if agent:
+        assert command.data_dir is not None  # see above
         items = load_agent("test", command.data_dir)[: command.limit]
         options["max_new_tokens"] = command.max_new_tokens
         print_report(suite.evaluate_agent_suite(system, items, names, **options))
