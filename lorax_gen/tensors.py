@@ -71,7 +71,7 @@ def write_tensors(
         temporary.chmod(mode)  # safetensors makes it readable by its owner only
 
 
-def open_safetensors(path: AnyPath):
+def open_safetensors(path: AnyPath) -> Any:
     """Opens a safetensors file. Raises UserError if it is missing, truncated or another format."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected a safetensors file there")

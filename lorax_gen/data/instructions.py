@@ -158,9 +158,11 @@ def load_tasks(
     return sorted(tasks, key=lambda task: task.name)
 
 
-def _members(path: Path, only, leave_out) -> Iterator[tuple[str, bytes]]:
+def _members(
+    path: Path, only: Sequence[str], leave_out: Sequence[str]
+) -> Iterator[tuple[str, bytes]]:
     def wanted(file: str) -> bool:
-        def named(patterns) -> bool:
+        def named(patterns: Sequence[str]) -> bool:
             return any(fnmatch.fnmatch(Path(file).stem, pattern) for pattern in patterns)
 
         return file.endswith(".json") and named(only) and not named(leave_out)

@@ -37,7 +37,7 @@ advance = partial(jax.jit, static_argnames=(*STATIC, "steps"), donate_argnames="
 
 
 def generate_text(
-    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], **options
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], **options: Any
 ) -> list[str]:
     """The continuations of texts, all in one batch, without special tokens.
 
@@ -154,7 +154,14 @@ def pad_rows_of(adapter: Adapter | None, rows: int, padded: int) -> Adapter | No
     return adapter.take_rows(np.minimum(np.arange(padded), rows - 1))
 
 
-def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None:
+def check_options(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stop: Sequence[str],
+) -> None:
     valid = {
         f"max_new_tokens={max_new_tokens}: choose at least 1": max_new_tokens >= 1,
         f"temperature={temperature}: choose 0 (greedy) or more": 0 <= temperature < float("inf"),
@@ -171,7 +178,9 @@ def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None
         check_text(string)
 
 
-def check_rows(rows, texts, max_new_tokens: int, model: Model) -> None:
+def check_rows(
+    rows: Sequence[Sequence[int]], texts: Sequence[Any], max_new_tokens: int, model: Model
+) -> None:
     limit = model.config.max_position_embeddings
     for row, text in zip(rows, texts, strict=True):
         if not row:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def execution_over(
     return Execution(make_attention(attention, mesh, mode), constrain, remat)
 
 
-def cudnn(q: Array, k: Array, v: Array, **options) -> Array:
+def cudnn(q: Array, k: Array, v: Array, **options: Any) -> Array:
     """cuDNN's flash attention, for 16-bit heads of up to 128 features (256 on Hopper, but not in
     the backward pass)."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0

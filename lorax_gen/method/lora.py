@@ -8,6 +8,7 @@ before a tree is used, so that applying or merging it needs no other number.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,6 @@ def take_example(tree: Tree, index: int) -> Tree:
     return jax.tree.map(lambda leaf: leaf[:, index], tree)
 
 
-def count_params(tree) -> int:
+def count_params(tree: Any) -> int:
     """The number of scalars in a tree of arrays (or `ShapeDtypeStruct`s)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -58,7 +58,7 @@ class DecodingState(NamedTuple):
     cache: list[dict[str, Array]]  # of each layer
 
 
-def init_cache(config: DecoderConfig, batch: int, slots: int, dtype) -> list[dict[str, Array]]:
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> list[dict[str, Array]]:
     """An empty cache: for each layer `{'k','v': [B, S, K, E]}`."""
     shape = (batch, slots, config.num_key_value_heads, config.head_dim)
     return [

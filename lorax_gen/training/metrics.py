@@ -60,7 +60,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with suppress(Exception) if kind else nullcontext():  # one failure is reported once
             self.flush()
             if self.board is not None:
@@ -259,7 +259,7 @@ class Profiler:
     def __enter__(self) -> Profiler:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.running:
             jax.profiler.stop_trace()
 
