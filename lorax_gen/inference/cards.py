@@ -83,11 +83,11 @@ def gates_of_prompts(
             chosen = np.concatenate(groups)
             if not np.isin(asked, chosen).any():
                 continue
-            read_now = [rows[i] for i in chosen]
-            read_now += [()] * (share * shards - len(read_now))
+            own = [rows[i] for i in chosen]
+            own += [()] * (share * shards - len(own))
             batch = {
-                "prompt": pad_rows(read_now, length, 0, "a prompt"),
-                "lengths": np.array([len(row) for row in read_now], np.int32),
+                "prompt": pad_rows(own, length, 0, "a prompt"),
+                "lengths": np.array([len(row) for row in own], np.int32),
             }
             batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
             gates = prompt_gates(
