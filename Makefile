@@ -25,10 +25,11 @@ test: $(VENV)/.installed-test ## run the test suite on 8 simulated CPU devices (
 parity: $(VENV)/.installed-parity ## the tests that hold our numbers against transformers and peft on torch
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) $$(grep -rl --include='test_*.py' importorskip tests)
 
-lint: $(VENV)/.installed-test ## check style, formatting and the floors, change nothing
+lint: $(VENV)/.installed-test ## check style, formatting, the floors and types, change nothing
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/lint-imports --no-cache
+	@$(VENV)/bin/mypy
 
 format: $(VENV)/.installed-test ## put formatting and imports right
 	@$(VENV)/bin/ruff check --fix-only --quiet .

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from lorax_gen.recipes.registry import RECIPES, load_config
     from lorax_gen.system import GeneratorSpec, gated_pool
     from lorax_gen.training.loop import fit
+else:  # type checkers would take it as a promise of any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
 
 __version__ = "0.1.0"
 
@@ -100,12 +107,6 @@ __all__ = [
     "stream_text",
     "verify",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -64,6 +64,7 @@ def _ask(line: str) -> dict[str, str]:
     """The answer of the worker, which is ended where it takes too long."""
     with _lock:
         worker = _worker(os.getpid())
+        assert worker.stdin and worker.stdout  # pipes
         timer = threading.Timer(SECONDS, worker.kill)
         timer.start()
         try:
@@ -95,6 +96,7 @@ def _worker(process_id: int) -> subprocess.Popen:
         encoding="utf-8",
     )
     atexit.register(worker.kill)
+    assert worker.stdout  # a pipe
     if not worker.stdout.readline():
         raise RuntimeError(f"{WORKER} did not start")
     return worker

@@ -17,7 +17,8 @@ LONGEST = 1 << 20  # characters of a rendered chat, beyond four times its reques
 def answer(request: str) -> dict[str, str]:
     """`{'text': ...}`, or `{'error': ...}` with the reason why there is none."""
     try:
-        (text,), _ = render_jinja_template(**json.loads(request))
+        # transformers annotates the pair of lists as a string
+        (text,), _ = render_jinja_template(**json.loads(request))  # type: ignore[str-unpack]
     except MemoryError:
         return {"error": f"it needs more than {MEMORY >> 20:,} MiB"}
     except RecursionError:

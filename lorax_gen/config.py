@@ -59,10 +59,10 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str, prefix: str = ""
         raise UserError(f"{where}: {error}") from None
 
 
-def _build(cls: type[T], values: Any, prefix: str) -> T:
+def _build(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{prefix.rstrip('.') or 'the file'} must map names to values")
-    hints, fields = _hints(cls), {}
+    hints, fields = _hints(cls), dict[str, Any]()
     for key, value in values.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
@@ -107,12 +107,12 @@ def _hints(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _classes(hint: Any) -> list[type]:
+def _classes(hint: Any) -> list[Any]:
     """The dataclasses that a field may be."""
     return [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
 
 
-def _choose(classes: list[type], values: Any, prefix: str) -> type:
+def _choose(classes: list[Any], values: Any, prefix: str) -> Any:
     """The class selected by the `kind` of the values."""
     if not isinstance(values, dict):
         raise UserError(f"{prefix.rstrip('.')} must map names to values")

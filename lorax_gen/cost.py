@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from lorax_gen.method.generator import GeneratorConfig
 from lorax_gen.method.lora import count_params
@@ -138,7 +139,7 @@ def mean_flops(tokens: Iterable[float], macs: Callable[[int], Macs]) -> float:
     return sum(n * macs(length).flops for length, n in counts.items()) / counts.total()
 
 
-def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options) -> Macs:
+def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options: Any) -> Macs:
     """One decoding step of B rows, whose token attends to `context` tokens including itself.
 
     `options` are `causal` and `lora` of `prefill_macs`.
@@ -147,7 +148,7 @@ def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options) 
 
 
 def question_macs(
-    config: DecoderConfig, tokens: int, new_tokens: int = 1, *, cached: int = 0, **options
+    config: DecoderConfig, tokens: int, new_tokens: int = 1, *, cached: int = 0, **options: Any
 ) -> Macs:
     """One question: prefill of `tokens`, then an answer of `new_tokens` decoded with a cache.
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from lorax_gen import assets, files
-from lorax_gen.artifacts.generator import load_generator
+from lorax_gen.artifacts.generator import Generator, load_generator
 from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.errors import UserError
@@ -22,6 +22,7 @@ from lorax_gen.files import AnyPath
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
+from lorax_gen.models.model import Model
 
 
 def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
@@ -32,12 +33,8 @@ def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
     files.make_directory(run_dir)
     console = Console(highlight=False)
     edge = load_model("world/edge")
-    system = System(
-        edge,
-        load_model("world/cloud"),
-        load_generator("world/generator"),
-        lora=load_adapter("world/lora", edge.config),
-    )
+    cloud, generator = load_model("world/cloud"), load_generator("world/generator")
+    system = System(edge, cloud, generator, lora=load_adapter("world/lora", edge.config))
     data = WorldConfig()
 
     console.print(
@@ -45,13 +42,13 @@ def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
         "generates LoRA weights for an edge model; merged, they replace the prompt. None of the "
         "tasks below was ever trained on.\n"
     )
-    show_examples(console, system, data, seed)
+    show_examples(console, cloud, edge, generator, data, seed)
     report = evaluate_world(system, data, questions=questions, seed=seed, progress=progress)
     print_report(report, console)
 
     save_report(report, run_dir)
     pictures.draw_accuracy(report, run_dir / "accuracy.png")
-    draw_gates(system, data, run_dir / "gates.png", seed)
+    draw_gates(cloud, edge, generator, data, run_dir / "gates.png", seed)
     metrics = assets.resolve("world/generator") / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     pictures.draw_training(rows, run_dir / "training.png")
@@ -59,17 +56,19 @@ def run_demo(run_dir: AnyPath, questions: int, seed: int) -> dict[str, Any]:
     return report
 
 
-def show_examples(console: Console, system: System, data: WorldConfig, seed: int) -> None:
+def show_examples(
+    console: Console, cloud: Model, edge: Model, generator: Generator, data: WorldConfig, seed: int
+) -> None:
     """For one unseen task of each family: the prompt, and questions before and after."""
     rng = np.random.default_rng(seed)
     for family in data.families:
         tasks = data.world().select("unseen", family)
         task = tasks[rng.integers(len(tasks))]
         prompt, asked = task.prompt(rng), task.sample(rng, 3)
-        card = specialize(prompt, system.cloud, system.edge, system.generator)
-        merged = card.merge(system.edge, system.generator)
+        card = specialize(prompt, cloud, edge, generator)
+        merged = card.merge(edge, generator)
         texts = [question for question, _ in asked]
-        before = generate_text(system.edge, texts, max_new_tokens=4)
+        before = generate_text(edge, texts, max_new_tokens=4)
         after = generate_text(merged, texts, max_new_tokens=4)
         console.print(f"[bold]{family}[/bold]  [italic]{prompt}[/italic]")
         for (question, answer), old, new in zip(asked, before, after, strict=True):
@@ -78,14 +77,16 @@ def show_examples(console: Console, system: System, data: WorldConfig, seed: int
         console.print()
 
 
-def draw_gates(system: System, data: WorldConfig, path: AnyPath, seed: int) -> None:
+def draw_gates(
+    cloud: Model, edge: Model, generator: Generator, data: WorldConfig, path: AnyPath, seed: int
+) -> None:
     """Draws heat maps of the gates of up to 8 unseen tasks of each family."""
     rng, chosen = np.random.default_rng(seed), []
     for family in data.families:
         tasks = data.world().select("unseen", family)
         chosen += [tasks[i] for i in np.sort(rng.permutation(len(tasks))[:8])]
     prompts = [task.prompt() for task in chosen]
-    cards = specialize(prompts, system.cloud, system.edge, system.generator)
-    gates = np.stack([card.dense_gates(system.generator.config.n_experts) for card in cards])
+    cards = specialize(prompts, cloud, edge, generator)
+    gates = np.stack([card.dense_gates(generator.config.n_experts) for card in cards])
     names, families = [task.name for task in chosen], [task.family for task in chosen]
     pictures.draw_gates(gates, names, families, path)

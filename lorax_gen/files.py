@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import fsspec
 from etils import epath
@@ -41,7 +41,10 @@ from lorax_gen.errors import UserError
 # Where tensorflow is installed, epath would import it to reach a store, which is slow.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
-AnyPath = pathlib.Path | epath.Path
+if TYPE_CHECKING:  # epath has pathlib's methods, but no types: the union would accept anything
+    AnyPath: TypeAlias = pathlib.Path
+else:
+    AnyPath = pathlib.Path | epath.Path
 
 # Schemes of stores: the package that each needs, and the extra that installs it.
 STORES = {"gs": ("gcsfs", "'lorax-gen[gcs]'"), "s3": ("s3fs", "'lorax-gen[s3]'")}
@@ -330,7 +333,7 @@ def upload(local: Path, path: AnyPath) -> None:
         store.put_file(os.fspath(each), os.fspath(path / each.relative_to(local)))
 
 
-def _upload_new(local: Path, path: AnyPath) -> None:
+def _upload_new(local: Path, path: epath.Path) -> None:
     """Uploads a directory completely, or leaves it marked incomplete."""
     if is_incomplete(path):
         path.rmtree()
@@ -360,7 +363,8 @@ class Log:
 
     def __init__(self, path: AnyPath, text: str = ""):
         write_text(path, text)
-        self.path, self.written, self.pending = path, text, []
+        self.path, self.written = path, text
+        self.pending: list[str] = []
         self.flushed = time.monotonic()
 
     def write(self, text: str) -> None:

@@ -56,7 +56,7 @@ def tree_hash(tree: dict[str, Any], dtype: Any = None) -> str:
         value = np.asarray(leaf)
         value = value.astype(dtype or value.dtype, copy=False)
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 
@@ -71,7 +71,7 @@ def write_tensors(
         temporary.chmod(mode)  # safetensors makes it readable by its owner only
 
 
-def open_safetensors(path: AnyPath):
+def open_safetensors(path: AnyPath) -> Any:
     """Opens a safetensors file. Raises UserError if it is missing, truncated or another format."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected a safetensors file there")

@@ -85,8 +85,12 @@ def _added_tokens(directory: Path) -> dict[str, int]:
 
     Its reader numbers new tokens itself and passes over the ids that are stated.
     """
-    found = {}
-    for name, kind in (("tokenizer.json", _Json), ("tokenizer_config.json", _Config)):
+    found: dict[str, int] = {}
+    kinds: dict[str, type[_Json | _Config]] = {
+        "tokenizer.json": _Json,
+        "tokenizer_config.json": _Config,
+    }
+    for name, kind in kinds.items():
         try:
             file = msgspec.json.decode((directory / name).read_bytes(), type=kind)
         except (FileNotFoundError, msgspec.DecodeError):

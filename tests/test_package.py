@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,8 @@ def test_a_module_imports_only_what_it_needs(module, absent):
     code = f"import sys, {module}\nprint(set({absent.split()}) & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_package_says_that_it_has_types():
+    """PEP 561: without this file type checkers ignore its annotations."""
+    assert (files(lorax_gen) / "py.typed").is_file()

@@ -264,7 +264,7 @@ def load_card(path: str | AnyPath) -> TaskCard:
             metadata["frame"] = read_frame(metadata["frame"], "frame")
         if "names" in metadata:
             metadata["names"] = documents.convert(metadata["names"], Names, "names")
-        card = TaskCard(**tensors, **metadata)
+        card = TaskCard(tensors["indices"], tensors["gates"], **metadata)
         if "digest" in names and digest != card.digest:
             raise UserError(f"its content has the digest {card.digest}, not {digest}")
     except UserError as error:

@@ -242,7 +242,7 @@ def how_to_ask(model: Model) -> str:
 
 
 def flatten_rows(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows = {}
+    rows: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict)
         rows |= flatten_rows(value, f"{key} ") if nested else {f"{prefix}{key}": value}

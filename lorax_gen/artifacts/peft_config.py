@@ -65,7 +65,7 @@ HARMLESS = {
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
     "bias": (None, "none"),
 }
-OFF = (None, False, [], {}, "")
+OFF: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 class Module(NamedTuple):
@@ -190,12 +190,16 @@ def _by_pattern(
     patterns: dict[str, Any] | None, default: Any, modules: Sequence[str], where: str
 ) -> list[Any]:
     """For each module the value of the first pattern that fits the end of its name."""
-    values, unused = [], dict(patterns or {})
+    patterns = patterns or {}
+    values, unused = [], dict(patterns)
     for module in modules:
-        fitting = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", module))
+        fitting = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
         key = next(fitting, None)
-        unused.pop(key, None)
-        values.append(default if key is None else patterns[key])
+        if key is None:
+            values.append(default)
+        else:
+            values.append(patterns[key])
+            unused.pop(key, None)
     if unused:
         raise UserError(
             f"{where} has {next(iter(unused))!r}, which applies to no adapted module; correct or "

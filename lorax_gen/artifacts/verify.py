@@ -83,7 +83,7 @@ def verify(
     own = edge.params["embed"].dtype
     reference = logits(edge, Adapter(shared=lora))
     forms = {"edge without it": (logits(edge), None)}
-    if card is not None:
+    if card is not None and generator is not None:
         by_row = Adapter(rows=per_row(card, generator, rows))
         forms["gates, one row each"] = logits(edge, by_row), own
     forms["merged"] = logits(edge.merged(lora)), own

@@ -308,6 +308,7 @@ def evaluate_real(command: Evaluate) -> int:
         **timing(command),
     }
     if agent:
+        assert command.data_dir is not None  # see above
         items = load_agent("test", command.data_dir)[: command.limit]
         options["max_new_tokens"] = command.max_new_tokens or 512
         print_report(suite.evaluate_agent_suite(system, items, modes, **options))

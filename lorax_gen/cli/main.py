@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated
 
 import tyro
@@ -42,6 +43,7 @@ COMMANDS = {
     "lm-eval": lm_eval.LmEval,
 }
 # Commands whose options depend on the config that is their first argument.
+PASSED_ON: dict[str, Callable[[str, list[str]], int]]
 PASSED_ON = {"train": train.run_config, "plan": plan.run_config}
 
 ABOUT = """LoRA-Gen in JAX: specialise a small language model from a task's prompt.

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -29,18 +29,21 @@ def _to_path(words: list[str]) -> files.AnyPath:
         raise BadPath(str(error)) from None
 
 
-# A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash. Parsed as
-# a `files.AnyPath`; the annotation is PathLike, as tyro does not accept that union in an Optional.
-UserPath = Annotated[
-    os.PathLike,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=_to_path,
-        is_instance=lambda value: isinstance(value, files.AnyPath),
-        str_from_instance=lambda path: [str(path)],
-    ),
-]
+# A path as a user writes it: a local one, or a URL, of which pathlib would drop a slash. For tyro
+# it is PathLike, as it does not accept the union AnyPath in an Optional.
+if TYPE_CHECKING:
+    UserPath = files.AnyPath
+else:
+    UserPath = Annotated[
+        os.PathLike,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=_to_path,
+            is_instance=lambda value: isinstance(value, files.AnyPath),
+            str_from_instance=lambda path: [str(path)],
+        ),
+    ]
 
 
 def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
@@ -70,7 +73,7 @@ def parse(options: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any
 
 
 def parse_config(
-    config: Any, arguments: Sequence[str], prog: str, about: str, **more: tuple[Any, Any]
+    config: Any, arguments: Sequence[str], prog: str, about: str | None, **more: tuple[Any, Any]
 ) -> Any:
     """Like `parse`, with the fields of a training config as options, and further ones.
 
@@ -81,7 +84,7 @@ def parse_config(
     Returns an object with the fields `config` and the names of `more`.
     """
     named = [(name, kind, dataclasses.field(default=value)) for name, (kind, value) in more.items()]
-    fields = [("config", Annotated[type(config), tyro.conf.arg(name="")]), *named]
+    fields: list[Any] = [("config", Annotated[type(config), tyro.conf.arg(name="")]), *named]
     options = dataclasses.make_dataclass("Options", fields, frozen=True)
     options.__doc__ = about
     # the config's file determines the kind of data, so there is no subcommand to choose

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def watch_from_the_start() -> None:
         _install()
 
 
-def _install() -> signal.Handlers | None:
+def _install() -> Any:
     try:
         return signal.signal(signal.SIGTERM, _exit)
     except ValueError:  # not in the main thread: the caller handles signals

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def load_agent(split: str, directory: AnyPath) -> list[AgentItem]:
     """
     path = _find_file(FILES.get(split, (split,)), to_path(directory))
     return [
-        parse_row(location, row, lambda row, number=number: _item(row, number))
+        parse_row(location, row, partial(_item, number=number))
         for number, (location, row) in enumerate(read_rows(path))
     ]
 

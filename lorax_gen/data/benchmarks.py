@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from lorax_gen.data import questions
 from lorax_gen.data.hub_rows import HubData, load_hub_rows
@@ -264,12 +265,10 @@ def load_questions(
         rows = load_hub_rows(benchmark.name, benchmark.hub, split)
     else:
         rows = read_rows(_find_file(benchmark, split, to_path(directory)))
-    found = []
+    found: list[Question] = []
     for location, row in rows:
         name = f"{benchmark.name}-{split}-{len(found)}"
-        found.append(
-            parse_row(location, row, lambda row, name=name: _question(benchmark, row, name))
-        )
+        found.append(parse_row(location, row, partial(_question, benchmark, name=name)))
     if not found:
         raise UserError(f"{benchmark.name} has no questions in its split {split!r}")
     return found

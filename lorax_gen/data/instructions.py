@@ -8,6 +8,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,17 @@ def load_tasks(
         if not isinstance(row, dict):
             raise UserError(f"{location}: expected an object, not a {type(row).__name__}")
         name = Path(file).stem
-        tasks.append(parse_row(location, row, lambda row, name=name: _natural_task(name, row)))
+        tasks.append(parse_row(location, row, partial(_natural_task, name)))
     if not tasks:
         raise UserError(f"{path} holds no task whose name matches {', '.join(only)}")
     return sorted(tasks, key=lambda task: task.name)
 
 
-def _members(path: Path, only, leave_out) -> Iterator[tuple[str, bytes]]:
+def _members(
+    path: Path, only: Sequence[str], leave_out: Sequence[str]
+) -> Iterator[tuple[str, bytes]]:
     def wanted(file: str) -> bool:
-        def named(patterns) -> bool:
+        def named(patterns: Sequence[str]) -> bool:
             return any(fnmatch.fnmatch(Path(file).stem, pattern) for pattern in patterns)
 
         return file.endswith(".json") and named(only) and not named(leave_out)
@@ -79,7 +82,9 @@ def _members(path: Path, only, leave_out) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and wanted(member.name):
                     if member.size > MAX_BYTES:
                         raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes")
-                    yield member.name, archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # of a file
+                    yield member.name, content.read()
     except UserError:
         raise
     except (OSError, EOFError, ValueError, tarfile.TarError, LZMAError, zlib.error) as error:

@@ -221,28 +221,29 @@ class Mixture:
             return self._dropped("answer")
         if self.cloud is None:
             return Sample(episode.task, [], rows)
-        prompt, left_out = self._prompt(episode), 0
+        prompt, left_out = self._prompt(episode, self.cloud), 0
         while prompt is None and episode.shots:
             episode, left_out = episode.without_last_shot(), left_out + 1
-            prompt = self._prompt(episode)
+            prompt = self._prompt(episode, self.cloud)
         if prompt is None:
             return self._dropped("prompt")
         self.counts["shots_left_out"] += left_out
         self.counts["prompts_shortened"] += bool(left_out)
         return Sample(episode.task, prompt, rows)
 
-    def _prompt(self, episode: Episode) -> list[int] | None:
+    def _prompt(self, episode: Episode, cloud: Encoder) -> list[int] | None:
         """The ids of a prompt; None if there are more than fit."""
-        if surely_longer(episode.prompt, self.buckets[-1], self.cloud.tokenizer):
+        if surely_longer(episode.prompt, self.buckets[-1], cloud.tokenizer):
             return None
-        ids = self.cloud.encode(episode.prompt)
+        ids = cloud.encode(episode.prompt)
         return ids if len(ids) <= self.buckets[-1] else None
 
     def _huge(self, question: str) -> bool:
         return surely_longer(question, self.question_length, self.edge.tokenizer)
 
-    def _dropped(self, what: str) -> None:
+    def _dropped(self, what: str) -> Sample | None:
         self.counts[f"dropped_{what}s"] += 1
+        return None
 
     def _check(self, weights: Sequence[float], unseen: Sequence[str]) -> None:
         if len(weights) != len(self.sources):

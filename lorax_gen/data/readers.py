@@ -41,7 +41,7 @@ def read_text(path: AnyPath) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error})") from None
 
 
-def maybe_gzip(file: BinaryIO, path: AnyPath) -> BinaryIO:
+def maybe_gzip(file: BinaryIO, path: AnyPath) -> BinaryIO | gzip.GzipFile:
     """The content of an open file, decompressed where its name ends in `.gz`."""
     return gzip.open(file) if path.suffix == ".gz" else file
 

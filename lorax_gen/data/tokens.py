@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Encoder:
         of a model, in training and in inference.
     """
 
-    def __init__(self, tokenizer, bos: bool | None = None, vocab_size: int | None = None):
+    def __init__(self, tokenizer: Any, bos: bool | None = None, vocab_size: int | None = None):
         self.tokenizer, self.bos = tokenizer, adds_bos(tokenizer) if bos is None else bos
         self.vocab_size = vocab_size
         # Padding is never attended to, but must be a row of the embedding.
@@ -34,7 +35,7 @@ class Encoder:
         self.ids = lru_cache(maxsize=1 << 16)(self.encode)
 
     @classmethod
-    def of(cls, model) -> Encoder:
+    def of(cls, model: Any) -> Encoder:
         """The encoder of a `models.model.Model`."""
         return cls(model.tokenizer, model.bos, model.config.vocab_size)
 

@@ -21,10 +21,15 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from lorax_gen.data.tasks import Task, behind_prompt
+
+T = TypeVar("T")
+Table = dict[str, dict[str, str]]
 
 FAMILIES = ("sort", "grade", "clock", "check")
 ATTRIBUTES = {
@@ -78,8 +83,8 @@ TEMPLATES = {
 class World:
     """Facts, `facts[thing][attribute]`, words, `words[tongue][english word]`, and tasks."""
 
-    facts: dict[str, dict[str, str]]
-    words: dict[str, dict[str, str]]
+    facts: Table
+    words: Table
     tasks: tuple[Task, ...]
 
     @functools.cache  # noqa: B019 (worlds live as long as the process)
@@ -164,7 +169,7 @@ def make_world(seed: int = 0) -> World:
     return World(facts, words, tuple(tasks))
 
 
-def _sort_task(facts, attribute, boxes) -> Task:
+def _sort_task(facts: Table, attribute: str, boxes: Sequence[str]) -> Task:
     box = dict(zip(ATTRIBUTES[attribute], boxes, strict=True))
     return Task(
         family="sort",
@@ -182,7 +187,7 @@ def grade_of(attribute: str, value: str) -> str:
     return HOURS[ATTRIBUTES[attribute].index(value)]
 
 
-def _grade_task(facts, words, attribute, tongue) -> Task:
+def _grade_task(facts: Table, words: Table, attribute: str, tongue: str) -> Task:
     return Task(
         family="grade",
         name=f"grade-{attribute}-{tongue}",
@@ -195,7 +200,7 @@ def _grade_task(facts, words, attribute, tongue) -> Task:
     )
 
 
-def _clock_task(words, shift, tongue) -> Task:
+def _clock_task(words: Table, shift: str, tongue: str) -> Task:
     turn = HOURS.index(shift) + 1
     return Task(
         family="clock",
@@ -208,7 +213,9 @@ def _clock_task(words, shift, tongue) -> Task:
     )
 
 
-def _check_task(facts, rng, attribute, value, yes, no) -> Task:
+def _check_task(
+    facts: Table, rng: np.random.Generator, attribute: str, value: str, yes: str, no: str
+) -> Task:
     """Half of the questions are about things that have the value, so neither word is favoured."""
     having = [t for t in facts if facts[t][attribute] == value]
     others = rng.choice([t for t in facts if facts[t][attribute] != value], len(having), False)
@@ -285,5 +292,5 @@ def vocabulary(world: World) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _pick(rng: np.random.Generator, items):
-    return items[rng.integers(len(items))]
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    return items[int(rng.integers(len(items)))]

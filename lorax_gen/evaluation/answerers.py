@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from jax.sharding import Mesh
@@ -41,6 +41,7 @@ from lorax_gen.tensors import tree_hash
 
 Ids = Sequence[int]
 Control = Literal["shuffled", "empty", "random"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 class Cases(Protocol):
@@ -98,7 +99,15 @@ class Answerer:
         """What the cloud reads for each question, to specialise the model; None: nothing."""
         return None
 
-    def specialise(self, prompts: Sequence[Prompt], **options: Any) -> Adapter | None:
+    def specialise(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        wanted: Sequence[int] | None = None,
+        mesh: Mesh | None = None,
+        progress: Callable[[int], object] = lambda prompts: None,
+    ) -> Adapter | None:
         """The adapter with one row per prompt; see `LoraGen.specialise`."""
         return self.adapter
 
@@ -138,8 +147,8 @@ class LoraGen(Answerer):
       seed: of random prompts.
     """
 
-    cloud: Model | None = None
-    generator: Generator | None = None
+    cloud: Model = dataclasses.field(kw_only=True)
+    generator: Generator = dataclasses.field(kw_only=True)
     which: Control | None = None
     seed: int = 0
 
@@ -268,21 +277,20 @@ class System:
         """
         self.check(name)
         kind, _, card = name.partition(":")
-        options = {"max_length": self.max_length}
+        options: dict[str, Any] = {"max_length": self.max_length}
         if card:
             return Answerer(name, card, self.edge.merged(self.cards[card]), **options)
-        label = ANSWERERS[kind][0]
+        label, needs = ANSWERERS[kind]
+        parts: dict[str, Any] = {part: getattr(self, part) for part in needs}
         if name in ("lora", "card"):
-            return Answerer(name, label, self.edge.merged(getattr(self, name)), **options)
+            return Answerer(name, label, self.edge.merged(parts[name]), **options)
         if name == "cloud_icl":
-            return Answerer(name, label, self.cloud, in_context=True, **options)
+            return Answerer(name, label, parts["cloud"], in_context=True, **options)
         if name in ("plain", "icl"):
             return Answerer(name, label, self.edge, in_context=name == "icl", **options)
-        own = LoraGen(
-            "lora_gen", ANSWERERS["lora_gen"][0], self.edge,
-            cloud=self.cloud, generator=self.generator, **options,
-        )  # fmt: skip
-        return own if name == "lora_gen" else control(own, name, seed)
+        own = LoraGen("lora_gen", ANSWERERS["lora_gen"][0], self.edge, **parts, **options)
+        which = next((each for each in CONTROLS if each == name), None)
+        return own if which is None else control(own, which, seed)
 
 
 PARTS = {

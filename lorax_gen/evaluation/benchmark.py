@@ -192,7 +192,8 @@ def evaluate_benchmark(
     def record(indices: list[int], scores: list[ChoiceScores]) -> None:
         rows = []
         for i, score in zip(indices, scores, strict=True):
-            rows.append(item_row(benchmark, i, questions[i], score, prompts and prompts[i]))
+            prompt = None if prompts is None else prompts[i]
+            rows.append(item_row(benchmark, i, questions[i], score, prompt))
             numbers[i] = [rows[-1][name] for name in NUMBERS]
         if log is not None:
             log.append(rows)
@@ -316,8 +317,10 @@ def open_log(path: AnyPath, settings: ItemRow, questions: Sequence[Question]) ->
         log = ItemLog(path, settings)
         for row in log.rows:
             i = row.get("index")
-            known = isinstance(i, int) and 0 <= i < len(questions)
-            if not known or row.get("id") != questions[i].id or not set(NUMBERS) <= set(row):
+            known = (
+                isinstance(i, int) and 0 <= i < len(questions) and row.get("id") == questions[i].id
+            )
+            if not known or not set(NUMBERS) <= set(row):
                 raise UserError(f"{path} holds an item {i} of another run; remove the file")
         opened.append(log)
 

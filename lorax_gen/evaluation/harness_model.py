@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 Ids = list[int]
 Pair = tuple[Ids, Ids]
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "auto": None}
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "stop": list[str], "max_new_tokens": int, "temperature": float, "top_k": int | None,
     "top_p": float | None, "seed": int,
 }  # fmt: skip
@@ -242,7 +242,9 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, Ids, Ids]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        return self.score([pair for _, *pair in requests], range(len(requests)), disable_tqdm)
+        return self.score(
+            [(context, ids) for _, context, ids in requests], range(len(requests)), disable_tqdm
+        )
 
     def score(
         self,
@@ -256,7 +258,7 @@ class HarnessModel(TemplateLM):
             list(group)
             for _, group in itertools.groupby(range(len(pairs)), key=lambda i: questions[i])
         ]
-        items = [ChoiceItem(tuple(map(tuple, (pairs[i] for i in group)))) for group in groups]
+        items = [ChoiceItem(tuple(pairs[i] for i in group)) for group in groups]
         answers: list[Any] = [None] * len(pairs)
         with tqdm(total=len(pairs), disable=quiet, desc="log-likelihoods") as bar:
 
@@ -282,7 +284,8 @@ class HarnessModel(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """The log-likelihood of each text, in windows as long as the model can read."""
-        windows, counts = [], []
+        windows: list[tuple[Any, Ids, Ids]] = []
+        counts = []
         for (text,) in (request.args for request in requests):
             found = get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1

@@ -41,7 +41,7 @@ class ItemLog:
         lines = self._parsed(complete)
         if lines:
             found, *self.rows = lines
-            self._check(found.get("settings"), json.loads(json.dumps(settings)))
+            self._check(found["settings"], json.loads(json.dumps(settings)))
         self.log = Log(path, complete.decode() or _text([{"settings": settings}]))
 
     def append(self, rows: Iterable[ItemRow]) -> None:

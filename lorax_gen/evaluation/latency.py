@@ -65,8 +65,8 @@ def measure_latency(
         raise UserError("no question to time; give at least one")
     answer = answerer(model, new_tokens, adapter)
     rows = [padded(model, ids, new_tokens) for ids in questions]
-    for tokens in {tokens.shape: (tokens, lengths) for tokens, lengths in rows}.values():
-        answer(*tokens)
+    for row in {tokens.shape: (tokens, lengths) for tokens, lengths in rows}.values():
+        answer(*row)
     times = []
     for tokens, lengths in rows:
         start = time.perf_counter()
@@ -96,6 +96,7 @@ def peak_memory(
         adapter=adapter,
     ).compile()
     sizes = compiled.memory_analysis()
+    assert sizes is not None  # XLA gives them on CPU, GPU and TPU
     program = sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
     moved = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return Memory(program + moved, measured=False)

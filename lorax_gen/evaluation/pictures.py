@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -22,9 +23,9 @@ from lorax_gen.files import AnyPath, replaced_file
 INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
 VERMILION = "#d55e00"
 
-CONTROL = {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"}
+CONTROL: dict[str, Any] = {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"}
 # The style of each answerer's bars; all others are drawn as controls.
-LOOKS: dict[str, dict[str, str]] = {
+LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"color": "#c4c9ce"},
     "icl": {"color": "#56b4e9"},
     "lora": {"color": "#009e73"},
@@ -193,19 +194,20 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
     )
     looks = {f"/{f}": (f, c, 1.4) for f, c in zip(families, itertools.cycle(FAMILY_COLORS))}
     looks[""] = ("mean", INK, 2.2)
-    splits = {"unseen": "-", "seen": (0, (4, 2))}
-    handles = [
+    splits: dict[str, Any] = {"unseen": "-", "seen": (0, (4, 2))}
+    lines = [
         Line2D([], [], color=FAINT, linestyle=style, label=f"{split} tasks")
         for split, style in splits.items()
     ]
     for suffix, (label, color, width) in looks.items():
+        look: dict[str, Any]
         look = {"color": color, "linewidth": width, "marker": "o", "markersize": width + 1.6}
-        handles.append(Line2D([], [], label=label, **look))
+        lines.append(Line2D([], [], label=label, **look))
         for split, style in splits.items():
             curve = _series(rows, f"accuracy/{split}{suffix}")
             right.plot(*curve, linestyle=style, clip_on=False, **look)
     if any(line.get_xdata().size for line in right.lines):
-        right.legend(handles=handles, ncols=4, **below)
+        right.legend(handles=lines, ncols=4, **below)
     else:
         note = {"ha": "center", "fontsize": 11, "color": FAINT}
         right.text(0.5, 0.5, "no evaluation yet", transform=right.transAxes, **note)
@@ -220,14 +222,13 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
 
 # --- shared style -------------------------------------------------------------------------------
 
-_TITLE = {"fontsize": 14, "fontweight": "bold", "color": INK}
-_LEGEND = {"fontsize": 10, "frameon": False, "labelcolor": INK}
+_TITLE: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "color": INK}
+_LEGEND: dict[str, Any] = {"fontsize": 10, "frameon": False, "labelcolor": INK}
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches, at the edges too
-    return figure
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches, at the edges too
+    return Figure(figsize=(width, height), facecolor="white", layout=layout)
 
 
 def _axes(axes: Axes, title: str) -> Axes:

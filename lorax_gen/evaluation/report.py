@@ -48,7 +48,11 @@ MEANS = ("context_tokens", "prompt_tokens", "flops", "cloud_flops")
 
 
 def new_report(
-    kind: str, system: System, columns: Mapping[str, Cell], path: AnyPath | None = None, **settings
+    kind: str,
+    system: System,
+    columns: Mapping[str, Cell],
+    path: AnyPath | None = None,
+    **settings: Any,
 ) -> Report:
     """A report without rows, or with the rows of the report at `path`.
 

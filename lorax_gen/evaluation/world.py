@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -99,7 +100,7 @@ def evaluate_world(
             "chance": world.chance(family),
         }
     report = new_report("world", system, columns, path, split=split, questions=questions, seed=seed)
-    cells = {name: {} for name in names}
+    cells: dict[str, dict[str, Any]] = {name: {} for name in names}
     for family, asked in progress(list(cases.items())):
         for answerer in answerers:
             correct = correct_answers(answerer, asked, asked.answers, mesh=mesh)

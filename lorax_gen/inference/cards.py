@@ -6,7 +6,7 @@ The cloud reads each distinct prompt once, in batches of few shapes, over a mesh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -83,11 +83,11 @@ def gates_of_prompts(
             chosen = np.concatenate(groups)
             if not np.isin(asked, chosen).any():
                 continue
-            ids = [rows[i] for i in chosen]
-            ids += [()] * (share * shards - len(ids))
+            own = [rows[i] for i in chosen]
+            own += [()] * (share * shards - len(own))
             batch = {
-                "prompt": pad_rows(ids, length, 0, "a prompt"),
-                "lengths": np.array([len(row) for row in ids], np.int32),
+                "prompt": pad_rows(own, length, 0, "a prompt"),
+                "lengths": np.array([len(row) for row in own], np.int32),
             }
             batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
             gates = prompt_gates(
@@ -116,6 +116,18 @@ def padded_lengths_of(
     return np.array([max(min(bucket(n), room), n) for n in lengths])
 
 
+@overload
+def specialize(
+    prompt: str, cloud: Model, edge: Model, generator: Generator, **options: Any
+) -> TaskCard: ...
+@overload
+def specialize(
+    prompt: list[str] | tuple[str, ...],
+    cloud: Model,
+    edge: Model,
+    generator: Generator,
+    **options: Any,
+) -> list[TaskCard]: ...
 def specialize(
     prompt: str | Sequence[str],
     cloud: Model,

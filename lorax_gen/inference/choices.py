@@ -152,12 +152,13 @@ def encode_items(
 
     Raises UserError, naming the item, if a choice has no tokens.
     """
-    pairs, counts = [], []
+    pairs: list[tuple[str, str]] = []
+    counts = []
     for contexts, continuations in questions:
         contexts = contexts if len(contexts) > 1 else list(contexts) * len(continuations)
         pairs += zip(contexts, continuations, strict=True)
         counts.append(len(continuations))
-    encoded, items = iter(encode_pairs(model.tokenizer, pairs, model.bos)), []
+    encoded, items = iter(encode_pairs(model.tokenizer, pairs, bool(model.bos))), []
     for i, count in enumerate(counts):
         name = names[i] if names else f"item {i}"
         items.append(ChoiceItem(tuple(next(encoded) for _ in range(count)), name))
@@ -289,7 +290,8 @@ def score_items(
         if pending is not None:  # one batch late: the device never waits for the host
             read(*pending)
         pending = batch, found
-    read(*pending)
+    if pending is not None:
+        read(*pending)
     return [results[i].scores() for i in chosen]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -30,7 +31,7 @@ def continue_texts(
     on_batch: Callable[[list[int], list[str]], None] = lambda indices, texts: None,
     seed: int = 0,
     mesh: Mesh | None = None,
-    **options,
+    **options: Any,
 ) -> list[str]:
     """The continuation of each row of token ids, in their order; empty where it is not wanted.
 

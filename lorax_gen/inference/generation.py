@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ advance = partial(jax.jit, static_argnames=(*STATIC, "steps"), donate_argnames="
 
 
 def generate_text(
-    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], **options
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], **options: Any
 ) -> list[str]:
     """The continuations of texts, all in one batch, without special tokens.
 
@@ -102,7 +103,7 @@ def stream_text(
     tokens = pad_rows(rows, bucket(lengths.max()), 0, "a prompt")
 
     greedy = temperature == 0.0
-    shared = {
+    shared: dict[str, Any] = {
         "stop_ids": model.stop_ids,
         "sampling": None if greedy else Sampling(temperature, top_k, top_p),
         "key": None if greedy else jax.random.key(seed),
@@ -154,7 +155,14 @@ def pad_rows_of(adapter: Adapter | None, rows: int, padded: int) -> Adapter | No
     return adapter.take_rows(np.minimum(np.arange(padded), rows - 1))
 
 
-def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None:
+def check_options(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stop: Sequence[str],
+) -> None:
     valid = {
         f"max_new_tokens={max_new_tokens}: choose at least 1": max_new_tokens >= 1,
         f"temperature={temperature}: choose 0 (greedy) or more": 0 <= temperature < float("inf"),
@@ -171,7 +179,9 @@ def check_options(max_new_tokens, temperature, top_k, top_p, seed, stop) -> None
         check_text(string)
 
 
-def check_rows(rows, texts, max_new_tokens: int, model: Model) -> None:
+def check_rows(
+    rows: Sequence[Sequence[int]], texts: Sequence[Any], max_new_tokens: int, model: Model
+) -> None:
     limit = model.config.max_position_embeddings
     for row, text in zip(rows, texts, strict=True):
         if not row:

@@ -78,10 +78,14 @@ def make_row(item: int, choices: Sequence[int], texts: Sequence[Text]) -> Packed
         indices.append(np.where(index < shared, index, index - shared + end))
         end += own
     predicted = [text.predicted for text in texts]
+    joined = lambda parts: np.concatenate(parts).astype(np.int32)  # noqa: E731
     return PackedRow(
         item,
-        *(np.concatenate(part).astype(np.int32) for part in (tokens, positions, owners, indices)),
-        targets=np.concatenate([text.ids[-text.predicted :] for text in texts]).astype(np.int32),
+        joined(tokens),
+        joined(positions),
+        joined(owners),
+        joined(indices),
+        targets=joined([text.ids[-text.predicted :] for text in texts]),
         choices=np.repeat(np.asarray(choices), predicted),
     )
 

@@ -58,4 +58,4 @@ def find_chip(device_kind: str) -> Chip | None:
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOPs per second of one device; None if unknown, as for a CPU."""
     chip = find_chip(device_kind)
-    return chip and chip.peak_flops
+    return None if chip is None else chip.peak_flops

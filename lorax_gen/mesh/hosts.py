@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +37,8 @@ class Hosts:
     """Index of this process, from 0; else JAX_PROCESS_ID."""
 
 
-class Launcher(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Launcher:
     """A program that starts several processes, and the variables that it sets."""
 
     name: str
@@ -105,7 +106,9 @@ def initialize(hosts: Hosts | None = None, timeout: int = 300) -> None:
     if jax.distributed.is_initialized() or given["num_processes"] == 1:
         return
     launcher = _launcher() if missing else ""
-    detected = bool(launcher) or "tpu" in (jax.config.jax_platforms or "")  # set where JAX has TPUs
+    # JAX sets it where it has TPUs; its stub of Config leaves the settings out.
+    platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    detected = bool(launcher) or "tpu" in platforms
     if len(missing) == 3 and not detected:
         return
     if missing and not detected:
@@ -244,9 +247,9 @@ def on_first(task: Callable[[], None]) -> None:
             text = (reason or str(error)).encode()[:1000] or b"failed"
     message = np.zeros(1000, np.uint8)
     message[: len(text)] = list(text)
-    message = bytes(from_first(message)).rstrip(b"\0")
-    if message:
-        raise UserError(message.decode(errors="replace"))
+    text = bytes(from_first(message)).rstrip(b"\0")
+    if text:
+        raise UserError(text.decode(errors="replace"))
 
 
 def each(number: int) -> list[int]:

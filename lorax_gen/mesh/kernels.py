@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from lorax_gen.models.decoder import Execution, unconstrained
 
 Array = jax.Array
 Name = Literal["auto", "xla", "cudnn", "splash"]
+AUTO: dict[str, Name] = {"tpu": "splash", "gpu": "cudnn"}  # by platform; elsewhere xla
 BLOCK = 128  # splash attention works on tiles of 128 positions and 128 features
 
 
@@ -38,9 +39,11 @@ def make_attention(name: Name, mesh: Mesh, mode: str = "jit") -> Callable:
     if platform != {"cudnn": "gpu", "splash": "tpu"}.get(name, platform):
         raise UserError(f"attention={name} does not run on a {platform}; auto picks one that does")
     if name == "auto":
-        name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+        name = AUTO.get(platform, "xla")
     over = mesh if mode == "jit" else None
-    return {"xla": attend, "cudnn": cudnn, "splash": partial(splash, mesh=over)}[name]
+    every: dict[str, Callable]
+    every = {"xla": attend, "cudnn": cudnn, "splash": partial(splash, mesh=over)}
+    return every[name]
 
 
 @lru_cache  # equal arguments give the same object, so that jit finds its compiled programs
@@ -55,7 +58,7 @@ def execution_over(
     return Execution(make_attention(attention, mesh, mode), constrain, remat)
 
 
-def cudnn(q: Array, k: Array, v: Array, **options) -> Array:
+def cudnn(q: Array, k: Array, v: Array, **options: Any) -> Array:
     """cuDNN's flash attention, for 16-bit heads of up to 128 features (256 on Hopper, but not in
     the backward pass)."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0

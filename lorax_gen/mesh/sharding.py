@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
@@ -104,6 +104,7 @@ def spec_for(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     if names[-1] in ("qvalue", "scale"):  # an int8 kernel, and its scales of one row
         names.pop()
     leaf, parent = names[-1], names[-2] if len(names) > 1 else ""
+    tail: Sequence[str | None]
     if leaf in ("a", "b") and parent in KERNELS:  # a LoRA pair, its parent named like the kernel
         d_in, d_out = KERNELS[parent]
         tail = (d_in, None) if leaf == "a" else (None, d_out)
@@ -213,7 +214,7 @@ def place_adapter(adapter: Adapter | None, mesh: Mesh) -> Adapter | None:
     return place(adapter, dataclasses.replace(adapter, shared=shared, rows=rows))
 
 
-def jit_step(train_step: Callable, state: Any, mesh: Mesh) -> Callable:
+def jit_step(train_step: Callable, state: Any, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step` jitted: the state, arrays or shapes, keeps its shardings and is donated."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     replicated = NamedSharding(mesh, P())

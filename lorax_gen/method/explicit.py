@@ -7,17 +7,20 @@ results are sharded, and leave the communication inside to XLA, as it is under a
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Function = TypeVar("Function", bound=Callable)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def shards(rule: Callable[..., Any]) -> Callable[[Function], Function]:
+def shards(
+    rule: Callable[..., Any],
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """A decorator for functions of arrays, and of values that are none.
 
     Args:
@@ -27,9 +30,9 @@ def shards(rule: Callable[..., Any]) -> Callable[[Function], Function]:
         called as it is.
     """
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             leaves, tree = jax.tree.flatten((args, kwargs))
             mesh = next(filter(None, map(_explicit_mesh, leaves)), None)
             if mesh is None:

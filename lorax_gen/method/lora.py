@@ -8,6 +8,7 @@ before a tree is used, so that applying or merging it needs no other number.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
     """
     stacked = {name: kernel.shape for name, kernel in kernels.items() if kernel.ndim == 3}
     layers = max((shape[0] for shape in stacked.values()), default=0)
-    check_fits(tree, {name: shape[1:] for name, shape in stacked.items()}, layers)
+    check_fits(tree, {name: (d_in, d_out) for name, (_, d_in, d_out) in stacked.items()}, layers)
     # The default precision of an accelerator rounds the factors to fewer bits than fp32.
     exact, fp32 = jax.lax.Precision.HIGHEST, jnp.float32
     merged = dict(kernels)
@@ -120,6 +121,6 @@ def take_example(tree: Tree, index: int) -> Tree:
     return jax.tree.map(lambda leaf: leaf[:, index], tree)
 
 
-def count_params(tree) -> int:
+def count_params(tree: Any) -> int:
     """The number of scalars in a tree of arrays (or `ShapeDtypeStruct`s)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

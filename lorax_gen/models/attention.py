@@ -6,6 +6,8 @@ E head size.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     mask: Array | None = None,
-    implementation: str = "xla",
+    implementation: Literal["xla", "cudnn"] = "xla",
 ) -> Array:
     """Attention `[B, T, H, E]` of queries `[B, T, H, E]` to keys and values `[B, S, K, E]`.
 

@@ -78,7 +78,8 @@ class Checkpoint:
             weight_map = read_weight_map(index)
         self.source = str(single if weight_map is None else index)
         names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-        self.file_of, found = {}, {}
+        self.file_of: dict[str, Any] = {}
+        found: dict[str, str] = {}
         for name in names:
             file = open_safetensors(directory / name)
             for key in file.keys():  # noqa: SIM118
@@ -267,7 +268,7 @@ def read_leaf(
     dtype = jax.dtypes.canonicalize_dtype(dtype)  # float64 only where JAX has it
     parts: dict[str, np.ndarray] = {}  # devices with equal shards share it
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
         if str(index) not in parts:
             chosen, own = (keys[index[0]], index[1:]) if stacked else (keys, index)
             size = [len(range(n)[i]) for n, i in zip(shape, index, strict=True)]

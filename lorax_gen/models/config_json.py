@@ -231,7 +231,7 @@ def _read_fields(raw: Raw, rope: Raw, family: Family) -> dict[str, Any]:
         fields["head_dim"] = width // heads
     fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
     fields["rope_scaling"] = _read_rope_scaling(rope)
-    fields = family.read(raw, fields) | family.switches
+    fields = {**family.read(raw, fields), **family.switches}
     fields["biases"] = family.kernels_with_bias(name for name in family.biases if raw.get(name))
     return fields
 
@@ -264,10 +264,11 @@ def _unknown_keys(raw: Raw, rope: Raw, family: Family) -> list[str]:
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a config, in the names that transformers 4 and 5 both read."""
     family = family_of(config)
+    raw: dict[str, Any]
     raw = {"architectures": [family.architecture], "model_type": family.model_type}
     raw |= {name: getattr(config, name) for name in (*REQUIRED, *family.fields)}
     biases = {name: set(kernels) <= set(config.biases) for name, kernels in family.biases.items()}
-    raw |= dict(sorted((biases | family.constants).items()))
+    raw |= dict(sorted({**biases, **family.constants}.items()))
     if config.rope_scaling is not None:
         raw["rope_scaling"] = _write_rope_scaling(config.rope_scaling)
     return family.write(config, raw)

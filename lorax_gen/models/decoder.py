@@ -20,12 +20,13 @@ E head size, L layers, V vocabulary, R rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 
 from lorax_gen.errors import UserError
 from lorax_gen.models import int8
@@ -116,8 +117,8 @@ class Block(nn.Module):
         delta = lambda name, h: adapter.kernel(name, h, key)  # noqa: E731
 
         h = norm(self, "attn_norm", x)
-        q, k, v, o = map(self.linear, "qkvo")
-        q, k, v = (heads(project(h, delta)) for project in (q, k, v))
+        *qkv, o = map(self.linear, "qkvo")
+        q, k, v = (heads(project(h, delta)) for project in qkv)
         if config.qk_norm:
             q, k = norm(self, "q_norm", q), norm(self, "k_norm", k)
         if which is not None:
@@ -311,12 +312,12 @@ def init_params(key: Array, config: DecoderConfig) -> Params:
     return Decoder(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
-def unstack(tree: Mapping | None, layers: int) -> list:
-    """A tree stacked over layers `[L, ...]` as a list of L trees (a LoRA or `params['layers']`)."""
+def unstack(tree: Any, layers: int) -> list:
+    """A pytree stacked over layers `[L, ...]`, such as a LoRA or `params['layers']`, as L trees."""
     return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers)]
 
 
-def embed(params: Params, config: DecoderConfig, tokens: Array) -> Array:
+def embed(params: Params, config: DecoderConfig, tokens: ArrayLike) -> Array:
     """Input embeddings `[..., D]` of token ids `[...]`; learned positions are added later."""
     return scale_embeddings(params["embed"][tokens], config)
 
@@ -369,7 +370,8 @@ def hidden_and_aux(
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """`hidden_states`, and the adapter's auxiliary losses by name, `[L]` each."""
-    return Decoder(config, execution).apply({"params": params}, tokens, **options)
+    found: Any = Decoder(config, execution).apply({"params": params}, tokens, **options)
+    return found
 
 
 def final_norm(params: Params, config: DecoderConfig, x: Array) -> Array:

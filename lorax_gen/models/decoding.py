@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_gen.errors import UserError
 from lorax_gen.models.adapter import Adapter
 from lorax_gen.models.decoder import (
     Array,
@@ -57,7 +58,7 @@ class DecodingState(NamedTuple):
     cache: list[dict[str, Array]]  # of each layer
 
 
-def init_cache(config: DecoderConfig, batch: int, slots: int, dtype) -> list[dict[str, Array]]:
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> list[dict[str, Array]]:
     """An empty cache: for each layer `{'k','v': [B, S, K, E]}`."""
     shape = (batch, slots, config.num_key_value_heads, config.head_dim)
     return [
@@ -120,9 +121,14 @@ def restrict(scores: Array, top_k: Array | None = None, top_p: Array | None = No
 
 
 def choose(scores: Array, sampling: Sampling | None, key: Array | None, step: Array) -> Array:
-    """The next tokens `[B]` int32 from logits `[B, V]`; each row is sampled independently."""
+    """The next tokens `[B]` int32 from logits `[B, V]`; each row is sampled independently.
+
+    Raises UserError for sampling without a key.
+    """
     if sampling is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if key is None:
+        raise UserError("sampling needs a key; pass key=jax.random.key(0), or no sampling")
     scores = restrict(scores / sampling.temperature, sampling.top_k, sampling.top_p)
     key = jax.random.fold_in(key, step)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(scores.shape[0]))
@@ -245,6 +251,7 @@ def generate_tokens(
     Returns:
       `[B, N]` int32; a row's stop token is repeated after it. Stops once all rows are finished.
     """
+    options: dict[str, Any]
     options = {"stop_ids": stop_ids, "sampling": sampling, "key": key, "adapter": adapter}
     slots = tokens.shape[1] + max_new_tokens + (0 if prefix is None else prefix.shape[1])
     state = prefill(params, config, tokens, lengths, slots=slots, prefix=prefix, **options)

@@ -195,7 +195,7 @@ QWEN3 = Family(
     "qwen3",
     QWEN3_NAMES,
     switches={"qk_norm": True},
-    fields=QWEN2.fields | {"head_dim": 128},
+    fields={**QWEN2.fields, "head_dim": 128},
     biases=ATTENTION_BIAS,
     rules=QWEN2_RULES,
     constants=NO_DROPOUT,
@@ -328,7 +328,7 @@ def tensor_names(config: DecoderConfig) -> dict[str, list[str]]:
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a checkpoint of this config."""
-    params, shapes = abstract_params(config), {}
+    params, shapes = abstract_params(config), dict[str, tuple[int, ...]]()
     for ours, names in tensor_names(config).items():
         shape = leaf_at(params, ours).shape
         shape = shape[1:] if ours.startswith("layers/") else shape

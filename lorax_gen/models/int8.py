@@ -61,9 +61,9 @@ def matmul(x: Array, kernel: Array | Mapping[str, Array]) -> Array:
     The scales are applied after the product, so that a sharded kernel is gathered as int8: half the
     bytes of a product with `qvalue * scale`, for which XLA gathers the dequantised kernel.
     """
-    if not is_quantized(kernel):
-        return x @ kernel.astype(x.dtype)
-    return (x @ kernel["qvalue"].astype(x.dtype) * kernel["scale"]).astype(x.dtype)
+    if isinstance(kernel, Mapping):
+        return (x @ kernel["qvalue"].astype(x.dtype) * kernel["scale"]).astype(x.dtype)
+    return x @ kernel.astype(x.dtype)
 
 
 def import_qwix() -> Any:

@@ -38,10 +38,11 @@ class RopeScaling:
         _, *others = dataclasses.astuple(self)
         if len({value is None for value in others}) > 1:
             raise UserError(f"{self} is neither of rope_type linear, factor alone, nor of llama3")
-        if self.low_freq_factor is not None and self.high_freq_factor <= self.low_freq_factor:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
             raise UserError(
-                f"high_freq_factor={self.high_freq_factor} is not above "
-                f"low_freq_factor={self.low_freq_factor}; frequencies are blended between them"
+                f"high_freq_factor={high} is not above low_freq_factor={low}; frequencies are "
+                "blended between them"
             )
 
     @property
@@ -70,12 +71,13 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     scaling = rope.scaling
     if scaling is None:
         return frequencies
-    if scaling.rope_type == "linear":
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    original = scaling.original_max_position_embeddings
+    if low is None or high is None or original is None:  # all are: rope_type linear
         return frequencies / np.float32(scaling.factor)
     # Turns over the original context: many are kept, few are slowed by `factor`, blended between.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
+    turns = original * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (frequencies * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
 
 

@@ -66,8 +66,8 @@ class Program(dict):
                 if head[1]:
                     self.entry = head[2]
             elif found := INSTRUCTION.match(line.strip()):
-                root, name, *parts = found.groups()
-                current[name] = Instruction(name, *parts, root=bool(root))
+                root, name, shape, operation, rest = found.groups()
+                current[name] = Instruction(name, shape, operation, rest, root=bool(root))
 
 
 def collectives(text: str) -> dict[str, Traffic]:
@@ -76,7 +76,8 @@ def collectives(text: str) -> dict[str, Traffic]:
     A gather or scatter over n devices sends (n - 1) / n of the full array, a reduction to all
     twice that, as on a ring; a permutation sends its array.
     """
-    program, total = Program(text), defaultdict(Traffic)
+    program = Program(text)
+    total: defaultdict[str, Traffic] = defaultdict(Traffic)
 
     def walk(computation: str, times: int, seen: set[str] | None = None) -> None:
         fused: set[str] = set()  # an asynchronous collective appears in several fusions
@@ -157,8 +158,9 @@ def trips(program: Program, computation: str, loop: Instruction) -> int:
     test = next((each for each in condition.values() if each.root), None)
     if test is None or test.operation != "compare" or test.attribute("direction") != "LT":
         return 1
-    counter, bound = (condition.get(name) for name in test.operands)
-    if not counter or counter.operation != "get-tuple-element" or constant(bound) is None:
+    counter, limit = (condition.get(name) for name in test.operands)
+    bound = constant(limit)
+    if not counter or counter.operation != "get-tuple-element" or bound is None:
         return 1
     index = int(counter.attribute("index"))
     start, step = 0, 1
@@ -172,7 +174,7 @@ def trips(program: Program, computation: str, loop: Instruction) -> int:
         if advance and advance.operation == "add":
             steps = [constant(body.get(name)) for name in advance.operands]
             step = next((each for each in steps if each), 1)
-    return max(1, -(-(constant(bound) - start) // step))
+    return max(1, -(-(bound - start) // step))
 
 
 def constant(instruction: Instruction | None) -> int | None:

@@ -29,7 +29,7 @@ from lorax_gen import assets, cost
 from lorax_gen import config as configs
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.chips import Chip
-from lorax_gen.mesh.kernels import BLOCK
+from lorax_gen.mesh.kernels import AUTO, BLOCK
 from lorax_gen.mesh.sharding import BATCH_AXES, jit_step, row_shards, tree_shardings
 from lorax_gen.method.lora import count_params
 from lorax_gen.models import int8, presets
@@ -193,18 +193,19 @@ def read_out_of_memory(message: str, arguments: int) -> dict[str, Any]:
     size = r"([\d.]+)([KMGT]?)i?B?"
     temporaries = re.search(rf"required for HLO temporaries \({size}\)", message)
     used = re.search(rf"Used {size} of {size}", message)
-    if not temporaries and not used:
+    found = temporaries or used
+    if found is None:
         line = next(iter(message.splitlines()), "")
         raise UserError(f"the step does not compile for this topology: {line}")
-    number, unit = (temporaries or used).groups()[:2]
-    found = int(float(number) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit])
+    number, unit = found.groups()[:2]
+    needed = int(float(number) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit])
     if used:
-        return {"method": "refused", "arguments": arguments, "needed": found}
+        return {"method": "refused", "arguments": arguments, "needed": needed}
     return {
         "method": "refused",
         "arguments": arguments,
-        "temporaries": found,
-        "needed": arguments + found,
+        "temporaries": needed,
+        "needed": arguments + needed,
     }
 
 
@@ -234,12 +235,13 @@ def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
         answered=config.answered(config.data.question_length),
         bytes_each=jnp.dtype(config.dtype).itemsize,
         remat=config.remat,
-        flash=tuple(is_flash(config, mesh, model) for model in (spec.cloud, spec.edge)),
+        flash=(is_flash(config, mesh, spec.cloud), is_flash(config, mesh, spec.edge)),
         sharded=mesh.shape["fsdp"] > 1,
         microbatches=config.microbatches,
     )
-    found = {"method": "estimated", "arguments": held, "temporaries": sum(parts.values())}
-    found |= {"parts": parts, "needed": held + found["temporaries"]}
+    temporaries = sum(parts.values())
+    found = {"method": "estimated", "arguments": held, "temporaries": temporaries}
+    found |= {"parts": parts, "needed": held + temporaries}
     traffic = {}
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     passes = 2 + (config.remat != "none") + (config.microbatches > 1)
@@ -265,7 +267,7 @@ def is_flash(config: EdgeConfig, mesh: Mesh, model: DecoderConfig) -> bool:
     name = config.attention
     if name == "auto":
         platform = mesh.devices.flat[0].platform
-        name = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+        name = AUTO.get(platform, "xla")
     if name == "cudnn":
         return config.dtype == "bfloat16" and model.head_dim <= 128
     return name == "splash" and model.head_dim % BLOCK == 0
@@ -299,7 +301,7 @@ def estimate_time(
     """
     peak = devices * chip.peak_flops
     computing = flops["executed"] / (peak * utilisation)
-    sending = None if sent is None else sent / chip.link
+    sending = None if sent is None or chip.link is None else sent / chip.link
     seconds = max(computing, sending or 0.0)
     return {
         "utilisation": utilisation,
@@ -327,6 +329,7 @@ def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> 
         role: {"name": getattr(config, role), "parameters": cost.parameters(model)}
         for role, model in step.models.items()
     }
+    traffic: dict[str, hlo.Traffic] | None
     if isinstance(devices[0], Absent):
         needs, traffic = estimate_step(step)
     else:
@@ -334,6 +337,7 @@ def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> 
         needs, traffic = compile_step(
             step, f"the train step of {names} for {len(devices)} x {chip.kind}"
         )
+    assert chip.usable is not None  # of every chip that a topology names
     usable = int(chip.usable * GIB)
     work = step.experiment.work(step.batch)
     flops = {"useful": work["flops"], "executed": work["executed"]}
@@ -372,15 +376,15 @@ def advice(step: Step, needs: dict[str, Any], usable: int) -> list[str]:
             f"mesh.data=1, mesh.fsdp={shape['data'] * shape['fsdp']}: weights in more shards, at "
             "the same batch per device"
         )
-    if settings.get("attention") == "xla":
+    if isinstance(step.config, EdgeConfig) and step.config.attention == "xla":
         auto = dataclasses.replace(step.config, attention="auto")
         role, model = next(iter(step.models.items()))
         if is_flash(auto, step.mesh, model):
             found.append(f"attention=auto: a kernel that never materialises the {role}'s scores")
     if settings.get("remat") in ("none", "dots"):
         found.append("remat=full: only each layer's input is saved, for half the FLOPs again")
-    if "microbatches" in settings:
-        own, parts = step.config.prompts // row_shards(step.mesh), settings["microbatches"]
+    if isinstance(step.config, LoraGenConfig):
+        own, parts = step.config.prompts // row_shards(step.mesh), step.config.microbatches
         more = next((n for n in range(parts + 1, own + 1) if not own % n), None)
         if more:
             found.append(

@@ -9,21 +9,22 @@ import re
 from typing import Any
 
 from lorax_gen.errors import UserError
-from lorax_gen.mesh.chips import Chip, find_chip
+from lorax_gen.mesh.chips import CHIPS, Chip
 from lorax_gen.planning.compiling import plain_signals
 
 # Names that `--topology` takes.
+_KINDS = {chip.kind: chip for chip in CHIPS}
 TPUS = {
-    "v4": find_chip("TPU v4"),
-    "v5e": find_chip("TPU v5 lite"),
-    "v5p": find_chip("TPU v5"),
-    "v6e": find_chip("TPU v6 lite"),
+    "v4": _KINDS["TPU v4"],
+    "v5e": _KINDS["TPU v5 lite"],
+    "v5p": _KINDS["TPU v5"],
+    "v6e": _KINDS["TPU v6 lite"],
 }
 GPUS = {
-    "gpu": find_chip("NVIDIA H100"),
-    "gpu-a100": find_chip("NVIDIA A100"),
-    "gpu-h100": find_chip("NVIDIA H100"),
-    "gpu-h200": find_chip("NVIDIA H200"),
+    "gpu": _KINDS["NVIDIA H100"],
+    "gpu-a100": _KINDS["NVIDIA A100"],
+    "gpu-h100": _KINDS["NVIDIA H100"],
+    "gpu-h200": _KINDS["NVIDIA H200"],
 }
 
 

@@ -109,7 +109,7 @@ def assemble(
     frozen: dict[str, Any],
     answerer: Callable[[State], Answerer],
     release: Callable[[State, Path, dict[str, Any]], None],
-    work: Callable[[Batch], dict[str, float]],
+    work: Callable[[Batch], dict[str, int]],
 ) -> Experiment:
     """The experiment of a recipe.
 

@@ -55,7 +55,7 @@ def open_data(
     """
     data, prompted = config.data, reader is not None
     check_positions("data.question_length", data.question_length, edge.config, "the edge model")
-    if prompted:
+    if reader is not None:
         meta = edge.config.num_hidden_layers
         longest = data.prompt_length
         check_positions("data.prompt_length", longest, reader.config, "the cloud model", meta)
@@ -64,8 +64,8 @@ def open_data(
     if edge.is_abstract:
         return Data(shapes, closed, closed)
     over, to_edge = config.over(mesh), Encoder.of(edge)
-    to_reader = Encoder.of(reader) if prompted else None
-    options = {"prompts": samples, "queries": queries, "seed": config.run.seed}
+    to_reader = Encoder.of(reader) if reader is not None else None
+    options: dict[str, Any] = {"prompts": samples, "queries": queries, "seed": config.run.seed}
     options |= {"answer_length": config.answer_length, "full_sequence": full_sequence}
     if isinstance(data, WorldConfig):
         quiz = WorldQuiz(data.world(), data.families)
@@ -104,7 +104,7 @@ def needs_end_of_text(model: Model, role: str, why: str) -> None:
 
 def batch_shapes(
     data: WorldConfig | MixtureConfig, samples: int, queries: int, prompted: bool
-) -> Batch:
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch that `open_data` makes, as shapes and dtypes."""
     rows = samples * queries, data.question_length
     shapes = {
@@ -148,7 +148,8 @@ def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Ev
     train = [load_shots(record, data.root) if shots else [] for record in records]
 
     def evaluate(answerer: Answerer) -> dict[str, float]:
-        result, splits = {}, {"seen": [], "unseen": []}
+        result: dict[str, float] = {}
+        splits: dict[str, list[float]] = {"seen": [], "unseen": []}
         cut = Counter(questions=0, prompts=0)
         for record, questions, solved in zip(records, asked, train, strict=True):
             found = evaluate_benchmark(

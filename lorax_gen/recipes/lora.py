@@ -98,7 +98,7 @@ def experiment(
         more = {"base_model": name, "provenance": provenance, "frame": data.frame}
         save_adapter(directory, tree(state), edge.config, **more)
 
-    def work(batch: Batch) -> dict[str, float]:
+    def work(batch: Batch) -> dict[str, int]:
         rows, length = batch["tokens"].shape
         ranks, answered = dict.fromkeys(config.targets, config.rank), config.answered(length)
         macs = [

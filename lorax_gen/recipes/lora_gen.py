@@ -156,11 +156,11 @@ def end_of_text(cloud: Model) -> Array:
     return hosts.gather(embed(cloud.params, cloud.config, Encoder.of(cloud).end_of_text))
 
 
-def count_work(config: LoraGenConfig, spec: GeneratorSpec, batch: Batch) -> dict[str, float]:
+def count_work(config: LoraGenConfig, spec: GeneratorSpec, batch: Batch) -> dict[str, int]:
     """See `Experiment.work`."""
     (prompts, prompt_length), (rows, length) = batch["prompt"].shape, batch["tokens"].shape
     answered = config.answered(length)
-    shape = {"prompts": prompts, "queries": config.queries_per_prompt}
+    shape: dict[str, Any] = {"prompts": prompts, "queries": config.queries_per_prompt}
     shape |= {"prompt_length": prompt_length, "length": length, "answered": answered}
     executed = train_step_macs(spec, **shape, remat=config.remat)
     if config.microbatches > 1:  # each is recomputed in full

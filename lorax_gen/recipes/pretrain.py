@@ -95,7 +95,7 @@ def experiment(
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
         save_model(directory, trained(state), provenance)
 
-    def work(batch: dict[str, Batch]) -> dict[str, float]:
+    def work(batch: dict[str, Batch]) -> dict[str, int]:
         groups = [group["tokens"].shape for group in batch.values()]
         flops = sum(tuning_step_macs(shape, *group).flops for group in groups)
         return {

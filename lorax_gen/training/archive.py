@@ -34,7 +34,8 @@ class Archive:
                     f"{path} is damaged ({error}); remove it to resume from the one before"
                 ) from None
         self.copied = self._steps()
-        self.pool, self.copying = ThreadPoolExecutor(1), Future()
+        self.pool = ThreadPoolExecutor(1)
+        self.copying: Future[None] = Future()
         self.copying.set_result(None)
 
     def copy(self) -> None:

@@ -54,7 +54,7 @@ class Checkpoints:
             )
         with self._clear_errors():
             self.archive = Archive(directory) if archived else None
-            self.local = self.archive.local if archived else self.directory
+            self.local = self.archive.local if self.archive else self.directory
             try:
                 self.orbax = ocp.training.Checkpointer(self.local, cleanup_tmp_directories=True)
             except Exception:
@@ -63,7 +63,8 @@ class Checkpoints:
         self.steps = [kept.step for kept in self.orbax.checkpoints]  # of complete ones
         self.writing: int | None = None
         self.scores: dict[int, float] = {}
-        self.pool, self.removal = ThreadPoolExecutor(1), Future()
+        self.pool = ThreadPoolExecutor(1)
+        self.removal: Future[Any] = Future()
         self.removal.set_result(None)
 
     def _refuse_damaged(self) -> None:
@@ -85,7 +86,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             with self._clear_errors(), closing(self.orbax):
                 self._wait()
@@ -156,7 +157,7 @@ class Checkpoints:
         """Removes, in the background, all but the latest and the best; all are complete."""
         latest = self.steps[-self.run.keep :]
         scored = {step: self.scores[step] for step in self.steps if step in self.scores}
-        best = [max(scored, key=scored.get)] if scored else []
+        best = [max(scored, key=lambda step: scored[step])] if scored else []
         removed = [step for step in self.steps if step not in (*latest, *best)]
         self.steps = [step for step in self.steps if step not in removed]
         if hosts.is_first():
@@ -244,7 +245,7 @@ class Checkpoints:
             ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The error in one line. tensorstore's message for a full disk is long and holds the errno."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:

@@ -42,7 +42,7 @@ class Experiment:
     batch: Callable[[int], Batch]
     evaluate: Callable[[State], dict[str, float]]
     release: Callable[[State, Path, dict[str, Any]], None]
-    work: Callable[[Batch], dict[str, float]]
+    work: Callable[[Batch], dict[str, int]]
     run: RunConfig
     optimizer: OptimizerConfig
     mesh: Mesh

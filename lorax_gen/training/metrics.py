@@ -60,7 +60,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with suppress(Exception) if kind else nullcontext():  # one failure is reported once
             self.flush()
             if self.board is not None:
@@ -102,10 +102,12 @@ class MetricsLog:
             ) from None
         except Exception as error:
             reason = files.store_error(error)
-            if reason is None and not isinstance(error, OSError):
+            if reason is None and isinstance(error, OSError):
+                reason = error.strerror or str(error)
+            if reason is None:
                 raise
             raise UserError(
-                f"cannot write to {self.path} ({reason or error.strerror or error}); what was "
+                f"cannot write to {self.path} ({reason}); what was "
                 "saved before is complete, and the same command resumes the run from there"
             ) from error
 
@@ -159,14 +161,15 @@ def plain(value: Any) -> Any:
 class Clock:
     """Speed of training, between one reading and the next."""
 
-    def __init__(self, work: Callable[[Batch], dict[str, float]], devices: list[jax.Device]):
+    def __init__(self, work: Callable[[Batch], dict[str, int]], devices: list[jax.Device]):
         self.work = work
         peak = peak_flops(devices[0].device_kind)
         self.peak = None if peak is None else peak * len(devices)
 
     def restart(self, step: int) -> None:
         """Restarts the measurement, for example after an evaluation."""
-        self.since, self.time, self.done = step, time.perf_counter(), Counter()
+        self.since, self.time = step, time.perf_counter()
+        self.done: Counter[str] = Counter()
 
     def count(self, batch: Batch) -> None:
         """Counts a step on a batch."""
@@ -248,13 +251,15 @@ class Profiler:
     """
 
     def __init__(self, window: tuple[int, int] | None, directory: AnyPath):
+        self.first: int | None
+        self.last: int | None
         self.first, self.last = window or (None, None)
         self.directory, self.running = directory, False
 
     def __enter__(self) -> Profiler:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.running:
             jax.profiler.stop_trace()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -20,7 +21,7 @@ def stop_signals() -> Iterator[list[int]]:
     """A list that gets the first SIGINT or SIGTERM; a second one has its usual effect."""
     caught: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def handler(number, frame):
         caught.append(number)

@@ -29,7 +29,8 @@ from lorax_gen.system import GeneratorSpec, meta_states
 from lorax_gen.training.state import State
 
 Array = jax.Array
-Batch = dict[str, Array]
+Batch = dict[str, Any]
+"""Arrays by name: of numpy on the host, of JAX in a step, or shapes; or groups of them."""
 Loss = Callable[..., tuple[Array, tuple[Any, dict[str, Array]]]]
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax_gen.errors import UserError
 from lorax_gen.models import decoder, decoding
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.decoding import Sampling, choose, restrict
@@ -331,3 +332,8 @@ def test_a_row_draws_the_same_whatever_stands_beside_it(params, tokens):
     same = decode(params, mates, np.full_like(LENGTHS, LENGTHS[0]), **options)
     np.testing.assert_array_equal(same[0], batch[0])
     assert len({tuple(row) for row in same}) == B  # the same text, yet each row its own draw
+
+
+def test_sampling_without_a_key_is_refused(params, tokens):
+    with pytest.raises(UserError, match="sampling needs a key"):
+        decode(params, tokens, sampling=Sampling(0.7))
