@@ -103,6 +103,9 @@ class MixtureConfig:
     """How many questions of each; the first ones are taken."""
     evaluate_shots: Count = 1
     """Solved examples in those prompts."""
+    evaluate_new_tokens: Count = 64
+    """Most tokens of an answer to a row, which exact match and ROUGE-L compare; 0: none is
+    generated."""
 
     def __post_init__(self):
         check(self, "data.")

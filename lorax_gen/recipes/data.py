@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,21 +12,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.data.benchmarks import find_benchmark, load_questions, load_shots
 from lorax_gen.data.config import MixtureConfig, WorldConfig
 from lorax_gen.data.tokens import Batch, Encoder
 from lorax_gen.data.unseen import without_texts
 from lorax_gen.data.world_batches import generator_batch, tuning_batch
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.answerers import Answerer
-from lorax_gen.evaluation.benchmark import evaluate_benchmark
 from lorax_gen.evaluation.world import WorldQuiz
 from lorax_gen.mesh import hosts
 from lorax_gen.models.decoder import DecoderConfig
 from lorax_gen.models.model import Model
 from lorax_gen.recipes.base import Data, EdgeConfig
-
-Evaluate = Callable[[Answerer], dict[str, float]]
+from lorax_gen.recipes.evaluation import mixture_metrics
 
 
 def open_data(
@@ -74,7 +69,7 @@ def open_data(
     warn_without_texts(data.root)
     opened = data.open(edge.tokenizer)
     mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
-    evaluate = benchmark_accuracy(data, over, data.evaluate_shots if prompted else 0)
+    evaluate = mixture_metrics(data, opened, over, data.evaluate_shots if prompted else 0)
     return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts, opened.frame)
 
 
@@ -135,33 +130,6 @@ def world_batches(
         return lambda step: tuning_batch(seen, edge, step=step, rows=rows, **options)
     options |= {"prompt_length": data.prompt_length, "max_shots": data.max_shots}
     return lambda step: generator_batch(seen, reader, edge, step=step, **options)
-
-
-def benchmark_accuracy(data: MixtureConfig, mesh: Mesh | None, shots: int) -> Evaluate:
-    """Accuracy on the benchmarks that a config names, and the means over seen and unseen ones.
-
-    For an answerer that reads prompts, each question has its own prompt. `truncated/questions` and
-    `truncated/prompts` count those that were truncated on the left to fit their model.
-    """
-    records = [find_benchmark(name) for name in data.evaluate_on]
-    asked = [load_questions(r, "test", data.root)[: data.evaluate_questions] for r in records]
-    train = [load_shots(record, data.root) if shots else [] for record in records]
-
-    def evaluate(answerer: Answerer) -> dict[str, float]:
-        result: dict[str, float] = {}
-        splits: dict[str, list[float]] = {"seen": [], "unseen": []}
-        cut = Counter(questions=0, prompts=0)
-        for record, questions, solved in zip(records, asked, train, strict=True):
-            found = evaluate_benchmark(
-                record, questions, answerer, shots=shots, train=solved, mesh=mesh
-            )
-            result[f"accuracy/{record.name}"] = found.acc
-            splits["unseen" if record.unseen else "seen"].append(found.acc)
-            cut.update(questions=found.truncated, prompts=found.prompts_truncated)
-        means = {f"accuracy/{split}": float(np.mean(own)) for split, own in splits.items() if own}
-        return result | means | {f"truncated/{what}": cut[what] for what in cut}
-
-    return evaluate
 
 
 def warn_without_texts(root: Path | None) -> None:
