@@ -17,11 +17,11 @@ from msgspec import Meta
 
 from lorax_gen import assets, documents, files
 from lorax_gen.files import AnyPath
-from lorax_gen.hub import find_directory
+from lorax_gen.hub import WITHOUT_WEIGHTS, find_directory
 from lorax_gen.models import int8
 from lorax_gen.models.checkpoint_files import read_params, write_params
 from lorax_gen.models.config_json import read_config, write_config
-from lorax_gen.models.decoder import Params
+from lorax_gen.models.decoder import Params, abstract_params
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
 
@@ -58,6 +58,19 @@ def load_model(
     name = str(name_or_dir) if on_hub else directory.resolve().name
     stop_ids = read_stop_ids(directory, config.vocab_size)
     return Model(config, params, load_tokenizer(directory), stop_ids, name, bos)
+
+
+def load_reader(name_or_dir: str | AnyPath) -> Model:
+    """A model without its weights, which are not downloaded either: its shape and its tokenizer,
+    for whoever only needs to know what it reads.
+
+    Raises UserError as `load_model`.
+    """
+    directory = find_directory(name_or_dir, patterns=WITHOUT_WEIGHTS)
+    config = read_config(directory / "config.json")
+    stop_ids = read_stop_ids(directory, config.vocab_size)
+    name = str(name_or_dir)
+    return Model(config, abstract_params(config), load_tokenizer(directory), stop_ids, name)
 
 
 def save_model(
