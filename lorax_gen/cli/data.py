@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorax_gen.recipes.preview import Preview, Read, Survey
 
 OPEN, CLOSE = ">>>", "<<<"  # around what the loss is on, where there are no colors
+QUESTIONS = 2  # of a prompt that are printed
 NAMES = 20  # of tasks that are listed for a source
 
 
@@ -116,11 +117,13 @@ def show_sample(console: Console, preview: Preview, title: str, read: Read) -> N
         text = preview.cloud.tokenizer.decode(read.prompt, clean_up_tokenization_spaces=False)
         console.print(Text(f"  the cloud reads {len(read.prompt)} tokens", style="dim"))
         console.print(indented(Text(printable(text))))
-    for before, after in read.questions:
+    for before, after in read.questions[:QUESTIONS]:
         total = len(before) + len(after)
         line = f"  the edge reads {total} tokens, the loss is on {len(after)}"
         console.print(Text(line, style="dim"))
         console.print(indented(marked(console, preview.edge.tokenizer, before, after)))
+    if (more := len(read.questions) - QUESTIONS) > 0:
+        console.print(Text(f"  and {more} more questions under this prompt", style="dim"))
     console.print()
 
 
@@ -232,7 +235,12 @@ def show_lengths(console: Console, preview: Preview, drawn: Survey) -> None:
         if lengths:
             found = [*np.percentile(lengths, shares, method="higher"), max(lengths)]
             table.add_row(name, *(f"{int(n):,}" for n in found), f"{limit:,}")
-    console.print(table, "", sep="\n")
+    console.print(table)
+    if drawn.unknown:
+        console.print(
+            f"{drawn.unknown:,} prompts or questions hold a word that their tokenizer does not know"
+        )
+    console.print()
 
 
 COUNTS = {

@@ -107,11 +107,13 @@ def read_batch(batch: Batch) -> Iterator[Read]:
 
 
 class Survey(NamedTuple):
-    """Of drawn batches: how many, and how many tokens each prompt and each question has."""
+    """Of drawn batches: how many, how many tokens each prompt and each question has, and how many
+    of all hold the tokenizer's unknown token."""
 
     batches: int
     prompts: list[int]
     questions: list[int]
+    unknown: int
 
 
 def survey(preview: Preview, batches: int | None = None) -> Survey:
@@ -121,10 +123,15 @@ def survey(preview: Preview, batches: int | None = None) -> Survey:
     read = list(
         itertools.chain.from_iterable(read_batch(preview.batch(step)) for step in range(count))
     )
+    questions = [before + after for one in read for before, after in one.questions]
+    unknown = sum(preview.edge.tokenizer.unk_token_id in ids for ids in questions)
+    if preview.cloud is not None:
+        unknown += sum(preview.cloud.tokenizer.unk_token_id in one.prompt for one in read)
     return Survey(
         count,
         [len(one.prompt) for one in read if one.prompt],
-        [len(before) + len(after) for one in read for before, after in one.questions],
+        [len(question) for question in questions],
+        unknown,
     )
 
 
