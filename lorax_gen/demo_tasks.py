@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from lorax_gen.frames import Frame
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
-from lorax_gen.recipes.lora_gen import LoraGenConfig
 from lorax_gen.recipes.registry import RECIPES, load_config
 from lorax_gen.training.loop import fit
 
@@ -31,18 +31,16 @@ SETS = {"held_out_rows": "rows", "held_out_wordings": "wordings", "held_out_task
 
 
 def run_task_demo(
-    run_dir: AnyPath, questions: int, seed: int, config: LoraGenConfig | None = None
+    run_dir: AnyPath, questions: int, seed: int, steps: int | None = None
 ) -> dict[str, Any]:
     """Trains, specialises, answers and evaluates; see `cli.demo.Demo`. Returns what it writes into
     report.json.
 
-    Args:
-      config: None: the shipped one.
-
     Raises `training.loop.Interrupted` on a signal while it trains; the next call resumes.
     """
-    method, shipped = load_config(CONFIG)
-    config = config or shipped
+    method, config = load_config(CONFIG)
+    if steps is not None:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=steps))
     if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "config.yaml").exists():
         raise UserError(f"{run_dir} exists and is not from this demo; choose another --run-dir")
     console = Console(highlight=False, soft_wrap=True)
@@ -119,4 +117,3 @@ def print_sets(console: Console, report: dict[str, dict[str, Any]]) -> None:
         table.add_row(f"{floor} answer", *(f"{score:.3f}" for score in scores), style="dim")
     table.add_row("rows", *(str(report[name]["n"]) for name in names), style="dim")
     console.print(table)
-

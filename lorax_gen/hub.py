@@ -53,7 +53,9 @@ def find_directory(
         raise UserError(f"no {what} directory at {name}; give one, or a hub name such as org/name")
     try:
         return Path(
-            snapshot_download(str(name), revision=revision, allow_patterns=list(patterns), max_workers=4)
+            snapshot_download(
+                str(name), revision=revision, allow_patterns=list(patterns), max_workers=4
+            )
         )
     except RevisionNotFoundError:
         raise UserError(f"{name} on the hub has no revision {revision!r}") from None

@@ -151,9 +151,7 @@ def indented(text: Text) -> Text:
 
 def printable(text: str) -> str:
     """The text with control characters written out: it may come from anywhere."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text
-    )
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 # --- tables --------------------------------------------------------------------------------------

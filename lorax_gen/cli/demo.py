@@ -13,6 +13,7 @@ import tyro
 from lorax_gen.cli import stop
 from lorax_gen.cli.parse import UserPath
 from lorax_gen.config import Seed, Size
+from lorax_gen.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,14 @@ class Demo:
     """Questions per task."""
     seed: Seed = 0
     """Seed of wordings and questions."""
+    steps: Size | None = None
+    """Training steps of tasks; default those of its config."""
 
     def run(self) -> int:
         if self.what == "tasks":
             return self.run_tasks()
+        if self.steps is not None:
+            raise UserError("--steps is an option of `demo tasks`; the world's demo does not train")
         from lorax_gen.demo import run_demo
 
         run_demo(self.run_dir or Path("runs/demo"), self.questions, self.seed)
@@ -48,8 +53,11 @@ class Demo:
             from lorax_gen.training.loop import Interrupted
 
             try:
-                run_task_demo(self.run_dir or Path("runs/tasks"), self.questions, self.seed)
+                run_dir = self.run_dir or Path("runs/tasks")
+                run_task_demo(run_dir, self.questions, self.seed, self.steps)
             except Interrupted as interrupted:
-                print(f"lorax-gen: {interrupted}; the same command resumes", file=sys.stderr)
+                print(
+                    f"lorax-gen: {interrupted}; the same command resumes the run", file=sys.stderr
+                )
                 return 0 if interrupted.signal == signal.SIGTERM else 128 + signal.SIGINT
         return 0

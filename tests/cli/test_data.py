@@ -78,9 +78,7 @@ def test_tables_count_sources_held_out_rows_and_what_is_missing(call, config):
 
 
 def test_what_is_too_long_is_counted(call, config):
-    code, out, _ = call(
-        "data", config(), "--samples", 0, "--data.prompt-length", 6, "--batches", 3
-    )
+    code, out, _ = call("data", config(), "--samples", 0, "--data.prompt-length", 6, "--batches", 3)
     assert code == 0 and "tokens, in 3 batches of 2 in an epoch" in out
     left = int(cells(out, "shots left out of them")[0])
     assert left == int(cells(out, "prompts too long with all shots")[0]) > 0

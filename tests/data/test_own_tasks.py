@@ -237,9 +237,15 @@ def test_a_thousand_instances_of_natural_instructions_are_a_thousand_samples(tmp
             "messages has the roles user, assistant, user; expected",
         ),
         (
-            COLOR | {"input": None, "messages": [
-                turn("system", "a"), turn("user", "x"), turn("assistant", "y"),
-            ]},
+            COLOR
+            | {
+                "input": None,
+                "messages": [
+                    turn("system", "a"),
+                    turn("user", "x"),
+                    turn("assistant", "y"),
+                ],
+            },
             "instruction and a system turn are both there; keep one",
         ),
     ],
