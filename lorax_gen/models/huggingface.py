@@ -69,7 +69,7 @@ def load_reader(name_or_dir: str | AnyPath) -> Model:
     directory = find_directory(name_or_dir, patterns=WITHOUT_WEIGHTS)
     config = read_config(directory / "config.json")
     stop_ids = read_stop_ids(directory, config.vocab_size)
-    name = str(name_or_dir)
+    name = directory.resolve().name
     return Model(config, abstract_params(config), load_tokenizer(directory), stop_ids, name)
 
 

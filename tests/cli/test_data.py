@@ -1,14 +1,16 @@
 """`lorax-gen data CONFIG`: what training will read, and what it will leave out."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import yaml
 
-from lorax_gen.models.huggingface import load_model, load_reader
+from lorax_gen.models.huggingface import load_model, load_reader, save_model
 from lorax_gen.recipes.preview import open_preview, read_batch, survey
 from lorax_gen.recipes.registry import load_config
+from lorax_gen.tokenizers import SPECIAL, word_level
 from tests.data.rows import write_lines
 
 CONFIG = {
@@ -169,3 +171,16 @@ def test_the_command_alone_is_its_help(call):
     assert code == 0 and "look at it before you train" in out
     code, out, _ = call("data", "own-tasks", "--help")
     assert code == 0 and "--samples" in out and "--data.frame" in out
+
+
+@pytest.mark.parametrize("command", ["data", "train"])
+def test_a_world_config_with_models_that_lack_its_words_is_one_line(refused, tmp_path, command):
+    edge = load_model("world/edge")
+    words = [word for word in edge.tokenizer.get_vocab() if word not in ("gamma", *SPECIAL)]
+    save_model(tmp_path / "other", dataclasses.replace(edge, tokenizer=word_level(words)))
+    message = refused(command, "world", "--edge", tmp_path / "other", "--run.steps", 1)
+    assert message == (
+        "data.kind is world, but the edge model other lacks 1 of the world's 454 words (gamma, "
+        "...); train world/cloud and world/edge on it, and other models on data.kind mixture\n"
+    )
+    assert not (tmp_path / "runs").exists()
