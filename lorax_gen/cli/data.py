@@ -185,8 +185,9 @@ def show_sources(console: Console, preview: Preview) -> None:
         numbers = f"{row.tasks:,}", f"{row.samples:,}", f"{row.weight:g}", f"{row.left_out:,}"
         table.add_row(printable(row.name), *numbers)
     console.print(table)
-    frame = preview.opened.frame
-    console.print(f"frame of rows: {printable(frame.wrap('{input}'))!r}", markup=False)
+    if any(row.rows for row in rows):
+        frame = printable(preview.opened.frame.wrap("{input}"))
+        console.print(f"frame of rows: {frame!r}", markup=False)
     for row in rows:
         if row.rows:
             listed = [f"{name} ({count:,})" for name, count in row.rows.items()]
@@ -221,10 +222,10 @@ def show_lengths(console: Console, preview: Preview, drawn: Survey) -> None:
     import numpy as np
 
     epoch = preview.batches_per_epoch
-    part = f" of {epoch:,} in an epoch" if epoch else ""
+    part = f"; an epoch has {epoch:,}" if epoch else ""
     shares = (50, 90, 99)
     heads = [*("median" if share == 50 else f"{share} %" for share in shares), "longest", "limit"]
-    table = table_of(f"tokens, in {drawn.batches:,} batches{part}", *heads)
+    table = table_of(f"tokens, in {batches_of(drawn)}{part}", *heads)
     data = preview.data
     for name, lengths, limit in (
         ("prompts", drawn.prompts, data.prompt_length),
@@ -241,6 +242,10 @@ def show_lengths(console: Console, preview: Preview, drawn: Survey) -> None:
     console.print()
 
 
+def batches_of(drawn: Survey) -> str:
+    return f"{drawn.batches:,} batch{'es' if drawn.batches > 1 else ''}"
+
+
 COUNTS = {
     "samples": "samples (a prompt with its questions)",
     "shots_missing": "shots that their tasks do not have",
@@ -255,7 +260,7 @@ COUNTS = {
 
 
 def show_counts(console: Console, preview: Preview, drawn: Survey) -> None:
-    table = table_of(f"of these {drawn.batches:,} batches", "count")
+    table = table_of(f"in {batches_of(drawn)}", "count")
     for name, what in COUNTS.items():
         table.add_row(what, f"{preview.mixture.counts[name]:,}")
     console.print(table)

@@ -73,7 +73,7 @@ def test_tables_count_sources_held_out_rows_and_what_is_missing(call, config):
     assert cells(out, "prompts")[-1] == "16"
     assert cells(out, "questions with answers") == ["5"] * 5
     # An epoch of 6 + round(0.5) samples is two batches of 4; the task of one row has no other.
-    assert "tokens, in 2 batches of 2 in an epoch" in out
+    assert "tokens, in 2 batches; an epoch has 2\n" in out
     assert cells(out, "samples (a prompt with its questions)") == ["8"]
     missing = int(cells(out, "shots that their tasks do not have")[0])
     assert missing == int(cells(out, "questions that their tasks do not have")[0]) > 0
@@ -81,7 +81,7 @@ def test_tables_count_sources_held_out_rows_and_what_is_missing(call, config):
 
 def test_what_is_too_long_is_counted(call, config):
     code, out, _ = call("data", config(), "--samples", 0, "--data.prompt-length", 6, "--batches", 3)
-    assert code == 0 and "tokens, in 3 batches of 2 in an epoch" in out
+    assert code == 0 and "tokens, in 3 batches; an epoch has 2\n" in out
     left = int(cells(out, "shots left out of them")[0])
     assert left == int(cells(out, "prompts too long with all shots")[0]) > 0
     assert int(cells(out, "prompts")[-2]) <= 6
