@@ -45,7 +45,7 @@ class Model:
 
     @property
     def is_abstract(self) -> bool:
-        """Whether it has only shapes and no values; where it is planned with, no tokenizer either."""
+        """Whether it has only shapes, no values; for planning there is no tokenizer either."""
         return isinstance(self.params["embed"], jax.ShapeDtypeStruct)
 
     @functools.cached_property
