@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -19,7 +20,8 @@ from lorax_gen.errors import UserError
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Tensors, configs and tokenizers; no other framework's weights and no pickles.
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
+PATTERNS = (*WITHOUT_WEIGHTS, "*.safetensors")
 
 
 # Absolute paths, also those of Windows and of a home directory, and URLs.
@@ -53,12 +55,18 @@ def is_hub_name(name: str) -> bool:
 
 
 def find_directory(
-    name: str | files.AnyPath, what: str = "model", revision: str | None = None
+    name: str | files.AnyPath,
+    what: str = "model",
+    revision: str | None = None,
+    patterns: Sequence[str] = PATTERNS,
 ) -> Path:
     """The local directory of a name; `what` it holds is for messages.
 
     Tried in this order: a directory, copied from its store if it is in one; a shipped one; the hub,
     downloaded and cached (`$HF_HOME`, `$HF_TOKEN` and `$HF_HUB_OFFLINE` as in huggingface_hub).
+
+    Args:
+      patterns: of the files that are needed, where they must be copied or downloaded.
 
     Raises UserError if there is none, the hub refuses or cannot be reached, or a `revision` is
     given for what is not on the hub.
@@ -69,14 +77,16 @@ def find_directory(
     if found.is_dir() and revision is not None:
         raise UserError(f"{name} is a directory; a revision ({revision}) is of a {what} on the hub")
     if found.is_dir():
-        return files.local_copy(found, PATTERNS)
+        return files.local_copy(found, patterns)
     if found.exists():
         raise UserError(f"{name} is a file; expected a {what} directory")
     if not HUB_NAME.fullmatch(str(name)):
         raise UserError(f"no {what} directory at {name}; give one, or a hub name such as org/name")
     try:
         return Path(
-            snapshot_download(str(name), revision=revision, allow_patterns=PATTERNS, max_workers=4)
+            snapshot_download(
+                str(name), revision=revision, allow_patterns=list(patterns), max_workers=4
+            )
         )
     except RevisionNotFoundError:
         raise UserError(f"{name} on the hub has no revision {revision!r}") from None

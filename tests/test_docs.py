@@ -38,8 +38,10 @@ REASONS = (
 # Commands run as they are written, but for the sizes that the test adds.
 SMALLER = {
     "demo": {"--questions": "1"},
+    "demo tasks": {"--questions": "1", "--steps": "2"},
     "evaluate": {"--questions": "1"},
     "train": {"--run.steps": "2", "--data.families": "clock"},
+    "train own-tasks": {"--run.steps": "2"},
 }
 
 
@@ -95,7 +97,8 @@ def run_command(line: str) -> int:
     words = words[1:]
     given = {word.partition("=")[0] for word in words}
     own = words[0] == "train" and Path(words[1]).is_file()  # its sizes are in the file
-    for option, size in SMALLER.get(words[0], {}).items():
+    sizes = SMALLER.get(" ".join(words[:2])) or SMALLER.get(words[0], {})
+    for option, size in sizes.items():
         words += [] if own or option in given else [option, size]
     try:
         cli.main(words)

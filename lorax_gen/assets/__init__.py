@@ -1,4 +1,4 @@
-"""Models shipped with the package: the world's cloud and edge LM, their generator and LoRA."""
+"""Shipped with the package: the world's cloud and edge LM, their generator and LoRA, and tasks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ ASSETS = Path(__file__).parent
 
 
 def resolve(name: str | files.AnyPath) -> files.AnyPath:
-    """The path as given, or if it does not exist that of a shipped model such as `world/cloud`."""
+    """The path as given, or if it does not exist that of what is shipped: a model such as
+    `world/cloud`, or the tasks `world/tasks.jsonl`."""
     path, shipped = files.to_path(name), ASSETS / str(name)
-    return shipped if shipped.is_dir() and not path.exists() else path
+    return shipped if shipped.exists() and not path.exists() else path

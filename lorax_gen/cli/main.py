@@ -17,6 +17,7 @@ import tyro
 
 from lorax_gen import __version__, files
 from lorax_gen.cli import (
+    data,
     demo,
     evaluate,
     export,
@@ -33,6 +34,7 @@ from lorax_gen.prompts import check_text
 
 COMMANDS = {
     "demo": demo.Demo,
+    "data": data.Data,
     "train": train.Train,
     "plan": plan.Plan,
     "specialize": specialize.Specialize,
@@ -44,7 +46,7 @@ COMMANDS = {
 }
 # Commands whose options depend on the config that is their first argument.
 PASSED_ON: dict[str, Callable[[str, list[str]], int]]
-PASSED_ON = {"train": train.run_config, "plan": plan.run_config}
+PASSED_ON = {"data": data.run_config, "train": train.run_config, "plan": plan.run_config}
 
 ABOUT = """LoRA-Gen in JAX: specialise a small language model from a task's prompt.
 
@@ -92,7 +94,7 @@ def run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"lorax-gen {__version__}")
         return 0
-    if not arguments or arguments in (["train"], ["plan"]):
+    if not arguments or arguments in ([name] for name in PASSED_ON):
         arguments = [*arguments, "--help"]
     name, *rest = arguments
     if name in PASSED_ON and not rest[0].startswith("-"):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from lorax_gen.assets import ASSETS, resolve
 from lorax_gen.config import Count, Seed, Size, check
 from lorax_gen.data.agent import AgentSource, load_agent
 from lorax_gen.data.benchmarks import BENCHMARKS, find_benchmark, load_questions
@@ -149,7 +150,7 @@ class MixtureConfig:
                     held.setdefault(f"held_out_{kind}", []).extend(own)
             sources.append(source)
         for name in filter(is_row_file, self.evaluate_on):
-            path = to_path(name)
+            path = resolve(name)
             held[path.name.partition(".")[0]] = load_row_tasks(path, self.columns)[0]
         for source in sources:
             if held and isinstance(source, RowSource | NaturalSource):
@@ -184,7 +185,11 @@ class MixtureConfig:
 
     def unseen_texts(self) -> list[str]:
         """Texts of the unseen benchmarks. They are loaded from the hub where there is no directory;
-        where nothing else is, and it cannot be reached, the guard has their names only."""
+        where nothing else is, and it cannot be reached, the guard has their names only. Shipped
+        tasks hold none of them."""
+        paths = [resolve(split_weight(entry)[0]) for entry in self.sources]
+        if all(ASSETS in path.parents for path in paths):
+            return []
         try:
             return unseen_texts(self.root)
         except UserError:
@@ -257,7 +262,7 @@ def open_source(
             raise UserError("natural_instructions: set data.directory to its archive or folder")
         tasks = load_tasks(_find(directory, name, ARCHIVES, folders=True), leave_out=leave_out)
         return NaturalSource(tasks, per_task, frame=frame)
-    path = to_path(name)
+    path = resolve(name)
     refuse_name(path.name)
     if path.is_dir() or (path.is_file() and name.endswith(ARCHIVES)):
         tasks = load_tasks(path, leave_out=leave_out)

@@ -112,11 +112,7 @@ class Mixture:
         Row b of the questions belongs to prompt b // Q. At least two prompts are of different
         tasks. Without a model that reads prompts there are `tokens` and `answer` alone.
         """
-        first = step * self.prompts
-        samples = [self._sample(first + i) for i in range(self.prompts)]
-        if self.cloud is not None and len({sample.task for sample in samples}) < 2:
-            samples[-1] = self._of_another_task(samples[-1].task, first + self.prompts - 1)
-        self.counts["samples"] += self.prompts
+        samples = self.samples(step)
         rows, starts = zip(*(row for sample in samples for row in sample.rows), strict=True)
         questions = answer_batch(
             rows,
@@ -135,6 +131,15 @@ class Mixture:
             "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
             **questions,
         }
+
+    def samples(self, step: int) -> list[Sample]:
+        """The samples of a step's batch, one for each prompt."""
+        first = step * self.prompts
+        samples = [self._sample(first + i) for i in range(self.prompts)]
+        if self.cloud is not None and len({sample.task for sample in samples}) < 2:
+            samples[-1] = self._of_another_task(samples[-1].task, first + self.prompts - 1)
+        self.counts["samples"] += self.prompts
+        return samples
 
     def summary(self) -> str:
         """One line of what was drawn, shortened, dropped and replaced."""

@@ -132,9 +132,10 @@ def parse_item(
     if len(forms) > 1:
         raise UserError(f"{' and '.join(forms)} are both there; keep one")
     if "messages" in given or isinstance(given.get("prompt"), list):
-        given |= from_turns(given)
+        given |= from_turns(given, named)
     elif "prompt" in given:
         given |= {"input": given["prompt"], "output": field_of(given, "completion", named)}
+        named = {**named, "input": named["prompt"], "output": named["completion"]}
     elif "input" not in given and "instruction" not in given:
         wanted = [named[name] for name in ("instruction", "messages", "prompt")]
         raise UserError(
@@ -211,17 +212,19 @@ def answers_of(given: Row, named: Mapping[str, str]) -> tuple[tuple[str, ...], t
     return choices, (correct,)
 
 
-def from_turns(given: Row) -> Row:
+def from_turns(given: Row, named: Mapping[str, str]) -> Row:
     """Instruction, input and output of chat turns."""
-    turns = given.get("messages")
-    if turns is None:
-        turns = given["prompt"] + (given.get("completion") or [])
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"messages should be a list of turns, not {turns!r}")
+    fields, turns = ("messages",) if "messages" in given else ("prompt", "completion"), []
+    for field in fields:
+        own = field_of(given, field, named)
+        if not isinstance(own, list) or not all(isinstance(turn, dict) for turn in own):
+            raise UserError(f"{named[field]} should be a list of turns, not {own!r}")
+        turns += own
+    column = " and ".join(named[field] for field in fields)
     roles = [turn.get("role") for turn in turns]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise UserError(
-            f"messages has the roles {', '.join(map(str, roles))}; expected user and assistant, "
+            f"{column} has the roles {', '.join(map(str, roles))}; expected user and assistant, "
             "with or without a system turn before them"
         )
     texts = [turn.get("content") for turn in turns]

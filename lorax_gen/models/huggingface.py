@@ -19,11 +19,11 @@ from msgspec import Meta
 from lorax_gen import documents, files
 from lorax_gen.files import AnyPath
 from lorax_gen.frames import PLAIN, Frame, read_frame
-from lorax_gen.hub import find_directory, public_name
+from lorax_gen.hub import WITHOUT_WEIGHTS, find_directory, public_name
 from lorax_gen.models import int8
 from lorax_gen.models.checkpoint_files import read_params, write_params
 from lorax_gen.models.config_json import read_config, write_config
-from lorax_gen.models.decoder import Params
+from lorax_gen.models.decoder import Params, abstract_params
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
 
@@ -60,6 +60,19 @@ def load_model(
     name, stop_ids = public_name(name_or_dir), read_stop_ids(directory, config.vocab_size)
     frame = stored_frame(directory)
     return Model(config, params, load_tokenizer(directory), stop_ids, name, bos, frame)
+
+
+def load_reader(name_or_dir: str | AnyPath) -> Model:
+    """A model without its weights, which are not downloaded either: its shape and its tokenizer,
+    for whoever only needs to know what it reads.
+
+    Raises UserError as `load_model`.
+    """
+    directory = find_directory(name_or_dir, patterns=WITHOUT_WEIGHTS)
+    config = read_config(directory / "config.json")
+    stop_ids = read_stop_ids(directory, config.vocab_size)
+    tokenizer, name = load_tokenizer(directory), public_name(name_or_dir)
+    return Model(config, abstract_params(config), tokenizer, stop_ids, name)
 
 
 def save_model(

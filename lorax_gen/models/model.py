@@ -49,7 +49,7 @@ class Model:
 
     @property
     def is_abstract(self) -> bool:
-        """Whether it has only shapes, for planning: no values and no tokenizer."""
+        """Whether it has only shapes, no values; for planning there is no tokenizer either."""
         return isinstance(self.params["embed"], jax.ShapeDtypeStruct)
 
     @functools.cached_property

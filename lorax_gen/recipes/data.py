@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lorax_gen.data.config import MixtureConfig, WorldConfig
 from lorax_gen.data.tokens import Batch, Encoder
 from lorax_gen.data.unseen import without_texts
+from lorax_gen.data.world import vocabulary
 from lorax_gen.data.world_batches import generator_batch, tuning_batch
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.world import WorldQuiz
@@ -49,12 +50,7 @@ def open_data(
     when it is used.
     """
     data, prompted = config.data, reader is not None
-    check_positions("data.question_length", data.question_length, edge.config, "the edge model")
-    if reader is not None:
-        meta = edge.config.num_hidden_layers
-        longest = data.prompt_length
-        check_positions("data.prompt_length", longest, reader.config, "the cloud model", meta)
-    needs_end_of_text(edge, "edge", "training puts it after each answer")
+    check_models(data, edge, reader)
     shapes = batch_shapes(data, samples, queries, prompted)
     if edge.is_abstract:
         return Data(shapes, closed, closed)
@@ -71,6 +67,31 @@ def open_data(
     mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
     evaluate = mixture_metrics(data, opened, over, data.evaluate_shots if prompted else 0)
     return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts, opened.frame)
+
+
+def check_models(
+    data: WorldConfig | MixtureConfig, edge: Model, reader: Model | None = None
+) -> None:
+    """Raises UserError where the models cannot read rows of the config's lengths when they are
+    used, an end of text is missing, or the data are a world whose words they do not have."""
+    check_positions("data.question_length", data.question_length, edge.config, "the edge model")
+    if reader is not None:
+        meta = edge.config.num_hidden_layers
+        longest = data.prompt_length
+        check_positions("data.prompt_length", longest, reader.config, "the cloud model", meta)
+    needs_end_of_text(edge, "edge", "training puts it after each answer")
+    if isinstance(data, WorldConfig):
+        words = set(vocabulary(data.world()))
+        for role, model in (("edge", edge), ("cloud", reader)):
+            known = (
+                words if model is None or model.tokenizer is None else model.tokenizer.get_vocab()
+            )
+            if missing := sorted(words.difference(known)):
+                raise UserError(
+                    f"data.kind is world, but the {role} model {model.name} lacks {len(missing):,} "
+                    f"of the world's {len(words):,} words ({', '.join(missing[:3])}, ...); train "
+                    "world/cloud and world/edge on it, and other models on data.kind mixture"
+                )
 
 
 def check_positions(
@@ -90,7 +111,7 @@ def check_positions(
 
 def needs_end_of_text(model: Model, role: str, why: str) -> None:
     """Raises UserError where the tokenizer of a model has no end of text."""
-    if not model.is_abstract and model.tokenizer.eos_token_id is None:
+    if model.tokenizer is not None and model.tokenizer.eos_token_id is None:
         raise UserError(
             f"the {role} model's tokenizer has no end of text, and {why}; set eos_token in its "
             "tokenizer_config.json"

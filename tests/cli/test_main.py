@@ -68,7 +68,15 @@ def test_the_version_is_that_of_the_package(call):
         (["demo", "--seed", "x"], "--seed: invalid literal for int() with base 10: 'x'"),
         (["demo", "--sed", "3"], "unrecognized options: --sed, 3; did you mean --seed?"),
         (["demo", "--sed", "3", "--queston", "3"], "did you mean --questions and --seed?"),
-        (["demo", "x" * 200], f"unrecognized options: {'x' * 200}; see lorax-gen demo --help"),
+        (
+            ["demo", "x" * 200],
+            f"invalid choice '{'x' * 200}' for argument 'what'. Expected one of ('world', "
+            "'tasks'); see lorax-gen demo --help",
+        ),
+        (
+            ["demo", "tasks", "x" * 200],
+            f"unrecognized options: {'x' * 200}; see lorax-gen demo --help",
+        ),
         (["generate", "--top-k"], "missing value for argument '--top-k'"),
         (["train", "--run-dir", "x"], "missing from lorax-gen train: CONFIG"),
         (

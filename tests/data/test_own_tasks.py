@@ -1,6 +1,8 @@
 """Rows of one's own become tasks, whatever form they have, and samples that repeat no row."""
 
+import gzip
 import json
+import tarfile
 
 import numpy as np
 import pyarrow
@@ -100,14 +102,83 @@ def test_a_row_given_twice_is_one_and_rows_without_an_answer_are_counted(tmp_pat
     assert (task.items, left_out) == (GREEN, 1)
 
 
-def test_lines_lists_and_parquet_hold_the_same(tmp_path):
-    rows = [COLOR | {"input": f"thing {i}"} for i in range(1000)]
-    lines = load(tmp_path, *rows)
-    (tmp_path / "mine.json").write_text(json.dumps(rows))
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "mine.parquet")
-    for name in ("mine.json", "mine.parquet"):
-        assert load_row_tasks(tmp_path / name)[0] == lines
-    assert [len(task.items) for task in lines] == [1000]
+# --- a thousand rows of each form, in each kind of file ------------------------------------------
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+FORMS = {
+    "input and output": lambda task, text, out: {
+        "instruction": task, "input": text, "output": out,
+    },
+    "choices": lambda task, text, out: {
+        "instruction": task, "input": text, "choices": ["no", out], "answer": 1,
+    },
+    "messages": lambda task, text, out: {
+        "messages": [turn("system", task), turn("user", text), turn("assistant", out)],
+    },
+    "prompt and completion": lambda task, text, out: {
+        "instruction": task, "prompt": text, "completion": out,
+    },
+    "turns of prompt and completion": lambda task, text, out: {
+        "prompt": [turn("system", task), turn("user", text)],
+        "completion": [turn("assistant", out)],
+    },
+}  # fmt: skip
+WRITERS = {
+    "jsonl": lambda path, rows: write_lines(path, rows),
+    "jsonl.gz": lambda path, rows: path.write_bytes(
+        gzip.compress("".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    ),
+    "json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
+    "parquet": lambda path, rows: parquet.write_table(pyarrow.Table.from_pylist(rows), path),
+}
+THOUSAND = [(f"Task {i % 10}.", f"input {i}", f"output {i % 7}") for i in range(1000)]
+
+
+def drawn(source):
+    """Every sample's instruction, input and output, drawn once."""
+    episodes = [source.episode(i, rng(i), shots=2, queries=3) for i in range(len(source))]
+    assert all(len(e.shots) == 2 and len(e.questions) == 3 for e in episodes)
+    return sorted((e.instruction, *e.questions[0]) for e in episodes)
+
+
+@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_thousand_rows_in_are_a_thousand_samples(tmp_path, form, file):
+    path = tmp_path / f"mine.{file}"
+    WRITERS[file](path, [FORMS[form](*row) for row in THOUSAND])
+    [source] = MixtureConfig(sources=(str(path),), frame="plain").open(None).sources
+    assert (len(source), source.tasks, source.left_out) == (1000, 10, 0)
+    assert drawn(source) == sorted((task, text, f" {out}") for task, text, out in THOUSAND)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_thousand_instances_of_natural_instructions_are_a_thousand_samples(tmp_path, packed):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in sorted({task for task, _, _ in THOUSAND}):
+        own = [row for row in THOUSAND if row[0] == name]
+        task = {
+            "Definition": [name],
+            "Positive Examples": [{"input": f"shot {i}", "output": "x"} for i in range(2)],
+            "Instances": [{"input": text, "output": [out]} for _, text, out in own],
+        }
+        (folder / f"{name.replace(' ', '-')}json").write_text(json.dumps(task))
+    path = folder
+    if packed:
+        path = tmp_path / "mine.tar.gz"
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(folder, "mine")
+    [source] = MixtureConfig(sources=(str(path),), frame="plain").open(None).sources
+    assert (len(source), source.tasks, source.left_out) == (1000, 10, 0)
+    assert drawn(source) == sorted((task, text, f" {out}") for task, text, out in THOUSAND)
+
+
+# --- malformed rows ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,12 +224,53 @@ def test_lines_lists_and_parquet_hold_the_same(tmp_path):
             COLOR | {"choices": ["green", "red"], "answer": 1},
             "output is not the choice that answer",
         ),
+        ({"prompt": [turn("user", "x")]}, "no column 'completion'"),
+        ({"prompt": [turn("user", "x")], "completion": "y"}, "completion should be a list of"),
+        ({"prompt": "x", "completion": [turn("assistant", "y")]}, "completion should be a string"),
+        ({"prompt": ["x"], "completion": [turn("assistant", "y")]}, "prompt should be a list of"),
+        (
+            {"prompt": [turn("system", "x")], "completion": [turn("assistant", "y")]},
+            "prompt and completion has the roles system, assistant; expected",
+        ),
+        (
+            {"messages": [turn("user", "x"), turn("assistant", "y"), turn("user", "z")]},
+            "messages has the roles user, assistant, user; expected",
+        ),
+        (
+            COLOR
+            | {
+                "input": None,
+                "messages": [
+                    turn("system", "a"),
+                    turn("user", "x"),
+                    turn("assistant", "y"),
+                ],
+            },
+            "instruction and a system turn are both there; keep one",
+        ),
     ],
 )
 def test_a_malformed_row_is_refused_with_file_line_and_column(tmp_path, row, message):
-    with pytest.raises(UserError) as error:
-        load(tmp_path, COLOR, row)
-    assert f"mine.jsonl, line 2: {message}" in str(error.value)
+    for file, location in (("jsonl", "line"), ("json", "item")):
+        path = tmp_path / f"mine.{file}"
+        WRITERS[file](path, [COLOR, row])
+        with pytest.raises(UserError) as error:
+            load_row_tasks(path)
+        assert f"mine.{file}, {location} 2: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["{", '{"a": 1} {}', '["instruction"]', "3", '{"input": NaN}'])
+def test_a_line_that_is_no_object_is_refused_with_file_and_line(tmp_path, line):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{json.dumps(COLOR)}\n\n{line}\n")
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 3\b"):
+        load_row_tasks(path)
+
+
+def test_a_malformed_row_of_a_parquet_file_is_refused_with_its_number(tmp_path):
+    WRITERS["parquet"](tmp_path / "mine.parquet", [COLOR | {"n": 1}, {"output": "green", "n": 2}])
+    with pytest.raises(UserError, match=r"mine\.parquet, row 2: no column instruction, messages"):
+        load_row_tasks(tmp_path / "mine.parquet")
 
 
 @pytest.mark.parametrize("entry", ["input", "inputs=x", "=x", "input="])

@@ -1,0 +1,181 @@
+"""What the models of a run will read: its batches, drawn as training draws them, but without the
+models' weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from lorax_gen.data.config import MixtureConfig, Opened, WorldConfig, split_weight
+from lorax_gen.data.instructions import NaturalSource
+from lorax_gen.data.mixture import Mixture
+from lorax_gen.data.own_tasks import RowSource, RowTask
+from lorax_gen.data.sources import Source
+from lorax_gen.data.tokens import Batch, Encoder
+from lorax_gen.errors import UserError
+from lorax_gen.models.huggingface import load_reader
+from lorax_gen.models.model import Model
+from lorax_gen.recipes.base import EdgeConfig, RecipeConfig
+from lorax_gen.recipes.data import check_models, warn_without_texts, world_batches
+from lorax_gen.recipes.lora_gen import LoraGenConfig
+
+MOST_BATCHES = 100  # of an epoch that is surveyed
+
+
+class Preview(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      cloud: the encoder of the model that reads prompts; None: the recipe has none.
+      batch: the batch of a step, as in training.
+      mixture, opened: None where the data are the embedded world.
+    """
+
+    data: WorldConfig | MixtureConfig
+    cloud: Encoder | None
+    edge: Encoder
+    batch: Callable[[int], Batch]
+    mixture: Mixture | None = None
+    opened: Opened | None = None
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """None where there are no epochs."""
+        if self.mixture is None:
+            return None
+        return -(-self.mixture.samples_per_epoch // self.mixture.prompts)
+
+
+class Read(NamedTuple):
+    """A prompt and the questions under it, as token ids.
+
+    Attributes:
+      questions: of each, what comes before the tokens with a loss, and these.
+    """
+
+    prompt: list[int]
+    questions: list[tuple[list[int], list[int]]]
+
+
+def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reader) -> Preview:
+    """Opens the data of a config.
+
+    Raises UserError as `recipes.data.open_data`, and where the recipe has no `data`.
+    """
+    if not isinstance(config, EdgeConfig):
+        raise UserError(
+            "method pretrain makes its documents from the embedded world and has no data; name a "
+            "config of lora_gen or lora"
+        )
+    prompted = isinstance(config, LoraGenConfig)
+    edge = load(config.edge)
+    cloud = load(config.cloud) if prompted else None
+    check_models(config.data, edge, cloud)
+    data, to_edge = config.data, Encoder.of(edge)
+    to_cloud = None if cloud is None else Encoder.of(cloud)
+    options = {"seed": config.run.seed, "answer_length": config.answer_length}
+    if isinstance(config, LoraGenConfig):
+        options |= {"prompts": config.prompts, "queries": config.queries_per_prompt}
+        options |= {"full_sequence": config.loss == "sequence"}
+    else:
+        options |= {"prompts": config.batch_size, "queries": 1}
+    if isinstance(data, WorldConfig):
+        return Preview(data, to_cloud, to_edge, world_batches(data, to_cloud, to_edge, **options))
+    warn_without_texts(data.root)
+    opened = data.open(edge.tokenizer)
+    mixture = data.mixture(to_cloud, to_edge, opened=opened, **options)
+    return Preview(data, to_cloud, to_edge, mixture.batch, mixture, opened)
+
+
+def read_batch(batch: Batch) -> Iterator[Read]:
+    """What is read for each prompt of a batch; without prompts, for each question. Rows that stand
+    for a missing question are left out."""
+    prompts = len(batch["prompt"]) if "prompt" in batch else len(batch["tokens"])
+    for i in range(prompts):
+        prompt = batch["prompt"][i, : batch["prompt_lengths"][i]] if "prompt" in batch else []
+        rows = slice(i * len(batch["tokens"]) // prompts, (i + 1) * len(batch["tokens"]) // prompts)
+        questions = []
+        for tokens, marked in zip(batch["tokens"][rows], batch["answer"][rows], strict=True):
+            loss = np.flatnonzero(marked)
+            if len(loss) and loss[-1]:
+                first, end = int(loss[0]), int(loss[-1]) + 1
+                questions.append((tokens[:first].tolist(), tokens[first:end].tolist()))
+        yield Read(list(map(int, prompt)), questions)
+
+
+class Survey(NamedTuple):
+    """Of drawn batches: how many, how many tokens each prompt and each question has, and how many
+    of all hold the tokenizer's unknown token."""
+
+    batches: int
+    prompts: list[int]
+    questions: list[int]
+    unknown: int
+
+
+def survey(preview: Preview, batches: int | None = None) -> Survey:
+    """Draws the first batches; None: of one epoch, at most `MOST_BATCHES`. `mixture.counts` has
+    what was left out of them."""
+    count = batches or min(preview.batches_per_epoch or MOST_BATCHES, MOST_BATCHES)
+    read = list(
+        itertools.chain.from_iterable(read_batch(preview.batch(step)) for step in range(count))
+    )
+    questions = [before + after for one in read for before, after in one.questions]
+    unknown = sum(preview.edge.tokenizer.unk_token_id in ids for ids in questions)
+    if preview.cloud is not None:
+        unknown += sum(preview.cloud.tokenizer.unk_token_id in one.prompt for one in read)
+    return Survey(
+        count,
+        [len(one.prompt) for one in read if one.prompt],
+        [len(question) for question in questions],
+        unknown,
+    )
+
+
+class SourceRow(NamedTuple):
+    """A source, in numbers; `rows` and `wordings` of each task, where its tasks are known."""
+
+    name: str
+    weight: float
+    samples: int
+    tasks: int
+    left_out: int
+    rows: dict[str, int]
+
+
+def source_rows(preview: Preview) -> list[SourceRow]:
+    """The sources of a mixture. `left_out` counts rows without an input or an output."""
+    weights = [weight for _, weight in map(split_weight, preview.data.sources)]
+    return [
+        SourceRow(
+            source.name,
+            weight,
+            len(source),
+            source.tasks,
+            getattr(source, "left_out", 0),
+            rows_of_tasks(source),
+        )
+        for source, weight in zip(preview.opened.sources, weights, strict=True)
+    ]
+
+
+def rows_of_tasks(source: Source) -> dict[str, int]:
+    """The number of rows of each task by its name; empty where tasks have no names."""
+    if isinstance(source, RowSource):
+        return {task.name: len(task.items) for task in source.row_tasks}
+    found: dict[str, int] = {}
+    for task, _ in source.samples if isinstance(source, NaturalSource) else ():
+        found[task.name] = found.get(task.name, 0) + 1
+    return found
+
+
+def held_numbers(tasks: list[RowTask]) -> tuple[int, int, int]:
+    """How many tasks, wordings and rows are held out."""
+    return (
+        len(tasks),
+        sum(len(task.instructions) for task in tasks),
+        sum(len(task.items) for task in tasks),
+    )
