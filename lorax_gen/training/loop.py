@@ -22,7 +22,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ from lorax_gen.training.metrics import (
 )
 from lorax_gen.training.run import RunConfig
 from lorax_gen.training.run_dir import claimed, without_paths
-from lorax_gen.training.signals import Interrupted, stop_signals
+from lorax_gen.training.signals import Interrupted, StopSignal, stop_signals
 from lorax_gen.training.state import State
 
 
@@ -66,10 +66,12 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
     Raises:
       UserError: the directory holds another run, is not writable or has too little space, or
         the loss is not finite.
-      Interrupted: on SIGINT or SIGTERM, after the state was saved.
+      Interrupted: on SIGINT or SIGTERM, after the state was saved; it is saved before an
+        evaluation, which is cut off after a batch and made up for when the run resumes. Several
+        processes finish an evaluation that has begun.
     """
     check_processes(experiment, config)
-    with ExitStack() as claims, stop_signals() as stopped:
+    with ExitStack() as claims, stop_signals() as stop:
         hosts.on_first(lambda: claims.enter_context(claimed(run_dir, config)))
         if not all(hosts.each((run_dir / "config.yaml").exists())):
             raise UserError(
@@ -77,14 +79,14 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
             )
         released = run_dir / "released"
         if not hosts.from_first(files.is_complete_directory(released)):
-            result, log = train_in(run_dir, experiment, stopped)
+            result, log = train_in(run_dir, experiment, stop)
             # A signal that comes from here on does not keep the release from being finished.
             hosts.on_first(lambda: release(experiment, result, log, released, config))
     return released
 
 
 def train_in(
-    run_dir: AnyPath, experiment: Experiment, stopped: list[int]
+    run_dir: AnyPath, experiment: Experiment, stop: StopSignal
 ) -> tuple[State, MetricsLog]:
     """Trains to the end; returns the part of the state that is released, and the log."""
     run, mesh, mode = experiment.run, experiment.mesh, experiment.mode
@@ -100,7 +102,7 @@ def train_in(
                 for step, evaluation in log.evaluations.items():
                     if run.best in evaluation:
                         checkpoints.note(step, evaluation)
-                state = train(experiment, state, train_step, checkpoints, log, stopped)
+                state = train(experiment, state, train_step, checkpoints, log, stop)
         return gather_state(state), log
 
 
@@ -123,12 +125,14 @@ def train(
     train_step: Callable,
     checkpoints: Checkpoints,
     log: MetricsLog,
-    stopped: list[int],
+    stop: StopSignal,
 ) -> State:
     """Trains from the step of `state` to the last: logs, evaluates, saves.
 
     Args:
-      stopped: gets the number of a signal on which the run stops after the current step.
+      stop: the signal on which the run stops: after the current step, or in an evaluation after
+        the current batch. Several processes agree on that by a vote before each step and each
+        evaluation; in an evaluation they all go on to its end.
     """
     run, start, run_dir = experiment.run, int(state["step"]), log.path.parent
     mesh = experiment.mesh
@@ -163,41 +167,44 @@ def train(
         when it resumes."""
         if not due(run, step) or hosts.from_first(step in log.evaluations):
             return
-        if stop := int(hosts.vote(max(stopped, default=0), mesh)):
-            raise Interrupted(f"stopped at step {step} of {run.steps}, state saved", stop)
-        evaluation = hosts.from_first(experiment.evaluate(gather_state(state)))
+        stopped = f"stopped at step {step} of {run.steps}, state saved"
+        if number := int(hosts.vote(stop.number, mesh)):
+            raise Interrupted(stopped, number)
+        with nullcontext() if hosts.several() else stop.interrupts(stopped):
+            evaluation = experiment.evaluate(gather_state(state))
+        evaluation = hosts.from_first(evaluation)
         log.write(step, evaluation)
         log.flush()
         checkpoints.note(step, evaluation)
         clock.restart(step)
 
     with bar, profiler:
-        if start < run.steps and (stop := int(hosts.vote(max(stopped, default=0), mesh))):
-            raise Interrupted(f"stopped at step {start} of {run.steps}", stop)  # nothing is lost
+        if start < run.steps and (number := int(hosts.vote(stop.number, mesh))):
+            raise Interrupted(f"stopped at step {start} of {run.steps}", number)  # nothing is lost
         clock.restart(start)
         for step in range(start, run.steps):
             evaluate(step)
             done, last = step + 1, step + 1 == run.steps
             batch = experiment.batch(step)
-            stop = hosts.vote(max(stopped, default=0), mesh)
+            vote = hosts.vote(stop.number, mesh)
             profiler.before(done, state)
             state, metrics = train_step(state, frozen, batch)
             bar.update()
             write_pending()  # of the previous step, while the device computes this one
             clock.count(batch)
             profiler.after(done, state)
-            stop, evaluating = int(stop), due(run, done)
+            number, evaluating = int(vote), due(run, done)
             if done % run.log_every == 0 or last:
                 more = {"learning_rate": schedule(step), **device_memory()}
                 more |= {f"data/{name}": count for name, count in experiment.counts().items()}
                 pending = (done, {**metrics, **more})
-            if evaluating or stop or done % run.checkpoint_every == 0:
+            if evaluating or number or done % run.checkpoint_every == 0:
                 write_pending()
                 log.flush()  # rows must be on disk before the checkpoint that follows them
             # Before an evaluation, which may outlast the notice period of a preempted machine.
-            checkpoints.save(done, state, force=evaluating or bool(stop), wait=bool(stop))
-            if stop:
-                raise Interrupted(f"stopped at step {done} of {run.steps}, state saved", stop)
+            checkpoints.save(done, state, force=evaluating or bool(number), wait=bool(number))
+            if number:
+                raise Interrupted(f"stopped at step {done} of {run.steps}, state saved", number)
         evaluate(run.steps)
     return state
 

@@ -1,5 +1,6 @@
 """A run is what its config says, however often it is stopped: same weights, same metrics."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -480,6 +481,48 @@ def test_a_stop_in_front_of_an_evaluation_does_not_wait_for_it(tmp_path):
     assert begun == []
     fit(experiment, tmp_path / "run", {})
     assert begun == [2, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_an_evaluation_ends_it_within_a_batch(tmp_path, number):
+    run = RunConfig(steps=4, log_every=1, evaluate_every=2, checkpoint_every=100)
+    made, batches, asked, shots = linear_experiment(run), [], [], [2]
+    score = jax.jit(lambda w: abs(w - 1).max())
+
+    def evaluate(state):
+        for batch in range(5):
+            if batch in shots:
+                shots.remove(batch)
+                os.kill(os.getpid(), number)
+            with contextlib.suppress(Exception):  # as a library may
+                batches.append((int(state["step"]), batch))
+                error = float(score(state["params"]["w"]))
+        return {"error": error}
+
+    def batch(step):
+        asked.append(step)
+        return made.batch(step)
+
+    experiment = dataclasses.replace(made, evaluate=evaluate, batch=batch)
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped at step 2 of 4, state saved") as stop:
+        fit(experiment, tmp_path / "run", {})
+    assert stop.value.signal == number and signal.getsignal(number) is handler
+    assert batches == [(2, 0), (2, 1)]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    fit(experiment, tmp_path / "run", {})
+    assert batches[2:] == [(step, batch) for step in (2, 4) for batch in range(5)]
+    assert asked == [0, 1, 2, 3]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_key_that_is_pressed_where_we_do_not_handle_it_is_not_taken_for_a_stop(tmp_path):
+    def evaluate(state):
+        raise KeyboardInterrupt
+
+    made = linear_experiment(RunConfig(steps=2))
+    with pytest.raises(KeyboardInterrupt):
+        fit(dataclasses.replace(made, evaluate=evaluate), tmp_path / "run", {})
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
