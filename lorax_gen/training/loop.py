@@ -6,6 +6,7 @@ A run directory holds
     metrics.jsonl      one JSON object per line: training metrics, and evaluations
     checkpoints/       orbax checkpoints
     released/          the trained artifact and its metrics, written when the run is complete
+    released-STEPS/    the same, of a run that was extended after it had been released
     tensorboard/, profile/    on request
 
 It may be in a store (see `files`). There metrics.jsonl and tensorboard/ are uploaded before
@@ -26,6 +27,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -45,7 +47,7 @@ from lorax_gen.training.metrics import (
     use_compilation_cache,
 )
 from lorax_gen.training.run import RunConfig
-from lorax_gen.training.run_dir import claimed, without_paths
+from lorax_gen.training.run_dir import claimed, planned_steps, release_of, without_paths
 from lorax_gen.training.signals import Interrupted, StopSignal, stop_signals
 from lorax_gen.training.state import State
 
@@ -64,31 +66,34 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
       the directory of the released artifact.
 
     Raises:
-      UserError: the directory holds another run, is not writable or has too little space, or
-        the loss is not finite.
+      UserError: the directory holds another run or one that has trained more steps, is not
+        writable or has too little space, or the loss is not finite.
       Interrupted: on SIGINT or SIGTERM, after the state was saved; it is saved before an
         evaluation, which is cut off after a batch and made up for when the run resumes. Several
         processes finish an evaluation that has begun.
     """
     check_processes(experiment, config)
+    steps = experiment.run.steps
     with ExitStack() as claims, stop_signals() as stop:
-        hosts.on_first(lambda: claims.enter_context(claimed(run_dir, config)))
+        before = planned_steps(run_dir) or steps
+        hosts.on_first(lambda: claims.enter_context(claimed(run_dir, config, steps)))
         if not all(hosts.each((run_dir / "config.yaml").exists())):
             raise UserError(
                 f"not every process sees {run_dir}; choose a directory that all can reach"
             )
-        released = run_dir / "released"
+        released = release_of(run_dir, steps)
         if not hosts.from_first(files.is_complete_directory(released)):
-            result, log = train_in(run_dir, experiment, stop)
+            result, log = train_in(run_dir, experiment, stop, before)
             # A signal that comes from here on does not keep the release from being finished.
             hosts.on_first(lambda: release(experiment, result, log, released, config))
     return released
 
 
 def train_in(
-    run_dir: AnyPath, experiment: Experiment, stop: StopSignal
+    run_dir: AnyPath, experiment: Experiment, stop: StopSignal, before: int
 ) -> tuple[State, MetricsLog]:
-    """Trains to the end; returns the part of the state that is released, and the log."""
+    """Trains to the end; returns the part of the state that is released, and the log. The run was
+    one of `before` steps when it trained last."""
     run, mesh, mode = experiment.run, experiment.mesh, experiment.mode
     use_compilation_cache(run.compilation_cache)
     check_mode(mode, mesh)
@@ -98,12 +103,28 @@ def train_in(
         with Checkpoints(run_dir / "checkpoints", run) as checkpoints:
             hosts.on_first(lambda: checkpoints.check_room(state))
             state = checkpoints.restore(state) or state
+            warn_of_schedule(experiment, before, int(state["step"]))
             with open_log(run_dir, run, int(state["step"])) as log:
                 for step, evaluation in log.evaluations.items():
                     if run.best in evaluation:
                         checkpoints.note(step, evaluation)
                 state = train(experiment, state, train_step, checkpoints, log, stop)
         return gather_state(state), log
+
+
+def warn_of_schedule(experiment: Experiment, before: int, start: int) -> None:
+    """Warns where the steps up to `start` had another learning rate, in a run of `before` steps,
+    than in one of the length that it has now."""
+    steps, taken = experiment.run.steps, np.arange(start)
+    old, new = (optimizer.make_schedule(experiment.optimizer, each) for each in (before, steps))
+    if before != steps and start and np.any(old(taken) != new(taken)) and hosts.is_first():
+        print(
+            f"lorax-gen: warning: run.steps was {before} and is {steps}: the learning rate follows "
+            f"the schedule of {steps} steps from step {start + 1} on ({old(start - 1):.3g} at step "
+            f"{start}, then {new(start):.3g}), so this is not the run that {steps} steps from the "
+            "start would have been",
+            file=sys.stderr,
+        )
 
 
 def release(
@@ -173,8 +194,9 @@ def train(
         with nullcontext() if hosts.several() else stop.interrupts(stopped):
             evaluation = experiment.evaluate(gather_state(state))
         evaluation = hosts.from_first(evaluation)
-        log.write(step, evaluation)
-        log.flush()
+        if evaluation:
+            log.write(step, evaluation)
+            log.flush()
         checkpoints.note(step, evaluation)
         clock.restart(step)
 

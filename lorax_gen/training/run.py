@@ -14,7 +14,8 @@ class RunConfig:
     """Length of a run, and when it logs, evaluates and saves. Every config has one as `run`."""
 
     steps: Size = 1000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. More steps than before extend a run; what the shorter one has
+    released stays, and the longer one is released as released-STEPS."""
     seed: Seed = 0
     """Seed of initial weights, batches and dropout."""
     log_every: Size = 50

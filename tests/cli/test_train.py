@@ -88,7 +88,7 @@ def test_a_run_lives_under_its_configs_name_or_where_it_is_told(call, linear, tm
 
 
 def test_the_directory_of_another_run_is_refused(call, refused, linear):
-    words = ["train", "world-lora", "--run-dir", "here", "--run.steps"]
+    words = ["train", "world-lora", "--run-dir", "here", "--run.steps", 1, "--rank"]
     assert call(*words, 1)[0] == 0
     assert "here already holds another run" in refused(*words, 2)
     assert call(*words, 1)[:2] == (0, "released: here/released\n")
