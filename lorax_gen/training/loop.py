@@ -7,7 +7,7 @@ A run directory holds
     checkpoints/       orbax checkpoints
     released/          the trained artifact and its metrics, written when the run is complete
     released-STEPS/    the same, of a run that was extended after it had been released
-    tensorboard/, profile/    on request
+    tensorboard/, profile/, wandb/, wandb-id    on request
 
 It may be in a store (see `files`). There metrics.jsonl and tensorboard/ are uploaded before
 each checkpoint, after each evaluation and otherwise once a minute; rows that a killed run has not
@@ -22,14 +22,13 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lorax_gen import documents, files
 from lorax_gen.errors import UserError
@@ -37,7 +36,9 @@ from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts, sharding
 from lorax_gen.training import optimizer
 from lorax_gen.training.checkpoint import Checkpoints
+from lorax_gen.training.console import Console
 from lorax_gen.training.experiment import Experiment
+from lorax_gen.training.loggers import Logger, open_loggers
 from lorax_gen.training.metrics import (
     Clock,
     MetricsLog,
@@ -52,7 +53,12 @@ from lorax_gen.training.signals import Interrupted, StopSignal, stop_signals
 from lorax_gen.training.state import State
 
 
-def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> AnyPath:
+def fit(
+    experiment: Experiment,
+    run_dir: AnyPath,
+    config: dict[str, Any],
+    loggers: Sequence[Logger] = (),
+) -> AnyPath:
     """Trains from the latest checkpoint, if there is one, to the end and releases the result.
 
     With several processes (see `mesh.hosts`) each calls it with the same arguments.
@@ -61,6 +67,7 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
       run_dir: a new directory, or that of the same run; one that all processes can reach.
       config: the resolved config as plain values; an existing `config.yaml` must equal it, except
         in the fields that `fixed_part` drops.
+      loggers: get each row of metrics too, in the first process; see `training.loggers`.
 
     Returns:
       the directory of the released artifact.
@@ -83,14 +90,18 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
             )
         released = release_of(run_dir, steps)
         if not hosts.from_first(files.is_complete_directory(released)):
-            result, log = train_in(run_dir, experiment, stop, before)
+            result, log = train_in(run_dir, experiment, stop, before, loggers)
             # A signal that comes from here on does not keep the release from being finished.
             hosts.on_first(lambda: release(experiment, result, log, released, config))
     return released
 
 
 def train_in(
-    run_dir: AnyPath, experiment: Experiment, stop: StopSignal, before: int
+    run_dir: AnyPath,
+    experiment: Experiment,
+    stop: StopSignal,
+    before: int,
+    loggers: Sequence[Logger],
 ) -> tuple[State, MetricsLog]:
     """Trains to the end; returns the part of the state that is released, and the log. The run was
     one of `before` steps when it trained last."""
@@ -104,11 +115,18 @@ def train_in(
             hosts.on_first(lambda: checkpoints.check_room(state))
             state = checkpoints.restore(state) or state
             warn_of_schedule(experiment, before, int(state["step"]))
-            with open_log(run_dir, run, int(state["step"])) as log:
+            start = int(state["step"])
+            console = Console(run_dir.name, start, run.steps)
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+            console.say(
+                f"training {parameters:,} parameters on {mesh.size} devices, in {run_dir} from "
+                f"step {start} of {run.steps}"
+            )
+            with open_log(run_dir, run, start, [console, *loggers]) as log:
                 for step, evaluation in log.evaluations.items():
                     if run.best in evaluation:
                         checkpoints.note(step, evaluation)
-                state = train(experiment, state, train_step, checkpoints, log, stop)
+                state = train(experiment, state, train_step, checkpoints, log, console, stop)
         return gather_state(state), log
 
 
@@ -146,6 +164,7 @@ def train(
     train_step: Callable,
     checkpoints: Checkpoints,
     log: MetricsLog,
+    console: Console,
     stop: StopSignal,
 ) -> State:
     """Trains from the step of `state` to the last: logs, evaluates, saves.
@@ -163,10 +182,6 @@ def train(
     clock, router = Clock(experiment.work, list(mesh.devices.flat)), RouterWatch()
     window = run.profile_window if hosts.is_first() else None
     profiler = Profiler(window, run_dir / "profile")
-    bar = tqdm(
-        total=run.steps, initial=start, desc=run_dir.name, unit="step",
-        disable=not (sys.stderr.isatty() and hosts.is_first()),
-    )  # fmt: skip
     pending: tuple[int, dict[str, Any]] | None = None
 
     def write_pending() -> None:
@@ -179,8 +194,7 @@ def train(
                     f"the loss of step {step} is {float(metrics['loss'])}: training has diverged; "
                     "a smaller optimizer.learning-rate or a longer warm-up may help"
                 )
-            row = log.write(step, {**metrics, **clock.read(step), **router(metrics)})
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            log.write(step, {**metrics, **clock.read(step), **router(metrics)})
             pending = None
 
     def evaluate(step: int) -> None:
@@ -200,7 +214,7 @@ def train(
         checkpoints.note(step, evaluation)
         clock.restart(step)
 
-    with bar, profiler:
+    with profiler:
         if start < run.steps and (number := int(hosts.vote(stop.number, mesh))):
             raise Interrupted(f"stopped at step {start} of {run.steps}", number)  # nothing is lost
         clock.restart(start)
@@ -211,7 +225,7 @@ def train(
             vote = hosts.vote(stop.number, mesh)
             profiler.before(done, state)
             state, metrics = train_step(state, frozen, batch)
-            bar.update()
+            console.advance()
             write_pending()  # of the previous step, while the device computes this one
             clock.count(batch)
             profiler.after(done, state)
@@ -259,6 +273,8 @@ def check_mode(mode: str, mesh: Mesh) -> None:
         )
 
 
-def open_log(run_dir: AnyPath, run: RunConfig, start: int) -> MetricsLog:
-    board = run_dir / "tensorboard" if run.tensorboard else None
-    return MetricsLog(run_dir / "metrics.jsonl", start, board, write=hosts.is_first())
+def open_log(run_dir: AnyPath, run: RunConfig, start: int, loggers: Sequence[Logger]) -> MetricsLog:
+    path = run_dir / "metrics.jsonl"
+    if not hosts.is_first():
+        return MetricsLog(path, start, write=False)
+    return MetricsLog(path, start, [*loggers, *open_loggers(run_dir, run, start)])

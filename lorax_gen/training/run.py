@@ -33,6 +33,8 @@ class RunConfig:
     """Whether the highest or the lowest value of `best` is best."""
     tensorboard: bool = False
     """Also write metrics for TensorBoard (pip install 'lorax-gen[tensorboard]')."""
+    wandb: str = ""
+    """Weights & Biases project that also gets the metrics (pip install 'lorax-gen[wandb]')."""
     profile_steps: str = ""
     """First and last step to profile, such as 100-102; the trace goes into the run directory."""
     compilation_cache: str = ""

@@ -136,7 +136,7 @@ def fixed_part(config: dict[str, Any]) -> dict[str, Any]:
     free = ("mesh", "remat", "attention")
     free_of_run = (
         "steps", "log_every", "evaluate_every", "checkpoint_every", "keep", "best", "best_is",
-        "tensorboard", "profile_steps", "compilation_cache",
+        "tensorboard", "wandb", "profile_steps", "compilation_cache",
     )  # fmt: skip
     fixed = {name: value for name, value in config.items() if name not in free}
     run = fixed.get("run", {})
