@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from lorax_gen.frames import Frame
 
 
-SHIPPED = {"cloud": "world/cloud", "edge": "world/edge", "generator": "world/generator"}
-
-
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Score models on tasks and print a table: methods by tasks, and the cost of a question.
@@ -51,14 +48,16 @@ class Evaluate:
         "world",
     )
     modes: tuple[str, ...] = ()
-    """Modes to evaluate; default plain and icl, with a generator lora_gen, and card and lora where
-    they are given; for world also cloud_icl and shuffled."""
+    """Modes to evaluate; default plain and icl, lora_gen with --generator or the shipped models,
+    and card and lora where they are given; for world also cloud_icl and shuffled."""
     cloud: str | None = None
-    """Cloud model: a directory or a hub name; default the shipped one with the shipped edge."""
-    edge: str = SHIPPED["edge"]
-    """Edge model: a directory or a hub name."""
+    """Cloud model: a directory or a hub name; default the one that the generator names."""
+    edge: str | None = None
+    """Edge model: a directory or a hub name; default the one that the card or the generator names.
+    """
     generator: str | None = None
-    """Generator directory; default the shipped one with the shipped models."""
+    """Generator directory; default the one that the card names. Without a card, a generator and a
+    model the three shipped ones are evaluated."""
     allow_other_models: bool = False
     """Accept a cloud or an edge model of the same shape that the generator was not trained with."""
     card: Annotated[tuple[tuple[UserPath, ...], ...], tyro.conf.UseAppendAction] = ()
@@ -76,9 +75,9 @@ class Evaluate:
     """FIELD=COLUMN where files of rows call a field otherwise: input=question output=label."""
     frame: str | None = None
     """How the edge reads an input: plain, io (Input: ... Output:), chat (the edge's chat template)
-    or a text with {input}; default that of the generator, else plain."""
+    or a text with {input}; default that of the card, the generator or a merged edge, else plain."""
     raw: bool = False
-    """Read inputs as they are, whatever the generator's frame is."""
+    """Read inputs as they are, without that frame."""
     data_dir: UserPath | None = None
     """Directory of data files, at any depth; without it benchmarks are loaded from the hub."""
     run_dir: UserPath | None = None
@@ -154,14 +153,23 @@ def is_report(path: files.AnyPath) -> bool:
 # --- models and modes ----------------------------------------------------------------------------
 
 
-def models_of(command: Evaluate) -> dict[str, str | None]:
-    """The names of the models by role: the given ones, and the shipped ones with the shipped edge;
-    None where there is none."""
-    shipped = command.edge == SHIPPED["edge"]
-    cloud = command.cloud or (SHIPPED["cloud"] if shipped else None)
-    own = shipped and cloud == SHIPPED["cloud"]
-    generator = command.generator or (SHIPPED["generator"] if own else None)
-    return {"cloud": cloud, "edge": command.edge, "generator": generator}
+def models_of(command: Evaluate) -> dict[str, str | files.AnyPath | None]:
+    """The generator, the cloud and the edge by role: the given ones, and those that the cards and
+    the generator name. Where nothing at all is given they are the shipped ones."""
+    from lorax_gen.artifacts.lookup import SHIPPED, find_system
+
+    cards = command.card_names.values()
+    given = {"generator": command.generator, "cloud": command.cloud, "edge": command.edge}
+    if not cards and command.generator is None:
+        ours = all(given[role] in (None, SHIPPED[role]) for role in ("cloud", "edge"))
+        return dict(SHIPPED) if ours else given | {"edge": command.edge or SHIPPED["edge"]}
+    if not cards:
+        return find_system(**given, need=("cloud", "edge"))._asdict()
+    need = ("edge",) if command.generator is None else ("cloud", "edge")
+    found = [find_system(card, **given, need=need) for card in cards]
+    if len({str(each.edge) for each in found}) > 1:
+        raise UserError("the cards are of different edge models; evaluate one edge at a time")
+    return found[0]._asdict()
 
 
 def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
@@ -185,8 +193,8 @@ def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
     if not names:
         parts = {name: ANSWERERS[name][1] for name in dict.fromkeys((*usual, "card", "lora"))}
         names = [name for name, needs in parts.items() if all(there[part] for part in needs)]
-        if command.generator and not (cards or there["cloud"]):
-            raise UserError("--generator needs --cloud, the model that reads its prompts")
+        if cards and command.generator is None:  # a card needs no cloud, which may be large
+            names = [name for name in names if "generator" not in parts[name]]
     several = [f"card:{card}" for card in cards] if len(cards) > 1 else ["card"]
     return [each for name in names for each in (several if name == "card" else [name])]
 
@@ -200,13 +208,13 @@ def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> S
 
     needed = {part for name in names if name in ANSWERERS for part in ANSWERERS[name][1]}
     models, cards = models_of(command), command.card_names
+    frames = []
     shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
     load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=shardings)
 
     @functools.cache
     def generator() -> Generator:
-        if models["generator"] is None:
-            raise UserError("a task card needs --generator, the one that it was made with")
+        assert models["generator"] is not None  # or no mode would need it
         return lorax_gen.load_generator(
             models["generator"], allow_other_models=command.allow_other_models
         )

@@ -42,7 +42,8 @@ def _install() -> Any:
 def _exit(number: int, frame: object) -> None:
     """Ends the process as it is: an exception would abort libraries that are being imported."""
     with suppress(Exception):
-        print("lorax-gen: stopped; the same command resumes the run", file=sys.stderr)
+        # Not by `sys.stderr`, which may be in the middle of another write.
+        os.write(2, b"lorax-gen: stopped; the same command resumes the run\n")
         sys.stdout.flush()
         sys.stderr.flush()
         if files := sys.modules.get("lorax_gen.files"):

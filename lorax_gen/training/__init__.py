@@ -11,5 +11,7 @@ optimizer    AdamW, its schedule and clipping
 checkpoint   checkpoints with orbax
 checksums    a checksum of each leaf of a state
 archive      checkpoints in object stores that orbax cannot write to
+loggers      TensorBoard, Weights & Biases, and the protocol of others
+console      what a run says on stderr
 metrics      rows of metrics, speed, memory, router health, profiles
 """

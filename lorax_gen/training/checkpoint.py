@@ -110,8 +110,9 @@ class Checkpoints:
             return
         if best not in evaluation:
             raise UserError(
-                f"run.best is {best!r}, but an evaluation gives {', '.join(evaluation)}; the state "
-                "is saved, and the run resumes with one of these"
+                f"run.best is {best!r}, but an evaluation gives "
+                f"{', '.join(evaluation) or 'nothing'}; the state is saved, and the run resumes "
+                "with one of these"
             )
         score = float(evaluation[best])
         if not math.isnan(score):

@@ -6,7 +6,8 @@ A run directory holds
     metrics.jsonl      one JSON object per line: training metrics, and evaluations
     checkpoints/       orbax checkpoints
     released/          the trained artifact and its metrics, written when the run is complete
-    tensorboard/, profile/    on request
+    released-STEPS/    the same, of a run that was extended after it had been released
+    tensorboard/, profile/, wandb/, wandb-id    on request
 
 It may be in a store (see `files`). There metrics.jsonl and tensorboard/ are uploaded before
 each checkpoint, after each evaluation and otherwise once a minute; rows that a killed run has not
@@ -21,13 +22,13 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lorax_gen import documents, files
 from lorax_gen.errors import UserError
@@ -35,7 +36,9 @@ from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts, sharding
 from lorax_gen.training import optimizer
 from lorax_gen.training.checkpoint import Checkpoints
+from lorax_gen.training.console import Console
 from lorax_gen.training.experiment import Experiment
+from lorax_gen.training.loggers import Logger, open_loggers
 from lorax_gen.training.metrics import (
     Clock,
     MetricsLog,
@@ -45,12 +48,17 @@ from lorax_gen.training.metrics import (
     use_compilation_cache,
 )
 from lorax_gen.training.run import RunConfig
-from lorax_gen.training.run_dir import claimed, without_paths
-from lorax_gen.training.signals import Interrupted, stop_signals
+from lorax_gen.training.run_dir import claimed, planned_steps, release_of, without_paths
+from lorax_gen.training.signals import Interrupted, StopSignal, stop_signals
 from lorax_gen.training.state import State
 
 
-def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> AnyPath:
+def fit(
+    experiment: Experiment,
+    run_dir: AnyPath,
+    config: dict[str, Any],
+    loggers: Sequence[Logger] = (),
+) -> AnyPath:
     """Trains from the latest checkpoint, if there is one, to the end and releases the result.
 
     With several processes (see `mesh.hosts`) each calls it with the same arguments.
@@ -59,34 +67,44 @@ def fit(experiment: Experiment, run_dir: AnyPath, config: dict[str, Any]) -> Any
       run_dir: a new directory, or that of the same run; one that all processes can reach.
       config: the resolved config as plain values; an existing `config.yaml` must equal it, except
         in the fields that `fixed_part` drops.
+      loggers: get each row of metrics too, in the first process; see `training.loggers`.
 
     Returns:
       the directory of the released artifact.
 
     Raises:
-      UserError: the directory holds another run, is not writable or has too little space, or
-        the loss is not finite.
-      Interrupted: on SIGINT or SIGTERM, after the state was saved.
+      UserError: the directory holds another run or one that has trained more steps, is not
+        writable or has too little space, or the loss is not finite.
+      Interrupted: on SIGINT or SIGTERM, after the state was saved; it is saved before an
+        evaluation, which is cut off after a batch and made up for when the run resumes. Several
+        processes finish an evaluation that has begun.
     """
     check_processes(experiment, config)
-    with ExitStack() as claims, stop_signals() as stopped:
-        hosts.on_first(lambda: claims.enter_context(claimed(run_dir, config)))
+    steps = experiment.run.steps
+    with ExitStack() as claims, stop_signals() as stop:
+        before = planned_steps(run_dir) or steps
+        hosts.on_first(lambda: claims.enter_context(claimed(run_dir, config, steps)))
         if not all(hosts.each((run_dir / "config.yaml").exists())):
             raise UserError(
                 f"not every process sees {run_dir}; choose a directory that all can reach"
             )
-        released = run_dir / "released"
+        released = release_of(run_dir, steps)
         if not hosts.from_first(files.is_complete_directory(released)):
-            result, log = train_in(run_dir, experiment, stopped)
+            result, log = train_in(run_dir, experiment, stop, before, loggers)
             # A signal that comes from here on does not keep the release from being finished.
             hosts.on_first(lambda: release(experiment, result, log, released, config))
     return released
 
 
 def train_in(
-    run_dir: AnyPath, experiment: Experiment, stopped: list[int]
+    run_dir: AnyPath,
+    experiment: Experiment,
+    stop: StopSignal,
+    before: int,
+    loggers: Sequence[Logger],
 ) -> tuple[State, MetricsLog]:
-    """Trains to the end; returns the part of the state that is released, and the log."""
+    """Trains to the end; returns the part of the state that is released, and the log. The run was
+    one of `before` steps when it trained last."""
     run, mesh, mode = experiment.run, experiment.mesh, experiment.mode
     use_compilation_cache(run.compilation_cache)
     check_mode(mode, mesh)
@@ -96,12 +114,35 @@ def train_in(
         with Checkpoints(run_dir / "checkpoints", run) as checkpoints:
             hosts.on_first(lambda: checkpoints.check_room(state))
             state = checkpoints.restore(state) or state
-            with open_log(run_dir, run, int(state["step"])) as log:
+            warn_of_schedule(experiment, before, int(state["step"]))
+            start = int(state["step"])
+            console = Console(run_dir.name, start, run.steps)
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+            console.say(
+                f"training {parameters:,} parameters on {mesh.size} devices, in {run_dir} from "
+                f"step {start} of {run.steps}"
+            )
+            with open_log(run_dir, run, start, [console, *loggers]) as log:
                 for step, evaluation in log.evaluations.items():
                     if run.best in evaluation:
                         checkpoints.note(step, evaluation)
-                state = train(experiment, state, train_step, checkpoints, log, stopped)
+                state = train(experiment, state, train_step, checkpoints, log, console, stop)
         return gather_state(state), log
+
+
+def warn_of_schedule(experiment: Experiment, before: int, start: int) -> None:
+    """Warns where the steps up to `start` had another learning rate, in a run of `before` steps,
+    than in one of the length that it has now."""
+    steps, taken = experiment.run.steps, np.arange(start)
+    old, new = (optimizer.make_schedule(experiment.optimizer, each) for each in (before, steps))
+    if before != steps and start and np.any(old(taken) != new(taken)) and hosts.is_first():
+        print(
+            f"lorax-gen: warning: run.steps was {before} and is {steps}: the learning rate follows "
+            f"the schedule of {steps} steps from step {start + 1} on ({old(start - 1):.3g} at step "
+            f"{start}, then {new(start):.3g}), so this is not the run that {steps} steps from the "
+            "start would have been",
+            file=sys.stderr,
+        )
 
 
 def release(
@@ -123,12 +164,15 @@ def train(
     train_step: Callable,
     checkpoints: Checkpoints,
     log: MetricsLog,
-    stopped: list[int],
+    console: Console,
+    stop: StopSignal,
 ) -> State:
     """Trains from the step of `state` to the last: logs, evaluates, saves.
 
     Args:
-      stopped: gets the number of a signal on which the run stops after the current step.
+      stop: the signal on which the run stops: after the current step, or in an evaluation after
+        the current batch. Several processes agree on that by a vote before each step and each
+        evaluation; in an evaluation they all go on to its end.
     """
     run, start, run_dir = experiment.run, int(state["step"]), log.path.parent
     mesh = experiment.mesh
@@ -138,10 +182,6 @@ def train(
     clock, router = Clock(experiment.work, list(mesh.devices.flat)), RouterWatch()
     window = run.profile_window if hosts.is_first() else None
     profiler = Profiler(window, run_dir / "profile")
-    bar = tqdm(
-        total=run.steps, initial=start, desc=run_dir.name, unit="step",
-        disable=not (sys.stderr.isatty() and hosts.is_first()),
-    )  # fmt: skip
     pending: tuple[int, dict[str, Any]] | None = None
 
     def write_pending() -> None:
@@ -154,8 +194,7 @@ def train(
                     f"the loss of step {step} is {float(metrics['loss'])}: training has diverged; "
                     "a smaller optimizer.learning-rate or a longer warm-up may help"
                 )
-            row = log.write(step, {**metrics, **clock.read(step), **router(metrics)})
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            log.write(step, {**metrics, **clock.read(step), **router(metrics)})
             pending = None
 
     def evaluate(step: int) -> None:
@@ -163,41 +202,45 @@ def train(
         when it resumes."""
         if not due(run, step) or hosts.from_first(step in log.evaluations):
             return
-        if stop := int(hosts.vote(max(stopped, default=0), mesh)):
-            raise Interrupted(f"stopped at step {step} of {run.steps}, state saved", stop)
-        evaluation = hosts.from_first(experiment.evaluate(gather_state(state)))
-        log.write(step, evaluation)
-        log.flush()
+        stopped = f"stopped at step {step} of {run.steps}, state saved"
+        if number := int(hosts.vote(stop.number, mesh)):
+            raise Interrupted(stopped, number)
+        with nullcontext() if hosts.several() else stop.interrupts(stopped):
+            evaluation = experiment.evaluate(gather_state(state))
+        evaluation = hosts.from_first(evaluation)
+        if evaluation:
+            log.write(step, evaluation)
+            log.flush()
         checkpoints.note(step, evaluation)
         clock.restart(step)
 
-    with bar, profiler:
-        if start < run.steps and (stop := int(hosts.vote(max(stopped, default=0), mesh))):
-            raise Interrupted(f"stopped at step {start} of {run.steps}", stop)  # nothing is lost
+    with profiler:
+        if start < run.steps and (number := int(hosts.vote(stop.number, mesh))):
+            raise Interrupted(f"stopped at step {start} of {run.steps}", number)  # nothing is lost
         clock.restart(start)
         for step in range(start, run.steps):
             evaluate(step)
             done, last = step + 1, step + 1 == run.steps
             batch = experiment.batch(step)
-            stop = hosts.vote(max(stopped, default=0), mesh)
+            vote = hosts.vote(stop.number, mesh)
             profiler.before(done, state)
             state, metrics = train_step(state, frozen, batch)
-            bar.update()
+            console.advance()
             write_pending()  # of the previous step, while the device computes this one
             clock.count(batch)
             profiler.after(done, state)
-            stop, evaluating = int(stop), due(run, done)
+            number, evaluating = int(vote), due(run, done)
             if done % run.log_every == 0 or last:
                 more = {"learning_rate": schedule(step), **device_memory()}
                 more |= {f"data/{name}": count for name, count in experiment.counts().items()}
                 pending = (done, {**metrics, **more})
-            if evaluating or stop or done % run.checkpoint_every == 0:
+            if evaluating or number or done % run.checkpoint_every == 0:
                 write_pending()
                 log.flush()  # rows must be on disk before the checkpoint that follows them
             # Before an evaluation, which may outlast the notice period of a preempted machine.
-            checkpoints.save(done, state, force=evaluating or bool(stop), wait=bool(stop))
-            if stop:
-                raise Interrupted(f"stopped at step {done} of {run.steps}, state saved", stop)
+            checkpoints.save(done, state, force=evaluating or bool(number), wait=bool(number))
+            if number:
+                raise Interrupted(f"stopped at step {done} of {run.steps}, state saved", number)
         evaluate(run.steps)
     return state
 
@@ -230,6 +273,8 @@ def check_mode(mode: str, mesh: Mesh) -> None:
         )
 
 
-def open_log(run_dir: AnyPath, run: RunConfig, start: int) -> MetricsLog:
-    board = run_dir / "tensorboard" if run.tensorboard else None
-    return MetricsLog(run_dir / "metrics.jsonl", start, board, write=hosts.is_first())
+def open_log(run_dir: AnyPath, run: RunConfig, start: int, loggers: Sequence[Logger]) -> MetricsLog:
+    path = run_dir / "metrics.jsonl"
+    if not hosts.is_first():
+        return MetricsLog(path, start, write=False)
+    return MetricsLog(path, start, [*loggers, *open_loggers(run_dir, run, start)])

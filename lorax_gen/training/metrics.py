@@ -7,9 +7,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import jax
@@ -22,16 +21,17 @@ from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts
 from lorax_gen.mesh.chips import peak_flops
+from lorax_gen.training.loggers import Logger
 from lorax_gen.training.step import Batch
 
 # --- the log -------------------------------------------------------------------------------------
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl, and optionally to TensorBoard's event files.
+    """Appends rows to metrics.jsonl, and hands them to loggers.
 
     Rows after the resumed step are dropped first. With `write=False`, in all processes but the
-    first, rows are built but not written. In a store both lag by up to a minute until `flush`;
+    first, rows are built but not written. In a store the file lags by up to a minute until `flush`;
     flushed before each checkpoint, a run that is killed and resumed lacks no row.
 
     Attributes:
@@ -40,31 +40,28 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: AnyPath, start: int, tensorboard: AnyPath | None = None, write: bool = True
+        self, path: AnyPath, start: int, loggers: Sequence[Logger] = (), write: bool = True
     ):
         self.path = path
+        self.loggers: Sequence[Logger] = loggers if write else ()
         self.last: dict[str, Any] = {}
         self.evaluations: dict[int, dict[str, Any]] = {}
-        self.log = self.board = None
+        self.file: files.Log | None = None
         if not write:
             return
-        rows = read_rows(path)
-        kept = [row for row in rows if row["step"] <= start]
+        kept = [row for row in read_rows(path) if row["step"] <= start]
         for row in kept:
             self._note(row)
-        if tensorboard is not None:
-            self.events, self.board_dir = files.staging(tensorboard), tensorboard
-            self.board = open_tensorboard(self.events, start)
-        self.log = files.Log(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = files.Log(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(Exception) if kind else nullcontext():  # one failure is reported once
+        with suppress(Exception) if kind else nullcontext(), ExitStack() as closing:
+            for logger in self.loggers:
+                closing.callback(logger.close)
             self.flush()
-            if self.board is not None:
-                self.board.close()
 
     def write(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Waits for the metrics and appends them as one line.
@@ -73,23 +70,20 @@ class MetricsLog:
         """
         row = {"step": step} | {key: plain(value) for key, value in metrics.items()}
         self._note(row)
-        if self.log is not None:
+        if self.file is not None:
             with self._clear_errors():
-                self.log.write(json.dumps(row) + "\n")
-        if self.board is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, float):
-                    self.board.add_scalar(key, value, step)
-            self.board.flush()
+                self.file.write(json.dumps(row) + "\n")
+        for logger in self.loggers:
+            logger.write(step, row)
         return row
 
     def flush(self) -> None:
         """Returns after all rows are written. Raises UserError where they cannot be."""
         with self._clear_errors():
-            if self.log is not None:
-                self.log.flush()
-            if self.board is not None:
-                files.upload(self.events, self.board_dir)
+            if self.file is not None:
+                self.file.flush()
+            for logger in self.loggers:
+                logger.flush()
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -115,17 +109,6 @@ class MetricsLog:
         self.last.update(row)
         if "loss" not in row:
             self.evaluations[row["step"]] = row
-
-
-def open_tensorboard(directory: Path, start: int) -> Any:
-    """A writer whose events replace earlier ones after step `start`."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "run.tensorboard needs tensorboardX: pip install 'lorax-gen[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(directory), purge_step=start + 1 if start else None)
 
 
 def read_rows(path: AnyPath) -> list[dict[str, Any]]:

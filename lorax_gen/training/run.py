@@ -14,7 +14,8 @@ class RunConfig:
     """Length of a run, and when it logs, evaluates and saves. Every config has one as `run`."""
 
     steps: Size = 1000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. More steps than before extend a run; what the shorter one has
+    released stays, and the longer one is released as released-STEPS."""
     seed: Seed = 0
     """Seed of initial weights, batches and dropout."""
     log_every: Size = 50
@@ -32,6 +33,8 @@ class RunConfig:
     """Whether the highest or the lowest value of `best` is best."""
     tensorboard: bool = False
     """Also write metrics for TensorBoard (pip install 'lorax-gen[tensorboard]')."""
+    wandb: str = ""
+    """Weights & Biases project that also gets the metrics (pip install 'lorax-gen[wandb]')."""
     profile_steps: str = ""
     """First and last step to profile, such as 100-102; the trace goes into the run directory."""
     compilation_cache: str = ""

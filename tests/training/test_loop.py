@@ -1,5 +1,6 @@
 """A run is what its config says, however often it is stopped: same weights, same metrics."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -401,6 +402,119 @@ def test_what_is_released_names_no_path_of_this_machine(tmp_path):
     assert set(told[0]["metrics"]) >= {"loss", "error"}
 
 
+# --- failed starts -------------------------------------------------------------------------------
+
+
+def failing(made, part):
+    """The experiment, with a part that fails before the first step is done."""
+
+    def fail(*_):
+        raise UserError("it does not fit")
+
+    return dataclasses.replace(made, **{part: fail})
+
+
+@pytest.mark.parametrize("part", ["init", "loss", "batch", "work", "counts"])
+def test_a_failed_start_leaves_the_directory_to_the_corrected_command(tmp_path, part):
+    made = linear_experiment(RunConfig(steps=2, tensorboard=True))
+    with pytest.raises(UserError, match="it does not fit"):
+        fit(failing(made, part), tmp_path / "run", {"prompts": 3})
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
+    fit(made, tmp_path / "run", {"prompts": 4})
+    assert (tmp_path / "run" / "released").is_dir()
+
+
+def test_a_run_that_fails_after_a_row_keeps_its_directory(tmp_path):
+    made = linear_experiment(RunConfig(steps=3, log_every=1))
+
+    def batch(step):
+        if step == 2:
+            raise UserError("no such file")
+        return made.batch(step)
+
+    with pytest.raises(UserError, match="no such file"):
+        fit(dataclasses.replace(made, batch=batch), tmp_path / "run", {"prompts": 3})
+    with pytest.raises(UserError, match="already holds another run"):
+        fit(made, tmp_path / "run", {"prompts": 4})
+
+
+# --- longer and shorter --------------------------------------------------------------------------
+
+
+def of_length(steps, decay=1.0, **more):
+    """`(experiment, config)` of a run; its learning rate is constant without decay."""
+    run = RunConfig(steps=steps, **more)
+    made = linear_experiment(run)
+    rate = dataclasses.replace(made.optimizer, final_fraction=decay)
+    return dataclasses.replace(made, optimizer=rate), {"run": dataclasses.asdict(run)}
+
+
+def weights(released):
+    return (released / "weights.safetensors").read_bytes()
+
+
+def test_an_extended_run_is_one_of_that_length_bit_for_bit(tmp_path, capsys):
+    often = {"log_every": 1, "evaluate_every": 3}
+    for name, lengths in {"extended": (6, 12), "unbroken": (12,)}.items():
+        for steps in lengths:
+            made, config = of_length(steps, **often)
+            last = fit(made, tmp_path / name, config)
+        if name == "extended":
+            assert last.name == "released-12"
+            first = weights(tmp_path / name / "released")
+            assert weights(last) != first
+            assert fit(made, tmp_path / name, config) == last
+            assert weights(tmp_path / name / "released") == first
+    assert "warning" not in capsys.readouterr().err
+    extended, unbroken = tmp_path / "extended", tmp_path / "unbroken"
+    assert weights(extended / "released-12") == weights(unbroken / "released")
+    chex.assert_trees_all_equal(final_state(extended), final_state(unbroken))
+    assert without_rates(rows_of(extended)) == without_rates(rows_of(unbroken))
+
+
+def test_an_extended_run_whose_learning_rate_was_that_of_a_shorter_one_says_so(tmp_path, capsys):
+    fit(*run_of(of_length(6, 0.0), tmp_path / "run"))
+    capsys.readouterr()
+    fit(*run_of(of_length(12, 0.0), tmp_path / "run"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "run.steps was 6 and is 12" in line and "from step 7 on" in line
+
+
+def run_of(made, run_dir):
+    return made[0], run_dir, made[1]
+
+
+def test_fewer_steps_than_are_trained_are_refused_and_change_nothing(tmp_path):
+    fit(*run_of(of_length(6), tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match=r"run\.steps is 4, but the run in .* has trained 6 steps"):
+        fit(*run_of(of_length(4), tmp_path / "run"))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_how_often_a_run_logs_evaluates_and_saves_may_change(tmp_path):
+    made, config = of_length(8, log_every=4, evaluate_every=4, checkpoint_every=4)
+
+    def batch(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made.batch(step)
+
+    with pytest.raises(Interrupted, match="step 4 of 8"):
+        fit(dataclasses.replace(made, batch=batch), tmp_path / "run", config)
+    often = of_length(8, log_every=1, evaluate_every=2, checkpoint_every=1)
+    fit(*run_of(often, tmp_path / "run"))
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == [4, 5, 6, 7, 8]
+    assert [row["step"] for row in rows if "loss" not in row] == [4, 6, 8]
+
+
+def test_evaluations_of_nothing_are_not_written(tmp_path):
+    made = linear_experiment(RunConfig(steps=4, log_every=4, evaluate_every=2))
+    fit(dataclasses.replace(made, evaluate=lambda state: {}), tmp_path / "run", {})
+    assert [set(row) >= {"step", "loss"} for row in rows_of(tmp_path / "run")] == [True]
+
+
 # --- the loop's own business, on a run that compiles at once -------------------------------------
 
 
@@ -480,6 +594,48 @@ def test_a_stop_in_front_of_an_evaluation_does_not_wait_for_it(tmp_path):
     assert begun == []
     fit(experiment, tmp_path / "run", {})
     assert begun == [2, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_an_evaluation_ends_it_within_a_batch(tmp_path, number):
+    run = RunConfig(steps=4, log_every=1, evaluate_every=2, checkpoint_every=100)
+    made, batches, asked, shots = linear_experiment(run), [], [], [2]
+    score = jax.jit(lambda w: abs(w - 1).max())
+
+    def evaluate(state):
+        for batch in range(5):
+            if batch in shots:
+                shots.remove(batch)
+                os.kill(os.getpid(), number)
+            with contextlib.suppress(Exception):  # as a library may
+                batches.append((int(state["step"]), batch))
+                error = float(score(state["params"]["w"]))
+        return {"error": error}
+
+    def batch(step):
+        asked.append(step)
+        return made.batch(step)
+
+    experiment = dataclasses.replace(made, evaluate=evaluate, batch=batch)
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped at step 2 of 4, state saved") as stop:
+        fit(experiment, tmp_path / "run", {})
+    assert stop.value.signal == number and signal.getsignal(number) is handler
+    assert batches == [(2, 0), (2, 1)]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    fit(experiment, tmp_path / "run", {})
+    assert batches[2:] == [(step, batch) for step in (2, 4) for batch in range(5)]
+    assert asked == [0, 1, 2, 3]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_key_that_is_pressed_where_we_do_not_handle_it_is_not_taken_for_a_stop(tmp_path):
+    def evaluate(state):
+        raise KeyboardInterrupt
+
+    made = linear_experiment(RunConfig(steps=2))
+    with pytest.raises(KeyboardInterrupt):
+        fit(dataclasses.replace(made, evaluate=evaluate), tmp_path / "run", {})
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):

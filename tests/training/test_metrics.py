@@ -44,7 +44,7 @@ def test_a_log_on_a_full_disk_says_what_to_do(tmp_path):
         pytest.raises(UserError, match=r"metrics\.jsonl \(No space left on device\); what was"),
         MetricsLog(tmp_path / "metrics.jsonl", 0) as log,
     ):
-        log.log.path = Path("/dev/full")
+        log.file.path = Path("/dev/full")
         log.write(1, {"loss": 0.5})
 
 
@@ -59,7 +59,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
 
 
 def test_a_log_that_another_process_writes_is_left_alone(tmp_path):
-    with MetricsLog(tmp_path / "metrics.jsonl", 0, tmp_path / "board", write=False) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl", 0, write=False) as log:
         assert log.write(1, {"loss": jnp.float32(0.25)}) == {"step": 1, "loss": 0.25}
     assert not list(tmp_path.iterdir())
 
