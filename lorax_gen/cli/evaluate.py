@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lorax_gen import documents, files
+from lorax_gen import assets, documents, files
 from lorax_gen.cli.parse import UserPath
 from lorax_gen.config import Count, Seed, Size
 from lorax_gen.errors import UserError
@@ -153,7 +153,10 @@ def is_report(path: files.AnyPath) -> bool:
 # --- models and modes ----------------------------------------------------------------------------
 
 
-def models_of(command: Evaluate) -> dict[str, str | files.AnyPath | None]:
+Models = dict[str, str | files.AnyPath | None]  # by role: generator, cloud, edge
+
+
+def models_of(command: Evaluate) -> Models:
     """The generator, the cloud and the edge by role: the given ones, and those that the cards and
     the generator name. Where nothing at all is given they are the shipped ones."""
     from lorax_gen.artifacts.lookup import SHIPPED, find_system
@@ -164,15 +167,14 @@ def models_of(command: Evaluate) -> dict[str, str | files.AnyPath | None]:
         ours = all(given[role] in (None, SHIPPED[role]) for role in ("cloud", "edge"))
         return dict(SHIPPED) if ours else given | {"edge": command.edge or SHIPPED["edge"]}
     if not cards:
-        return find_system(**given, need=("cloud", "edge"))._asdict()
-    need = ("edge",) if command.generator is None else ("cloud", "edge")
-    found = [find_system(card, **given, need=need) for card in cards]
+        return find_system(**given, need=("edge",))._asdict()
+    found = [find_system(card, **given, need=("edge",)) for card in cards]
     if len({str(each.edge) for each in found}) > 1:
         raise UserError("the cards are of different edge models; evaluate one edge at a time")
     return found[0]._asdict()
 
 
-def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
+def modes_of(command: Evaluate, models: Models, usual: Sequence[str]) -> list[str]:
     """The modes to evaluate: those asked for, or those of `usual` that what was given suffices for;
     of several cards each is a mode.
 
@@ -181,7 +183,7 @@ def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
     from lorax_gen.evaluation.answerers import ANSWERERS
 
     cards = command.card_names
-    there = models_of(command) | {"lora": command.lora, "card": cards}
+    there = {**models, "lora": command.lora, "card": cards}
     options = {"generator": "--generator", "cloud": "--cloud", "lora": "--lora, a PEFT adapter",
                "card": "--card, a task card or a PEFT adapter directory"}  # fmt: skip
     names = list(command.modes)
@@ -193,22 +195,28 @@ def modes_of(command: Evaluate, usual: Sequence[str]) -> list[str]:
     if not names:
         parts = {name: ANSWERERS[name][1] for name in dict.fromkeys((*usual, "card", "lora"))}
         names = [name for name, needs in parts.items() if all(there[part] for part in needs)]
+        if command.generator and not (cards or there["cloud"]):
+            raise UserError("--generator needs --cloud: the cloud that it names is not here")
         if cards and command.generator is None:  # a card needs no cloud, which may be large
             names = [name for name in names if "generator" not in parts[name]]
     several = [f"card:{card}" for card in cards] if len(cards) > 1 else ["card"]
     return [each for name in names for each in (several if name == "card" else [name])]
 
 
-def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> System:
-    """The models that the named answerers need."""
+def load_system(
+    command: Evaluate, models: Models, names: Sequence[str], mesh: Mesh | None
+) -> System:
+    """The models that the named answerers need, and the frame that is stored in them.
+
+    Raises UserError where cards have different frames, and no option says which to use.
+    """
     import lorax_gen
     from lorax_gen.artifacts.export import is_adapter, lora_of
     from lorax_gen.evaluation.answerers import ANSWERERS, System
+    from lorax_gen.frames import read_frame
     from lorax_gen.mesh.sharding import tree_shardings
 
     needed = {part for name in names if name in ANSWERERS for part in ANSWERERS[name][1]}
-    models, cards = models_of(command), command.card_names
-    frames = []
     shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
     load = functools.partial(lorax_gen.load_model, dtype=command.dtype, shardings=shardings)
 
@@ -220,26 +228,34 @@ def load_system(command: Evaluate, names: Sequence[str], mesh: Mesh | None) -> S
         )
 
     bos = {"tokenizer": None, "yes": True, "no": False}[command.bos]
+    assert models["edge"] is not None
     edge, lora, loras = load(models["edge"], bos=bos), None, {}
-    if "lora" in needed:
-        lora = lorax_gen.load_adapter(command.lora, edge.config)
+    frames = [edge.frame]
+    if command.lora is not None and "lora" in needed:
+        lora, provenance, _ = lora_of(assets.resolve(command.lora), edge)
+        frames.append(read_frame(provenance.get("frame", {})))
     if any(name.startswith("card") for name in names):
-        for name, path in cards.items():
-            loras[name], *_ = lora_of(path, edge, None if is_adapter(path) else generator())
-    several = len(cards) > 1
+        for name, path in command.card_names.items():
+            own = None if is_adapter(path) else generator()
+            loras[name], provenance, _ = lora_of(path, edge, own)
+            frames.append(read_frame(provenance.get("frame", {})))
+    if command.generator is not None or "generator" in needed:
+        frames.append(generator().frame)
+    several = len(loras) > 1
     return System(
         edge,
         load(models["cloud"], in_int8=command.cloud_int8) if "cloud" in needed else None,
-        # One that was given is read for its frame, too.
-        generator() if "generator" in needed or command.generator is not None else None,
+        generator() if "generator" in needed else None,
         lora=lora,
         card=None if several else next(iter(loras.values()), None),
         cards=loras if several else {},
+        frame=frame_of(command, frames, edge.tokenizer),
     )
 
 
-def frame_of(command: Evaluate, system: System) -> Frame:
-    """How the edge reads an input: as an option says, or in the frame of the generator."""
+def frame_of(command: Evaluate, frames: Sequence[Frame], tokenizer: Any) -> Frame:
+    """How the edge reads an input: as an option says, or in the frame that is stored in what is
+    evaluated, `frames`."""
     from lorax_gen.frames import PLAIN, make_frame
 
     if command.raw and command.frame is not None:
@@ -247,8 +263,12 @@ def frame_of(command: Evaluate, system: System) -> Frame:
     if command.raw:
         return PLAIN
     if command.frame is not None:
-        return make_frame(command.frame, system.edge.tokenizer)
-    return PLAIN if system.generator is None else system.generator.frame
+        return make_frame(command.frame, tokenizer)
+    stored = list(dict.fromkeys(frame for frame in frames if frame != PLAIN))
+    if len(stored) > 1:
+        texts = " and ".join(repr(frame.template) for frame in stored)
+        raise UserError(f"what is evaluated has different frames, {texts}; choose one by --frame")
+    return stored[0] if stored else PLAIN
 
 
 # --- tasks ---------------------------------------------------------------------------------------
@@ -261,12 +281,13 @@ def evaluate_world(command: Evaluate) -> int:
     from lorax_gen.evaluation.tables import print_report, progress
     from lorax_gen.mesh.sharding import serving_mesh
 
-    if command.lora is None and command.edge == SHIPPED["edge"]:
+    models = models_of(command)
+    if command.lora is None and models["edge"] == "world/edge":
         command = dataclasses.replace(command, lora="world/lora")
-    names = modes_of(command, world.NAMES)
+    names = modes_of(command, models, world.NAMES)
     mesh = serving_mesh(command.fsdp, command.tensor)
     report = world.evaluate_world(
-        load_system(command, names, mesh),
+        load_system(command, models, names, mesh),
         WorldConfig(),
         names,
         split=command.split,
@@ -302,11 +323,12 @@ def evaluate_real(command: Evaluate) -> int:
     tasks = [] if agent else [suite.find_task(name, command.columns) for name in names]
     if command.columns and not any(isinstance(task, suite.RowFile) for task in tasks):
         raise UserError("--columns are those of files of rows, and no task is one; leave it out")
+    models = models_of(command)
     modes = modes_of(
-        command, ("icl", "plain", "lora_gen") if agent else ("plain", "icl", "lora_gen")
+        command, models, ("icl", "plain", "lora_gen") if agent else ("plain", "icl", "lora_gen")
     )
     mesh = serving_mesh(command.fsdp, command.tensor)
-    system = load_system(command, modes, mesh)
+    system = load_system(command, models, modes, mesh)
     options = {
         "seed": command.seed,
         "run_dir": command.run_dir,
@@ -328,7 +350,7 @@ def evaluate_real(command: Evaluate) -> int:
         shots=command.shots,
         limit=command.limit,
         directory=command.data_dir,
-        frame=frame_of(command, system),
+        frame=system.frame,
         max_new_tokens=command.max_new_tokens,
         **options,
     )

@@ -31,6 +31,7 @@ from lorax_gen.artifacts.generator import Generator
 from lorax_gen.cost import Macs, generator_macs, prefill_macs
 from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
+from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.inference.cards import TOKENS_PER_BATCH, gates_of_prompts
 from lorax_gen.mesh import hosts
 from lorax_gen.method.lora import Tree
@@ -248,6 +249,7 @@ class System:
         names, for answerers `card:NAME`. Each is merged into the edge: the same shapes, so that
         nothing is compiled again.
       max_length: most tokens that the edge, or the cloud, reads; None: as many as it has positions.
+      frame: how the edge reads an input, for evaluations that put it into one.
     """
 
     edge: Model
@@ -257,6 +259,7 @@ class System:
     card: Tree | None = None
     max_length: int | None = None
     cards: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
+    frame: Frame = PLAIN
 
     def check(self, name: str) -> None:
         """Raises UserError where `answerer` would: before anything else is computed."""

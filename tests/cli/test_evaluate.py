@@ -3,16 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from lorax_gen.artifacts.generator import load_generator, save_generator
-from lorax_gen.cli.evaluate import Evaluate, frame_of, modes_of, timing
+from lorax_gen.cli.evaluate import Evaluate, frame_of, models_of, modes_of, timing
 from lorax_gen.documents import to_yaml
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.world import NAMES
-from lorax_gen.frames import IO, PLAIN
+from lorax_gen.frames import IO, PLAIN, Frame
 from tests.data import rows
 
 
@@ -205,31 +204,45 @@ def test_inputs_are_in_the_frame_of_an_option_or_of_the_generator(call, models, 
 
 
 def test_the_generators_frame_is_used_unless_an_option_says_otherwise():
-    system = SimpleNamespace(generator=SimpleNamespace(frame=IO), edge=SimpleNamespace(tokenizer=0))
-    assert frame_of(Evaluate(), system) == IO
-    assert frame_of(Evaluate(raw=True), system) == PLAIN
-    assert frame_of(Evaluate(frame="plain"), system) == PLAIN
-    assert frame_of(Evaluate(), SimpleNamespace(generator=None)) == PLAIN
+    stored = [PLAIN, IO, IO]
+    assert frame_of(Evaluate(), stored, None) == IO
+    assert frame_of(Evaluate(raw=True), stored, None) == PLAIN
+    assert frame_of(Evaluate(frame="plain"), stored, None) == PLAIN
+    assert frame_of(Evaluate(), [PLAIN], None) == PLAIN
     with pytest.raises(UserError, match="--frame and --raw exclude each other"):
-        frame_of(Evaluate(frame="io", raw=True), system)
+        frame_of(Evaluate(frame="io", raw=True), stored, None)
+    with pytest.raises(UserError, match=r"different frames, .*choose one by --frame"):
+        frame_of(Evaluate(), [IO, Frame("Q: {input}")], None)
 
 
 @pytest.mark.parametrize(
-    "given, modes",
+    "given, models, modes",
     [
-        ({}, "plain icl lora cloud_icl lora_gen shuffled"),  # `lora` stands for the shipped one
-        ({"edge": "x"}, "plain icl"),
-        ({"edge": "x", "cloud": "y"}, "plain icl cloud_icl"),
-        ({"edge": "x", "cloud": "y", "generator": "z"}, "plain icl cloud_icl lora_gen shuffled"),
-        ({"generator": "z"}, "plain icl lora cloud_icl lora_gen shuffled"),
-        ({"modes": ("card", "plain"), "card": ((Path("a"), Path("b")),)}, "card:a card:b plain"),
+        ({}, "edge", "plain icl"),
+        ({}, "edge cloud", "plain icl cloud_icl"),
+        ({}, "edge cloud generator", "plain icl cloud_icl lora_gen shuffled"),
+        ({"lora": "l"}, "edge cloud generator", "plain icl lora cloud_icl lora_gen shuffled"),
+        ({"card": ((Path("a"),),)}, "edge cloud generator", "plain icl cloud_icl card"),
+        ({"card": ((Path("a"),),), "generator": "z"}, "edge cloud generator",
+         "plain icl cloud_icl lora_gen shuffled card"),
+        ({"modes": ("card", "plain"), "card": ((Path("a"), Path("b")),)}, "edge",
+         "card:a card:b plain"),
     ],
-)
-def test_modes_of_the_world_follow_what_was_given(given, modes):
-    command = Evaluate(**given)
-    if command.edge == "world/edge":
-        command = dataclasses.replace(command, lora="world/lora")
-    assert modes_of(command, NAMES) == modes.split()
+)  # fmt: skip
+def test_modes_of_the_world_follow_what_was_given(given, models, modes):
+    there = dict.fromkeys(("generator", "cloud", "edge")) | dict.fromkeys(models.split(), "x")
+    assert modes_of(Evaluate(**given), there, NAMES) == modes.split()
+
+
+def test_models_are_the_given_ones_and_those_that_artifacts_name(models, card, tmp_path):
+    def found(**given):
+        return [name and str(name) for name in models_of(Evaluate(**given)).values()]
+
+    shipped = ["world/generator", "world/cloud", "world/edge"]
+    assert sorted(found()) == sorted(found(edge="world/edge")) == sorted(shipped)
+    assert found(edge="x") == [None, None, "x"]
+    assert sorted(found(generator="world/generator")) == sorted(shipped)
+    assert found(card=((card,),), edge="x", generator="z", cloud="y") == ["z", "y", "x"]
 
 
 @pytest.mark.parametrize("timed, options", [(None, {}), (0, {"timed": 0}), (3, {"timed": 3})])
