@@ -38,11 +38,11 @@ def train(tiny_world_system, tmp_path, capsys):
     triples = [{"instruction": f"Say {i}", "input": "now", "output": "yes"} for i in range(4)]
     write_lines(data / "alpaca.jsonl", triples)
 
-    def train(recipe, **changes):
+    def train(recipe, run=None, **changes):
         cloud = {"cloud": str(models / "cloud")} if recipe == "lora_gen" else {}
         values = {
             "method": recipe, **cloud, "edge": str(models / "edge"), **RECIPES[recipe],
-            "data": DATA | {"directory": str(data)} | changes, "run": RUN,
+            "data": DATA | {"directory": str(data)} | changes, "run": RUN | (run or {}),
             "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         }  # fmt: skip
         path = tmp_path / "mixed.yaml"
@@ -87,3 +87,64 @@ def test_a_recipe_without_prompts_may_train_on_a_single_task(train):
     """That batches mix tasks is the router's rule, and prompts that are too long are not read."""
     run, _ = train("lora", sources=["boolq"], prompt_length=1, prompt_buckets=[])
     assert [row["data/samples"] for row in rows_of(run)[:-1]] == [4, 8, 12]
+
+
+OWN = [
+    {"instruction": f"Say which of {name} fits.", "input": f"{i} apples", "choices": ["one", "two"],
+     "answer": i % 2}
+    for name in ("these", "those", "them")
+    for i in range(6)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rows_that_are_held_out_are_evaluated_beside_their_floors(train, tmp_path, recipe):
+    write_lines(tmp_path / "own.jsonl", OWN)
+    free = [{"instruction": "Count.", "input": f"{i} pears", "output": f"{i}"} for i in range(4)]
+    write_lines(tmp_path / "counts.jsonl", free)
+    run, _ = train(
+        recipe,
+        sources=["arc_easy", f"{tmp_path / 'own.jsonl'}=1"],
+        evaluate_on=["boolq", str(tmp_path / "counts.jsonl")],
+        held_out={"tasks": 0.3, "rows": 0.2},
+        evaluate_new_tokens=4,
+    )
+    [evaluation] = [row for row in rows_of(run) if "loss" not in row]
+    assert {name for name in evaluation if name.endswith("/held_out_rows")} == {
+        f"{name}/held_out_rows"
+        for metric in ("choice_accuracy", "exact_match", "rouge_l")
+        for name in (metric, f"floor/{metric}")
+    } | {f"{name}/held_out_rows" for name in ("loss", "choice_accuracy_norm", "chance")}
+    assert evaluation["chance/held_out_tasks"] == 0.5
+    assert evaluation["loss/counts"] > 0 and "chance/counts" not in evaluation
+    # The input contains the number, but is not the number.
+    assert evaluation["floor/exact_match/counts"] == 0
+    assert evaluation["floor/rouge_l/counts"] == pytest.approx(2 / 3)
+    assert 0 <= evaluation["accuracy/boolq"] <= 1
+
+
+def test_a_run_keeps_the_best_by_a_metric_of_held_out_rows(train, tmp_path):
+    write_lines(tmp_path / "own.jsonl", OWN)
+    run, _ = train(
+        "lora_gen",
+        sources=[str(tmp_path / "own.jsonl")],
+        evaluate_on=[],
+        held_out={"rows": 0.2},
+        evaluate_new_tokens=0,
+        run={"best": "loss/held_out_rows", "best_is": "lowest", "evaluate_every": 1, "keep": 1},
+    )
+    losses = {row["step"]: row["loss/held_out_rows"] for row in rows_of(run) if "loss" not in row}
+    assert list(losses) == [1, 2, 3]
+    kept = {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {3, min(losses, key=losses.get)}
+
+
+def test_what_is_evaluated_on_cannot_be_trained_on(train, tmp_path):
+    write_lines(tmp_path / "own.jsonl", OWN)
+    write_lines(tmp_path / "again.jsonl", OWN[3:4])
+    with pytest.raises(AssertionError, match="holds a row of again, which is to be evaluated on"):
+        train(
+            "lora_gen",
+            sources=[str(tmp_path / "own.jsonl")],
+            evaluate_on=[str(tmp_path / "again.jsonl")],
+        )
