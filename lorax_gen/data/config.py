@@ -17,7 +17,7 @@ from lorax_gen.data.own_tasks import RowSource, RowTask, column_names, load_row_
 from lorax_gen.data.readers import FORMATS
 from lorax_gen.data.sources import QuestionSource, Source
 from lorax_gen.data.tokens import Encoder
-from lorax_gen.data.unseen import refuse_name, unseen_texts
+from lorax_gen.data.unseen import UNSEEN, refuse_name, unseen_texts, without_texts
 from lorax_gen.data.world import FAMILIES, World, make_world
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, find, to_path
@@ -151,12 +151,16 @@ class MixtureConfig:
             sources.append(source)
         for name in filter(is_row_file, self.evaluate_on):
             path = resolve(name)
-            held[path.name.partition(".")[0]] = load_row_tasks(path, self.columns)[0]
+            stem = path.name.partition(".")[0]
+            if stem in held:
+                raise UserError(f"data.evaluate_on has two sets called {stem}; rename a file")
+            held[stem] = load_row_tasks(path, self.columns)[0]
         for source in sources:
             if held and isinstance(source, RowSource | NaturalSource):
                 refuse_held_out(source.pairs(), held, source.name)
         bare = not all(isinstance(source, RowSource | NaturalSource) for source in sources)
-        return Opened(sources, dataclasses.replace(frame, benchmarks=not bare), held)
+        frame = dataclasses.replace(frame, benchmarks=not bare)
+        return Opened(sources, frame, held, self.guard())
 
     def mixture(
         self,
@@ -179,24 +183,38 @@ class MixtureConfig:
             question_length=self.question_length,
             buckets=self.prompt_buckets,
             question_buckets=self.question_buckets,
-            unseen=self.unseen_texts(),
+            unseen=opened.guard.texts,
             **options,
         )
 
-    def unseen_texts(self) -> list[str]:
-        """Texts of the unseen benchmarks. They are loaded from the hub where there is no directory;
-        where nothing else is, and it cannot be reached, the guard has their names only. Shipped
-        tasks hold none of them."""
-        paths = [resolve(split_weight(entry)[0]) for entry in self.sources]
-        if all(ASSETS in path.parents for path in paths):
-            return []
+    def guard(self) -> Guard:
+        """The texts of the unseen benchmarks, from the directory or the hub; and the names of those
+        whose texts are not there.
+
+        Shipped tasks hold none of them. Raises UserError where the hub cannot be reached, and
+        sources are from there too.
+        """
+        names = [split_weight(entry)[0] for entry in self.sources]
+        if all(ASSETS in resolve(name).parents for name in names):
+            return Guard([], [])
         try:
-            return unseen_texts(self.root)
+            return Guard(unseen_texts(self.root), without_texts(self.root))
         except UserError:
-            names = [split_weight(entry)[0] for entry in self.sources]
             if self.root is None and not any(name in (*BENCHMARKS, *SETS) for name in names):
-                return []
+                return Guard([], list(UNSEEN))
             raise
+
+
+class Guard(NamedTuple):
+    """What training data are checked against.
+
+    Attributes:
+      texts: of unseen benchmarks.
+      without: unseen benchmarks of which there are no texts, only the name.
+    """
+
+    texts: list[str]
+    without: list[str]
 
 
 class Opened(NamedTuple):
@@ -210,6 +228,7 @@ class Opened(NamedTuple):
     sources: list[Source]
     frame: Frame
     held: dict[str, list[RowTask]]
+    guard: Guard
 
 
 def is_row_file(name: str) -> bool:

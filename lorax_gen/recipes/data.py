@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax_gen.data.config import MixtureConfig, WorldConfig
+from lorax_gen.data.config import Guard, MixtureConfig, WorldConfig
 from lorax_gen.data.tokens import Batch, Encoder
-from lorax_gen.data.unseen import without_texts
 from lorax_gen.data.world import vocabulary
 from lorax_gen.data.world_batches import generator_batch, tuning_batch
 from lorax_gen.errors import UserError
@@ -62,8 +60,8 @@ def open_data(
         quiz = WorldQuiz(data.world(), data.families)
         batch = world_batches(data, to_reader, to_edge, **options)
         return Data(shapes, batch, partial(quiz.accuracy, mesh=over))
-    warn_without_texts(data.root)
     opened = data.open(edge.tokenizer)
+    warn_without_texts(opened.guard)
     mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
     evaluate = mixture_metrics(data, opened, over, data.evaluate_shots if prompted else 0)
     return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts, opened.frame)
@@ -153,12 +151,12 @@ def world_batches(
     return lambda step: generator_batch(seen, reader, edge, step=step, **options)
 
 
-def warn_without_texts(root: Path | None) -> None:
+def warn_without_texts(guard: Guard) -> None:
     """Warns on stderr where the guard against unseen tasks lacks the texts of some of them."""
-    missing = ", ".join(without_texts(root))
-    if missing and hosts.is_first():
+    if guard.without and hosts.is_first():
         print(
-            f"lorax-gen: warning: {root} has no files of {missing}: whether the training data "
-            "holds these unseen tasks is checked by their names only, not by their texts",
+            f"lorax-gen: warning: there are no files of {', '.join(guard.without)}: whether the "
+            "training data hold these unseen tasks is checked by their names only, not by their "
+            "texts",
             file=sys.stderr,
         )

@@ -84,8 +84,8 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
         options |= {"prompts": config.batch_size, "queries": 1}
     if isinstance(data, WorldConfig):
         return Preview(data, to_cloud, to_edge, world_batches(data, to_cloud, to_edge, **options))
-    warn_without_texts(data.root)
     opened = data.open(edge.tokenizer)
+    warn_without_texts(opened.guard)
     mixture = data.mixture(to_cloud, to_edge, opened=opened, **options)
     return Preview(data, to_cloud, to_edge, mixture.batch, mixture, opened)
 

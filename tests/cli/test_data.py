@@ -65,7 +65,7 @@ def test_samples_show_what_both_models_read_and_where_the_loss_is(call, config):
 
 def test_tables_count_sources_held_out_rows_and_what_is_missing(call, config):
     code, out, err = call("data", config(), "--samples", 0)
-    assert code == 0 and "has no files of hellaswag, winogrande, piqa" in err
+    assert code == 0 and "no files of hellaswag, winogrande, piqa" in err
     assert cells(out, "mine") == ["1", "6", "1", "1"]  # 2 of 8 rows held out, one without output
     assert cells(out, "few") == ["1", "1", "0.5", "0"]
     assert "tasks of mine (rows): a (6)\n" in out and "frame of rows: '{input} :'\n" in out

@@ -65,7 +65,7 @@ def test_a_mixture_trains_and_what_it_trained_is_released(
     train, recipe, tmp_path, tiny_world_system
 ):
     run, said = train(recipe)
-    assert "has no files of hellaswag, piqa: whether the training data holds" in said
+    assert "there are no files of hellaswag, piqa: whether the training data hold" in said
     *steps, evaluation = rows_of(run)
     assert [row["data/samples"] for row in steps] == [4, 8, 12]
     assert all(row["tokens_per_second"] > 0 for row in steps)
@@ -148,3 +148,21 @@ def test_what_is_evaluated_on_cannot_be_trained_on(train, tmp_path):
             sources=[str(tmp_path / "own.jsonl")],
             evaluate_on=[str(tmp_path / "again.jsonl")],
         )
+
+
+def test_without_the_hub_own_rows_are_checked_by_name_with_a_warning(train, tmp_path):
+    write_lines(tmp_path / "own.jsonl", OWN)
+    own = str(tmp_path / "own.jsonl")
+    run, said = train("lora_gen", sources=[own], evaluate_on=[], directory="")
+    assert "no files of hellaswag, winogrande, piqa: whether the training data hold" in said
+    assert all("loss" in row for row in rows_of(run))  # nothing to evaluate on leaves no empty row
+    with pytest.raises(AssertionError, match="cannot load .* from the hub"):
+        train("lora_gen", sources=[own, "boolq"], directory="")
+
+
+def test_two_sets_of_one_name_are_refused(train, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "own.jsonl", OWN)
+    with pytest.raises(AssertionError, match="two sets called own; rename a file"):
+        train("lora", evaluate_on=[str(tmp_path / name / "own.jsonl") for name in "ab"])
