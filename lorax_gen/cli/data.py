@@ -160,10 +160,7 @@ def printable(text: str) -> str:
 def table_of(title: str, *columns: str) -> Table:
     from lorax_gen.evaluation.tables import make_table
 
-    table = make_table(title, len(columns))
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+    return make_table(title, columns)
 
 
 def show_world(console: Console, preview: Preview) -> None:
