@@ -72,6 +72,7 @@ def show_task(
     """A prompt that was never trained on, and inputs before and after it specialised the edge."""
     prompt = task.instructions[rng.integers(len(task.instructions))]
     items = [task.items[i] for i in rng.permutation(len(task.items))[:3]]
+    assert system.cloud is not None and system.generator is not None
     card = specialize(prompt, system.cloud, system.edge, system.generator)
     merged = card.merge(system.edge, system.generator)
     texts = [frame.wrap(item.input) for item in items]
