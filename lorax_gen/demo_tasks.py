@@ -72,6 +72,7 @@ def show_task(
     """A prompt that was never trained on, and inputs before and after it specialised the edge."""
     prompt = task.instructions[rng.integers(len(task.instructions))]
     items = [task.items[i] for i in rng.permutation(len(task.items))[:3]]
+    assert system.cloud is not None and system.generator is not None
     card = specialize(prompt, system.cloud, system.edge, system.generator)
     merged = card.merge(system.edge, system.generator)
     texts = [frame.wrap(item.input) for item in items]
@@ -104,9 +105,7 @@ def evaluate_sets(
 def print_sets(console: Console, report: dict[str, dict[str, Any]]) -> None:
     """Exact matches of each mode on each set, above those of answers without a model."""
     names = [name for name in SETS if name in report]
-    table = make_table("exact matches on what was held out", len(names))
-    for name in names:
-        table.add_column(SETS[name], justify="right")
+    table = make_table("exact matches on what was held out", [SETS[name] for name in names])
     for mode in MODES:
         scores = [report[name]["modes"][mode]["exact_match"] for name in names]
         style = "bold" if mode == "lora_gen" else ""

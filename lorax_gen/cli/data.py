@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -127,7 +127,7 @@ def show_sample(console: Console, preview: Preview, title: str, read: Read) -> N
     console.print()
 
 
-def marked(console: Console, tokenizer, before: list[int], after: list[int]) -> Text:
+def marked(console: Console, tokenizer: Any, before: list[int], after: list[int]) -> Text:
     """A row as text, with the part marked that the loss is on."""
     from rich.text import Text
 
@@ -160,14 +160,12 @@ def printable(text: str) -> str:
 def table_of(title: str, *columns: str) -> Table:
     from lorax_gen.evaluation.tables import make_table
 
-    table = make_table(title, len(columns))
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+    return make_table(title, columns)
 
 
 def show_world(console: Console, preview: Preview) -> None:
     table = table_of("the embedded world", "tasks seen", "unseen", "questions of seen")
+    assert preview.data.kind == "world"
     world = preview.data.world()
     for family in preview.data.families:
         seen, unseen = (world.select(split, family) for split in ("seen", "unseen"))
@@ -179,6 +177,7 @@ def show_world(console: Console, preview: Preview) -> None:
 def show_sources(console: Console, preview: Preview) -> None:
     from lorax_gen.recipes.preview import source_rows
 
+    assert preview.opened is not None
     rows = source_rows(preview)
     table = table_of("sources", "tasks", "samples", "weight", "rows left out")
     for row in rows:
@@ -200,6 +199,7 @@ def show_sources(console: Console, preview: Preview) -> None:
 def show_held(console: Console, preview: Preview) -> None:
     from lorax_gen.recipes.preview import held_numbers
 
+    assert preview.opened is not None and preview.data.kind == "mixture"
     held = preview.opened.held
     if held:
         table = table_of("held out, to evaluate on", "tasks", "wordings", "rows")
@@ -210,7 +210,7 @@ def show_held(console: Console, preview: Preview) -> None:
         if name == "held_out_tasks":
             names = printable(", ".join(task.name for task in tasks[:NAMES]))
             console.print(f"held-out tasks: {names}", markup=False)
-    benchmarks = [name for name in preview.data.evaluate_on if name not in held]
+    benchmarks = [name for name in preview.data.evaluate_on or () if name not in held]
     if others := [name for name in benchmarks if "." not in name]:
         console.print(f"benchmarks to evaluate on: {', '.join(others)}", markup=False)
     if not held and not benchmarks:
@@ -260,6 +260,7 @@ COUNTS = {
 
 
 def show_counts(console: Console, preview: Preview, drawn: Survey) -> None:
+    assert preview.mixture is not None
     table = table_of(f"in {batches_of(drawn)}", "count")
     for name, what in COUNTS.items():
         table.add_row(what, f"{preview.mixture.counts[name]:,}")

@@ -81,10 +81,9 @@ def check_models(
     if isinstance(data, WorldConfig):
         words = set(vocabulary(data.world()))
         for role, model in (("edge", edge), ("cloud", reader)):
-            known = (
-                words if model is None or model.tokenizer is None else model.tokenizer.get_vocab()
-            )
-            if missing := sorted(words.difference(known)):
+            if model is None or model.tokenizer is None:
+                continue
+            if missing := sorted(words.difference(model.tokenizer.get_vocab())):
                 raise UserError(
                     f"data.kind is world, but the {role} model {model.name} lacks {len(missing):,} "
                     f"of the world's {len(words):,} words ({', '.join(missing[:3])}, ...); train "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from lorax_gen.models.huggingface import load_reader
 from lorax_gen.models.model import Model
 from lorax_gen.recipes.base import EdgeConfig, RecipeConfig
 from lorax_gen.recipes.data import check_models, warn_without_texts, world_batches
+from lorax_gen.recipes.lora import LoraConfig
 from lorax_gen.recipes.lora_gen import LoraGenConfig
 
 MOST_BATCHES = 100  # of an epoch that is surveyed
@@ -70,17 +71,16 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
             "method pretrain makes its documents from the embedded world and has no data; name a "
             "config of lora_gen or lora"
         )
-    prompted = isinstance(config, LoraGenConfig)
     edge = load(config.edge)
-    cloud = load(config.cloud) if prompted else None
+    cloud = load(config.cloud) if isinstance(config, LoraGenConfig) else None
     check_models(config.data, edge, cloud)
     data, to_edge = config.data, Encoder.of(edge)
     to_cloud = None if cloud is None else Encoder.of(cloud)
-    options = {"seed": config.run.seed, "answer_length": config.answer_length}
+    options: dict[str, Any] = {"seed": config.run.seed, "answer_length": config.answer_length}
     if isinstance(config, LoraGenConfig):
         options |= {"prompts": config.prompts, "queries": config.queries_per_prompt}
         options |= {"full_sequence": config.loss == "sequence"}
-    else:
+    elif isinstance(config, LoraConfig):
         options |= {"prompts": config.batch_size, "queries": 1}
     if isinstance(data, WorldConfig):
         return Preview(data, to_cloud, to_edge, world_batches(data, to_cloud, to_edge, **options))
@@ -95,7 +95,7 @@ def read_batch(batch: Batch) -> Iterator[Read]:
     for a missing question are left out."""
     prompts = len(batch["prompt"]) if "prompt" in batch else len(batch["tokens"])
     for i in range(prompts):
-        prompt = batch["prompt"][i, : batch["prompt_lengths"][i]] if "prompt" in batch else []
+        prompt: Any = batch["prompt"][i, : batch["prompt_lengths"][i]] if "prompt" in batch else []
         rows = slice(i * len(batch["tokens"]) // prompts, (i + 1) * len(batch["tokens"]) // prompts)
         questions = []
         for tokens, marked in zip(batch["tokens"][rows], batch["answer"][rows], strict=True):
@@ -148,6 +148,7 @@ class SourceRow(NamedTuple):
 
 def source_rows(preview: Preview) -> list[SourceRow]:
     """The sources of a mixture. `left_out` counts rows without an input or an output."""
+    assert isinstance(preview.data, MixtureConfig) and preview.opened is not None
     weights = [weight for _, weight in map(split_weight, preview.data.sources)]
     return [
         SourceRow(
