@@ -14,6 +14,10 @@ from lorax_gen.files import AnyPath
 from lorax_gen.hub import without_folders
 
 
+# What a run writes before its first row.
+OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", "wandb-id", "profile")
+
+
 @contextmanager
 def claimed(run_dir: AnyPath, config: dict[str, Any], steps: int) -> Iterator[None]:
     """Creates the directory and writes the config, or checks that it holds the same run.
@@ -55,7 +59,7 @@ def remove_failed_start(run_dir: AnyPath) -> None:
     if checkpoint_steps(run_dir) or (log.exists() and log.read_bytes()):
         return
     for path in list(run_dir.iterdir()):
-        if _foreign(path):  # neither the lock nor what another process is writing
+        if path.name in OWN:
             _remove(path)
 
 
