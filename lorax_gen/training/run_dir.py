@@ -13,7 +13,6 @@ from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath
 from lorax_gen.hub import without_folders
 
-
 # What a run writes before its first row.
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", "wandb-id", "profile")
 

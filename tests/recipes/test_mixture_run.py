@@ -156,7 +156,7 @@ def test_without_the_hub_own_rows_are_checked_by_name_with_a_warning(train, tmp_
     run, said = train("lora_gen", sources=[own], evaluate_on=[], directory="")
     assert "no files of hellaswag, winogrande, piqa: whether the training data hold" in said
     assert all("loss" in row for row in rows_of(run))  # nothing to evaluate on leaves no empty row
-    with pytest.raises(AssertionError, match="cannot load .* from the hub"):
+    with pytest.raises(AssertionError, match=r"cannot load .* from the hub"):
         train("lora_gen", sources=[own, "boolq"], directory="")
 
 
