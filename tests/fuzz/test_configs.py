@@ -27,7 +27,8 @@ RANGES = {
     "cloud_dropout": (0, 1 - 1e-9), "weight_decay": (0, 1e30), "bn_momentum": (0, 1 - 1e-9),
     "max_shots": (0, 2**31), "shots": (0, 2**31), "min_shots": (0, 2**31),
     "evaluate_shots": (0, 2**31), "data": (-1, 2**31), "fsdp": (-1, 2**31), "tensor": (-1, 2**31),
-    "balance_coefficient": (0, 1e30),
+    "balance_coefficient": (0, 1e30), "tasks": (0, 1 - 1e-9), "wordings": (0, 1 - 1e-9),
+    "rows": (0, 1 - 1e-9), "evaluate_new_tokens": (0, 2**31),
 }  # fmt: skip
 
 
