@@ -117,15 +117,16 @@ def chat_frame(tokenizer: Any) -> Frame:
 
     Raises UserError where there is no template, or it does more than put text around a turn.
     """
-    rendered = []
+    rendered: list[tuple[str, str] | None] = []
     for word in ("first-input", "another one, longer"):
         text = render_chat(tokenizer, [{"role": "user", "content": word}])
         before, _, after = text.partition(word)
-        rendered.append((before, after) if word in text else ())
-    if rendered[0] != rendered[1] or not "".join(rendered[0]) or SLOT in "".join(rendered[0]):
+        rendered.append((before, after) if word in text else None)
+    around = rendered[0]
+    if around is None or around != rendered[1] or around == ("", "") or SLOT in "".join(around):
         raise UserError(
             "the chat template does more than put text around the user's turn; give the frame as "
             f"a text with {SLOT}"
         )
-    before, after = rendered[0]
+    before, after = around
     return Frame(f"{before}{SLOT}{after}", "", turn=True)

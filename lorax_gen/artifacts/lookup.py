@@ -8,7 +8,6 @@ whoever loads what is found compares fingerprints.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,11 +19,11 @@ from lorax_gen.artifacts.export import is_adapter
 from lorax_gen.artifacts.identity import Identities
 from lorax_gen.artifacts.peft import CONFIG
 from lorax_gen.errors import UserError
-from lorax_gen.files import to_path
+from lorax_gen.files import AnyPath, to_path
 from lorax_gen.hub import find_directory, is_hub_name, without_folders
 
 SHIPPED = {"generator": "world/generator", "cloud": "world/cloud", "edge": "world/edge"}
-AnyName = str | os.PathLike
+AnyName = str | AnyPath
 
 
 class Found(NamedTuple):
@@ -33,6 +32,12 @@ class Found(NamedTuple):
     generator: AnyName | None
     cloud: AnyName | None
     edge: AnyName | None
+
+    def needed(self, role: str) -> AnyName:
+        """One of those that were needed, so it was found."""
+        found = getattr(self, role)
+        assert found is not None
+        return found
 
 
 def find_system(
@@ -58,7 +63,8 @@ def find_system(
     if card is None and generator is None:
         shipped = {role: SHIPPED[role] for role in found if found[role] is None}
         return Found(**found | shipped)
-    adapter, named = card is not None and is_adapter(card), {}
+    adapter = card is not None and is_adapter(card)
+    named: dict[str, str] = {}
 
     def fill(names: dict[str, str], artifact: AnyName) -> None:
         for role, name in names.items():
@@ -99,9 +105,11 @@ def _names_of_adapter(adapter: AnyName) -> dict[str, str]:
 def _names_of_generator(generator: AnyName) -> dict[str, str]:
     """The names of a generator's cloud and edge, if it has them."""
     path = find_directory(generator, "generator") / "config.json"
-    models = documents.read_json(path).get("models")
-    models = documents.convert(models, Identities | None, f"{path}: models")
-    names = {} if models is None else {"cloud": models.cloud.name, "edge": models.edge.name}
+    stored = documents.read_json(path).get("models")
+    if stored is None:
+        return {}
+    models = documents.convert(stored, Identities, f"{path}: models")
+    names = {"cloud": models.cloud.name, "edge": models.edge.name}
     return {role: last for role, name in names.items() if (last := without_folders(name))}
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorax_gen.artifacts.generator import Generator
+    from lorax_gen.files import AnyPath
     from lorax_gen.models.model import Model
 
 
 def load_for(
-    artifact: str | os.PathLike,
+    artifact: str | AnyPath,
     edge: str | None,
     generator: str | None,
     dtype: Any = "float32",
@@ -26,9 +26,9 @@ def load_for(
     from lorax_gen.artifacts.lookup import find_system
 
     names = find_system(artifact, generator, edge=edge, need=("generator", "edge"))
-    model = lorax_gen.load_model(names.edge, dtype)
+    model = lorax_gen.load_model(names.needed("edge"), dtype)
     if is_adapter(artifact):
         if edge is None:
             check_adapted(artifact, model)
         return model, None
-    return model, lorax_gen.load_generator(names.generator)
+    return model, lorax_gen.load_generator(names.needed("generator"))

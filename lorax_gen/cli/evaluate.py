@@ -162,10 +162,14 @@ def models_of(command: Evaluate) -> Models:
     from lorax_gen.artifacts.lookup import SHIPPED, find_system
 
     cards = command.card_names.values()
-    given = {"generator": command.generator, "cloud": command.cloud, "edge": command.edge}
+    given: dict[str, Any] = {
+        "generator": command.generator,
+        "cloud": command.cloud,
+        "edge": command.edge,
+    }
     if not cards and command.generator is None:
         ours = all(given[role] in (None, SHIPPED[role]) for role in ("cloud", "edge"))
-        return dict(SHIPPED) if ours else given | {"edge": command.edge or SHIPPED["edge"]}
+        return {**given, **SHIPPED} if ours else {**given, "edge": given["edge"] or SHIPPED["edge"]}
     if not cards:
         return find_system(**given, need=("edge",))._asdict()
     found = [find_system(card, **given, need=("edge",)) for card in cards]
@@ -241,10 +245,11 @@ def load_system(
             frames.append(read_frame(provenance.get("frame", {})))
     if command.generator is not None or "generator" in needed:
         frames.append(generator().frame)
+    cloud = models["cloud"] if "cloud" in needed else None
     several = len(loras) > 1
     return System(
         edge,
-        load(models["cloud"], in_int8=command.cloud_int8) if "cloud" in needed else None,
+        None if cloud is None else load(cloud, in_int8=command.cloud_int8),
         generator() if "generator" in needed else None,
         lora=lora,
         card=None if several else next(iter(loras.values()), None),

@@ -78,7 +78,7 @@ class Generate:
         from lorax_gen.artifacts.lookup import find_system
 
         if self.card is None:
-            model = lorax_gen.load_model(find_system(edge=self.edge).edge, self.dtype)
+            model = lorax_gen.load_model(find_system(edge=self.edge).needed("edge"), self.dtype)
         else:
             edge, generator = load_for(self.card, self.edge, self.generator, self.dtype)
             model = specialised(self.card, edge, generator)

@@ -62,11 +62,11 @@ class Specialize:
         shardings = functools.partial(tree_shardings, mesh=mesh) if mesh else None
         names = find_system(generator=self.generator, cloud=self.cloud, edge=self.edge)
         cloud = lorax_gen.load_model(
-            names.cloud, self.dtype, in_int8=self.cloud_int8, shardings=shardings
+            names.needed("cloud"), self.dtype, in_int8=self.cloud_int8, shardings=shardings
         )
-        edge = lorax_gen.load_model(names.edge)
+        edge = lorax_gen.load_model(names.needed("edge"))
         generator = lorax_gen.load_generator(
-            names.generator, allow_other_models=self.allow_other_models
+            names.needed("generator"), allow_other_models=self.allow_other_models
         )
         card = lorax_gen.specialize(prompt, cloud, edge, generator, mesh=mesh)
         lorax_gen.save_card(self.output, card)

@@ -118,7 +118,7 @@ class MixtureConfig:
         if self.evaluate_on is None:
             on = EVALUATE_ON if any(name in BENCHMARKS for name in names) else ()
             object.__setattr__(self, "evaluate_on", on)
-        for name in self.evaluate_on:
+        for name in self.evaluate_on or ():
             if not is_row_file(name):
                 find_benchmark(name)
         if self.held_out and not any(map(is_row_file, names)):
@@ -138,18 +138,19 @@ class MixtureConfig:
         Raises UserError where a source is unknown, unseen, or cannot be read, or holds what is to
         be evaluated on.
         """
-        frame, sources = make_frame(self.frame, tokenizer), []
+        frame = make_frame(self.frame, tokenizer)
+        sources: list[Source] = []
         held: dict[str, list[RowTask]] = {}
         for name, _ in map(split_weight, self.sources):
             options = self.leave_out, self.per_task, self.columns, frame
             source = open_source(name, self.root, *options)
-            if self.held_out and is_row_file(name):
+            if self.held_out and isinstance(source, RowSource) and is_row_file(name):
                 tasks, kept = split(source.row_tasks, self.held_out)
                 source = RowSource(tasks, source.name, frame, source.left_out)
                 for kind, own in kept.items():
                     held.setdefault(f"held_out_{kind}", []).extend(own)
             sources.append(source)
-        for name in filter(is_row_file, self.evaluate_on):
+        for name in (name for name in self.evaluate_on or () if is_row_file(name)):
             path = resolve(name)
             stem = path.name.partition(".")[0]
             if stem in held:
@@ -274,8 +275,8 @@ def open_source(
         return AgentSource(load_agent("train", directory))
     if name == "alpaca":
         path = None if directory is None else _find(directory, name, FORMATS)
-        tasks, left_out = load_row_tasks(path)
-        return RowSource(tasks, name, frame, left_out)
+        own, left_out = load_row_tasks(path)
+        return RowSource(own, name, frame, left_out)
     if name == "natural_instructions":
         if directory is None:
             raise UserError("natural_instructions: set data.directory to its archive or folder")
@@ -287,8 +288,8 @@ def open_source(
         tasks = load_tasks(path, leave_out=leave_out)
         return NaturalSource(tasks, per_task, name=path.name.partition(".")[0], frame=frame)
     if path.is_file():
-        tasks, left_out = load_row_tasks(path, columns)
-        return RowSource(tasks, path.name.partition(".")[0], frame, left_out)
+        own, left_out = load_row_tasks(path, columns)
+        return RowSource(own, path.name.partition(".")[0], frame, left_out)
     known = [record.name for record in BENCHMARKS.values() if not record.unseen]
     raise UserError(
         f"unknown source {name!r}: neither a file nor one of {', '.join([*known, *SETS])}"

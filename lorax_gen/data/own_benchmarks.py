@@ -134,7 +134,9 @@ def fill(text: str, row: Row) -> str:
     """The text with the row's columns in it, strings and numbers; a missing value is empty."""
 
     def shown(column: str | None) -> str:
-        value = "" if column is None or row[column] is None else row[column]
+        if column is None or row[column] is None:
+            return ""
+        value = row[column]
         return str(value) if isinstance(value, float) else name_of({column: value}, column, "")
 
     return "".join(literal + shown(column) for literal, column, _, _ in Formatter().parse(text))

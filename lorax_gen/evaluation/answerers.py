@@ -271,7 +271,7 @@ class System:
             raise UserError(f"mode {name} needs a card of that name; {there}")
         needs = () if mark else ANSWERERS[kind][1]
         if any(getattr(self, part) is None for part in needs):
-            raise UserError(f"mode {name} needs {' and '.join(map(PARTS.get, needs))}")
+            raise UserError(f"mode {name} needs {' and '.join(PARTS[part] for part in needs)}")
 
     def answerer(self, name: str, seed: int = 0) -> Answerer:
         """The answerer of a name of `ANSWERERS`, or of `card:NAME`.

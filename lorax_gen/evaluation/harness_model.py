@@ -124,7 +124,9 @@ class HarnessModel(TemplateLM):
         if card is not None and prompt is not None:
             raise UserError("card and prompt both say what to specialise to; give one of them")
         names = system_for(card, prompt, edge, cloud, generator)
-        model = load_model(names.edge, DTYPES[dtype], shardings=shardings, bos=add_bos_token)
+        model = load_model(
+            names.needed("edge"), DTYPES[dtype], shardings=shardings, bos=add_bos_token
+        )
         positions = model.config.max_position_embeddings
         if max_length is not None and not 0 < max_length <= positions:
             raise UserError(f"max_length is {max_length}: choose from 1 to the model's {positions}")
@@ -347,10 +349,11 @@ def system_for(
 def specialise(model: Model, card: str | None, prompt: str | None, names: Found) -> Model:
     """The model with a card or adapter merged, or specialised to a prompt, or unchanged."""
     if card is not None:
-        maker = None if is_adapter(card) else load_generator(names.generator)
+        maker = None if is_adapter(card) else load_generator(names.needed("generator"))
         return specialised(card, model, maker)
     if prompt is not None:
-        cloud, maker = load_model(names.cloud), load_generator(names.generator)
+        cloud = load_model(names.needed("cloud"))
+        maker = load_generator(names.needed("generator"))
         return specialize(read_prompt(prompt), cloud, model, maker).merge(model, maker)
     return model
 

@@ -221,19 +221,19 @@ def row_results(
     )
     longest = max(len(continuation) for item in items for _, continuation in item.choices)
     most, stop = max_new_tokens or min(longest, LONGEST), stop_of(asked)
-    log, rows = None, [{} for _ in asked]
+    rows: list[ItemRow] = [{} for _ in asked]
+    log = None
     if path is not None:
         log = ItemLog(path, describe(cases, answerer, most, stop))
         for row in log.rows:
             i = row.get("index")
-            known = type(i) is int and 0 <= i < len(rows)
-            if not known or not is_result(row):
+            if not isinstance(i, int) or not 0 <= i < len(rows) or not is_result(row):
                 raise UserError(f"{path} holds a row {i} of another run; remove the file")
             rows[i] |= row
     unscored = [i for i, row in enumerate(rows) if "nll" not in row]
     unanswered = [i for i, row in enumerate(rows) if generate and "answer" not in row]
     left, title = sorted({*unscored, *unanswered}), f"{name}, {answerer.name}"
-    options = {"tokens_per_batch": tokens_per_batch, "mesh": mesh}
+    options: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "mesh": mesh}
 
     def record(indices: Sequence[int], found: Sequence[ItemRow]) -> None:
         new = [{"index": i, **row} for i, row in zip(indices, found, strict=True)]
@@ -251,7 +251,7 @@ def row_results(
         record(
             indices,
             [
-                scored(asked[i], items[i], score, prompts and prompts[i])
+                scored(asked[i], items[i], score, None if prompts is None else prompts[i])
                 for i, score in zip(indices, scores, strict=True)
             ],
         )

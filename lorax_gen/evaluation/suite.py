@@ -133,7 +133,7 @@ def evaluate_suite(
             train = load_shots(task, directory) if shots and set(PROMPTED) & set(names) else ()
             other = other_of(task, directory) if "shuffled" in names else None
             cases[task.name] = BenchmarkCases(task, questions, train, shots, seed, other, frame)
-    settings = {"shots": shots, "seed": seed, "limit": limit}
+    settings: dict[str, Any] = {"shots": shots, "seed": seed, "limit": limit}
     if any(own.frame != PLAIN for own in cases.values()):
         settings["frame"] = dataclasses.asdict(frame)
     shown: dict[str, Cell] = {}
@@ -147,13 +147,13 @@ def evaluate_suite(
             answerer = system.answerer(name, seed)  # one merged edge at a time
             cells: dict[str, Cell] = {}
             costs = []
-            for task, own in cases.items():
+            for title, own in cases.items():
                 own_cells, cost = evaluate_task(
                     answerer,
-                    task,
+                    title,
                     own,
                     max_new_tokens=max_new_tokens,
-                    path=run_dir and run_dir / "items" / f"{task}.{name.replace(':', '.')}.jsonl",
+                    path=run_dir and run_dir / "items" / f"{title}.{name.replace(':', '.')}.jsonl",
                     tokens_per_batch=tokens_per_batch,
                     mesh=mesh,
                     bar=bar,

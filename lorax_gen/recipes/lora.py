@@ -94,9 +94,14 @@ def experiment(
         return Answerer("lora", "edge + one LoRA", edge, adapter=Adapter(tree(state)))
 
     def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
-        name = edge.name
-        more = {"base_model": name, "provenance": provenance, "frame": data.frame}
-        save_adapter(directory, tree(state), edge.config, **more)
+        save_adapter(
+            directory,
+            tree(state),
+            edge.config,
+            base_model=edge.name,
+            provenance=provenance,
+            frame=data.frame,
+        )
 
     def work(batch: Batch) -> dict[str, int]:
         rows, length = batch["tokens"].shape

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from etils import epath
 
 from lorax_gen import documents, files, locks, temporary
 from lorax_gen.errors import UserError
@@ -65,10 +66,8 @@ def remove_failed_start(run_dir: AnyPath) -> None:
 def _remove(path: AnyPath) -> None:
     if not path.is_dir():
         path.unlink()
-    elif files.is_url(path):
-        path.rmtree()
     else:
-        shutil.rmtree(path)
+        epath.Path(path).rmtree()
 
 
 def release_of(run_dir: AnyPath, steps: int) -> AnyPath:
