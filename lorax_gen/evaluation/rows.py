@@ -227,7 +227,7 @@ def row_results(
         log = ItemLog(path, describe(cases, answerer, most, stop))
         for row in log.rows:
             i = row.get("index")
-            if not isinstance(i, int) or not 0 <= i < len(rows) or not is_result(row):
+            if type(i) is not int or not 0 <= i < len(rows) or not is_result(row):
                 raise UserError(f"{path} holds a row {i} of another run; remove the file")
             rows[i] |= row
     unscored = [i for i, row in enumerate(rows) if "nll" not in row]
