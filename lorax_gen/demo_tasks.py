@@ -12,7 +12,7 @@ from rich.text import Text
 from lorax_gen import config as configs
 from lorax_gen import files
 from lorax_gen.artifacts.generator import load_generator
-from lorax_gen.data.own_tasks import RowTask
+from lorax_gen.data.own_tasks import Item
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import ANSWERERS, System
 from lorax_gen.evaluation.rows import Asked, RowCases, ask_rows, evaluate_rows, floors
@@ -22,6 +22,7 @@ from lorax_gen.frames import Frame
 from lorax_gen.inference.cards import specialize
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.models.huggingface import load_model
+from lorax_gen.models.model import Model
 from lorax_gen.recipes.registry import RECIPES, load_config
 from lorax_gen.training.loop import fit
 
@@ -51,34 +52,33 @@ def run_task_demo(
     )
     experiment = RECIPES[method].experiment(config)
     released = fit(experiment, run_dir, {"method": method, **configs.to_dict(config)})
-    system = System(load_model(config.edge), load_model(config.cloud), load_generator(released))
-    opened = config.data.open(system.edge.tokenizer)
+    edge, cloud = load_model(config.edge), load_model(config.cloud)
+    generator = load_generator(released)
+    opened = config.data.open(edge.tokenizer)
     rng = np.random.default_rng(seed)
     for task in opened.held.get("held_out_tasks", []):
-        show_task(console, system, task, opened.frame, rng)
+        prompt = task.instructions[rng.integers(len(task.instructions))]
+        merged = specialize(prompt, cloud, edge, generator).merge(edge, generator)
+        items = [task.items[i] for i in rng.permutation(len(task.items))[:3]]
+        console.print(Text.assemble((task.name, "bold"), "  ", (prompt, "italic")))
+        show_answers(console, items, opened.frame, edge, merged)
     asked = {
         name: ask_rows(tasks, questions * len(tasks), seed) for name, tasks in opened.held.items()
     }
-    report = evaluate_sets(system, asked, opened.frame)
+    report = evaluate_sets(System(edge, cloud, generator), asked, opened.frame)
     print_sets(console, report)
     files.write_json(run_dir / "report.json", report)
     console.print(f"\ngenerator: {released}\nreport: {run_dir / 'report.json'}", markup=False)
     return report
 
 
-def show_task(
-    console: Console, system: System, task: RowTask, frame: Frame, rng: np.random.Generator
+def show_answers(
+    console: Console, items: list[Item], frame: Frame, edge: Model, merged: Model
 ) -> None:
-    """A prompt that was never trained on, and inputs before and after it specialised the edge."""
-    prompt = task.instructions[rng.integers(len(task.instructions))]
-    items = [task.items[i] for i in rng.permutation(len(task.items))[:3]]
-    assert system.cloud is not None and system.generator is not None
-    card = specialize(prompt, system.cloud, system.edge, system.generator)
-    merged = card.merge(system.edge, system.generator)
+    """The answers to inputs, before and after a prompt specialised the edge."""
     texts = [frame.wrap(item.input) for item in items]
-    before = generate_text(system.edge, texts, max_new_tokens=4)
+    before = generate_text(edge, texts, max_new_tokens=4)
     after = generate_text(merged, texts, max_new_tokens=4)
-    console.print(Text.assemble((task.name, "bold"), "  ", (prompt, "italic")))
     for item, text, old, new in zip(items, texts, before, after, strict=True):
         correct = new.strip() == item.outputs[0]
         mark = ("correct", "green") if correct else (f"wrong, {item.outputs[0]}", "red")

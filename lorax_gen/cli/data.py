@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from lorax_gen.recipes.preview import Preview, Read, Survey
+    from lorax_gen.data.config import WorldConfig
+    from lorax_gen.data.mixture import Mixture
+    from lorax_gen.recipes.preview import Mixed, Preview, Read, Survey
 
 OPEN, CLOSE = ">>>", "<<<"  # around what the loss is on, where there are no colors
 QUESTIONS = 2  # of a prompt that are printed
@@ -58,6 +60,7 @@ def run_config(name: str, overrides: list[str], shown: Shown = Shown()) -> int:
     """Shows the data of a named config, with options that override its fields."""
     from rich.console import Console
 
+    from lorax_gen.data.config import WorldConfig
     from lorax_gen.recipes.preview import open_preview, survey
     from lorax_gen.recipes.registry import load_config
 
@@ -72,16 +75,16 @@ def run_config(name: str, overrides: list[str], shown: Shown = Shown()) -> int:
     preview = open_preview(parsed.config)
     console = Console(highlight=False, soft_wrap=True)
     show_samples(console, preview, parsed.shown.samples)
-    if preview.mixture is None:
-        show_world(console, preview)
-    else:
-        preview.mixture.counts.clear()  # samples that were shown are drawn again
-        show_sources(console, preview)
-        show_held(console, preview)
+    if preview.mixed is not None:
+        preview.mixed.mixture.counts.clear()  # samples that were shown are drawn again
+        show_sources(console, preview.mixed)
+        show_held(console, preview.mixed)
+    elif isinstance(preview.data, WorldConfig):
+        show_world(console, preview.data)
     drawn = survey(preview, parsed.shown.batches)
     show_lengths(console, preview, drawn)
-    if preview.mixture is not None:
-        show_counts(console, preview, drawn)
+    if preview.mixed is not None:
+        show_counts(console, preview.mixed.mixture, drawn)
     return 0
 
 
@@ -103,9 +106,9 @@ def first_samples(preview: Preview, step: int) -> list[tuple[str, Read]]:
     from lorax_gen.recipes.preview import read_batch
 
     read = list(read_batch(preview.batch(step)))
-    if preview.mixture is None:
+    if preview.mixed is None:
         return [("", one) for one in read]
-    names = [sample.task for sample in preview.mixture.samples(step)]
+    names = [sample.task for sample in preview.mixed.mixture.samples(step)]
     return list(zip(names, read, strict=True))
 
 
@@ -163,29 +166,27 @@ def table_of(title: str, *columns: str) -> Table:
     return make_table(title, columns)
 
 
-def show_world(console: Console, preview: Preview) -> None:
+def show_world(console: Console, data: WorldConfig) -> None:
     table = table_of("the embedded world", "tasks seen", "unseen", "questions of seen")
-    assert preview.data.kind == "world"
-    world = preview.data.world()
-    for family in preview.data.families:
+    world = data.world()
+    for family in data.families:
         seen, unseen = (world.select(split, family) for split in ("seen", "unseen"))
         asked = sum(len(task.questions) for task in seen)
         table.add_row(family, f"{len(seen):,}", f"{len(unseen):,}", f"{asked:,}")
     console.print(table, "", sep="\n")
 
 
-def show_sources(console: Console, preview: Preview) -> None:
+def show_sources(console: Console, mixed: Mixed) -> None:
     from lorax_gen.recipes.preview import source_rows
 
-    assert preview.opened is not None
-    rows = source_rows(preview)
+    rows = source_rows(mixed)
     table = table_of("sources", "tasks", "samples", "weight", "rows left out")
     for row in rows:
         numbers = f"{row.tasks:,}", f"{row.samples:,}", f"{row.weight:g}", f"{row.left_out:,}"
         table.add_row(printable(row.name), *numbers)
     console.print(table)
     if any(row.rows for row in rows):
-        frame = printable(preview.opened.frame.wrap("{input}"))
+        frame = printable(mixed.opened.frame.wrap("{input}"))
         console.print(f"frame of rows: {frame!r}", markup=False)
     for row in rows:
         if row.rows:
@@ -196,23 +197,22 @@ def show_sources(console: Console, preview: Preview) -> None:
     console.print()
 
 
-def show_held(console: Console, preview: Preview) -> None:
+def show_held(console: Console, mixed: Mixed) -> None:
+    from lorax_gen.data.config import is_row_file
     from lorax_gen.recipes.preview import held_numbers
 
-    assert preview.opened is not None and preview.data.kind == "mixture"
-    held = preview.opened.held
+    held = mixed.opened.held
     if held:
         table = table_of("held out, to evaluate on", "tasks", "wordings", "rows")
         for name, tasks in held.items():
             table.add_row(printable(name), *(f"{n:,}" for n in held_numbers(tasks)))
         console.print(table)
-    for name, tasks in held.items():
-        if name == "held_out_tasks":
-            names = printable(", ".join(task.name for task in tasks[:NAMES]))
-            console.print(f"held-out tasks: {names}", markup=False)
-    benchmarks = [name for name in preview.data.evaluate_on or () if name not in held]
-    if others := [name for name in benchmarks if "." not in name]:
-        console.print(f"benchmarks to evaluate on: {', '.join(others)}", markup=False)
+    if "held_out_tasks" in held:
+        names = printable(", ".join(task.name for task in held["held_out_tasks"][:NAMES]))
+        console.print(f"held-out tasks: {names}", markup=False)
+    benchmarks = [name for name in mixed.data.evaluate_on or () if not is_row_file(name)]
+    if benchmarks:
+        console.print(f"benchmarks to evaluate on: {', '.join(benchmarks)}", markup=False)
     if not held and not benchmarks:
         console.print("nothing is held out: set data.held_out, or data.evaluate_on")
     console.print()
@@ -223,8 +223,7 @@ def show_lengths(console: Console, preview: Preview, drawn: Survey) -> None:
 
     epoch = preview.batches_per_epoch
     part = f"; an epoch has {epoch:,}" if epoch else ""
-    shares = (50, 90, 99)
-    heads = [*("median" if share == 50 else f"{share} %" for share in shares), "longest", "limit"]
+    heads = "median", "90 %", "99 %", "longest", "limit"
     table = table_of(f"tokens, in {batches_of(drawn)}{part}", *heads)
     data = preview.data
     for name, lengths, limit in (
@@ -232,7 +231,7 @@ def show_lengths(console: Console, preview: Preview, drawn: Survey) -> None:
         ("questions with answers", drawn.questions, data.question_length),
     ):
         if lengths:
-            found = [*np.percentile(lengths, shares, method="higher"), max(lengths)]
+            found = [*np.percentile(lengths, (50, 90, 99), method="higher"), max(lengths)]
             table.add_row(name, *(f"{int(n):,}" for n in found), f"{limit:,}")
     console.print(table)
     if drawn.unknown:
@@ -259,9 +258,8 @@ COUNTS = {
 }
 
 
-def show_counts(console: Console, preview: Preview, drawn: Survey) -> None:
-    assert preview.mixture is not None
+def show_counts(console: Console, mixture: Mixture, drawn: Survey) -> None:
     table = table_of(f"in {batches_of(drawn)}", "count")
     for name, what in COUNTS.items():
-        table.add_row(what, f"{preview.mixture.counts[name]:,}")
+        table.add_row(what, f"{mixture.counts[name]:,}")
     console.print(table)

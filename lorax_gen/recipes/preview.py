@@ -3,7 +3,7 @@ models' weights."""
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,12 +18,20 @@ from lorax_gen.data.tokens import Batch, Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.models.huggingface import load_reader
 from lorax_gen.models.model import Model
-from lorax_gen.recipes.base import EdgeConfig, RecipeConfig
+from lorax_gen.recipes.base import RecipeConfig
 from lorax_gen.recipes.data import check_models, warn_without_texts, world_batches
 from lorax_gen.recipes.lora import LoraConfig
 from lorax_gen.recipes.lora_gen import LoraGenConfig
 
 MOST_BATCHES = 100  # of an epoch that is surveyed
+
+
+class Mixed(NamedTuple):
+    """A mixture of sources: its config, what it opened, and its batches."""
+
+    data: MixtureConfig
+    opened: Opened
+    mixture: Mixture
 
 
 class Preview(NamedTuple):
@@ -32,22 +40,22 @@ class Preview(NamedTuple):
     Attributes:
       cloud: the encoder of the model that reads prompts; None: the recipe has none.
       batch: the batch of a step, as in training.
-      mixture, opened: None where the data are the embedded world.
+      mixed: None where the data are the embedded world.
     """
 
     data: WorldConfig | MixtureConfig
     cloud: Encoder | None
     edge: Encoder
     batch: Callable[[int], Batch]
-    mixture: Mixture | None = None
-    opened: Opened | None = None
+    mixed: Mixed | None = None
 
     @property
     def batches_per_epoch(self) -> int | None:
         """None where there are no epochs."""
-        if self.mixture is None:
+        if self.mixed is None:
             return None
-        return -(-self.mixture.samples_per_epoch // self.mixture.prompts)
+        mixture = self.mixed.mixture
+        return -(-mixture.samples_per_epoch // mixture.prompts)
 
 
 class Read(NamedTuple):
@@ -66,7 +74,7 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
 
     Raises UserError as `recipes.data.open_data`, and where the recipe has no `data`.
     """
-    if not isinstance(config, EdgeConfig):
+    if not isinstance(config, LoraGenConfig | LoraConfig):
         raise UserError(
             "method pretrain makes its documents from the embedded world and has no data; name a "
             "config of lora_gen or lora"
@@ -80,30 +88,33 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
     if isinstance(config, LoraGenConfig):
         options |= {"prompts": config.prompts, "queries": config.queries_per_prompt}
         options |= {"full_sequence": config.loss == "sequence"}
-    elif isinstance(config, LoraConfig):
+    else:
         options |= {"prompts": config.batch_size, "queries": 1}
     if isinstance(data, WorldConfig):
         return Preview(data, to_cloud, to_edge, world_batches(data, to_cloud, to_edge, **options))
     opened = data.open(edge.tokenizer)
     warn_without_texts(opened.guard)
     mixture = data.mixture(to_cloud, to_edge, opened=opened, **options)
-    return Preview(data, to_cloud, to_edge, mixture.batch, mixture, opened)
+    return Preview(data, to_cloud, to_edge, mixture.batch, Mixed(data, opened, mixture))
 
 
 def read_batch(batch: Batch) -> Iterator[Read]:
     """What is read for each prompt of a batch; without prompts, for each question. Rows that stand
     for a missing question are left out."""
-    prompts = len(batch["prompt"]) if "prompt" in batch else len(batch["tokens"])
-    for i in range(prompts):
-        prompt: Any = batch["prompt"][i, : batch["prompt_lengths"][i]] if "prompt" in batch else []
-        rows = slice(i * len(batch["tokens"]) // prompts, (i + 1) * len(batch["tokens"]) // prompts)
+    prompts: list[list[int]] = [[]] * len(batch["tokens"])
+    if "prompt" in batch:
+        lengths = batch["prompt_lengths"]
+        prompts = [row[:n].tolist() for row, n in zip(batch["prompt"], lengths, strict=True)]
+    queries = len(batch["tokens"]) // len(prompts)
+    for i, prompt in enumerate(prompts):
+        rows = slice(i * queries, (i + 1) * queries)
         questions = []
         for tokens, marked in zip(batch["tokens"][rows], batch["answer"][rows], strict=True):
             loss = np.flatnonzero(marked)
             if len(loss) and loss[-1]:
                 first, end = int(loss[0]), int(loss[-1]) + 1
                 questions.append((tokens[:first].tolist(), tokens[first:end].tolist()))
-        yield Read(list(map(int, prompt)), questions)
+        yield Read(prompt, questions)
 
 
 class Survey(NamedTuple):
@@ -120,9 +131,7 @@ def survey(preview: Preview, batches: int | None = None) -> Survey:
     """Draws the first batches; None: of one epoch, at most `MOST_BATCHES`. `mixture.counts` has
     what was left out of them."""
     count = batches or min(preview.batches_per_epoch or MOST_BATCHES, MOST_BATCHES)
-    read = list(
-        itertools.chain.from_iterable(read_batch(preview.batch(step)) for step in range(count))
-    )
+    read = [one for step in range(count) for one in read_batch(preview.batch(step))]
     questions = [before + after for one in read for before, after in one.questions]
     unknown = sum(preview.edge.tokenizer.unk_token_id in ids for ids in questions)
     if preview.cloud is not None:
@@ -136,7 +145,7 @@ def survey(preview: Preview, batches: int | None = None) -> Survey:
 
 
 class SourceRow(NamedTuple):
-    """A source, in numbers; `rows` and `wordings` of each task, where its tasks are known."""
+    """A source, in numbers; `rows` of each task by its name, where tasks have names."""
 
     name: str
     weight: float
@@ -146,10 +155,9 @@ class SourceRow(NamedTuple):
     rows: dict[str, int]
 
 
-def source_rows(preview: Preview) -> list[SourceRow]:
+def source_rows(mixed: Mixed) -> list[SourceRow]:
     """The sources of a mixture. `left_out` counts rows without an input or an output."""
-    assert isinstance(preview.data, MixtureConfig) and preview.opened is not None
-    weights = [weight for _, weight in map(split_weight, preview.data.sources)]
+    weights = [weight for _, weight in map(split_weight, mixed.data.sources)]
     return [
         SourceRow(
             source.name,
@@ -159,7 +167,7 @@ def source_rows(preview: Preview) -> list[SourceRow]:
             getattr(source, "left_out", 0),
             rows_of_tasks(source),
         )
-        for source, weight in zip(preview.opened.sources, weights, strict=True)
+        for source, weight in zip(mixed.opened.sources, weights, strict=True)
     ]
 
 
@@ -167,10 +175,9 @@ def rows_of_tasks(source: Source) -> dict[str, int]:
     """The number of rows of each task by its name; empty where tasks have no names."""
     if isinstance(source, RowSource):
         return {task.name: len(task.items) for task in source.row_tasks}
-    found: dict[str, int] = {}
-    for task, _ in source.samples if isinstance(source, NaturalSource) else ():
-        found[task.name] = found.get(task.name, 0) + 1
-    return found
+    if isinstance(source, NaturalSource):
+        return Counter(task.name for task, _ in source.samples)
+    return {}
 
 
 def held_numbers(tasks: list[RowTask]) -> tuple[int, int, int]:
