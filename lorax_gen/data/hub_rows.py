@@ -38,7 +38,8 @@ def load_hub_rows(name: str, data: HubData, split: str) -> Iterator[tuple[str, R
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load {data.path} from the hub ({reason}); connect, or put its rows into a "
-            f"file {name}.{split}.jsonl or {name}.{split}.parquet and name its directory"
+            f"file {name}.{split}.jsonl or {name}.{split}.parquet and name its "
+            "directory (data.directory in a config, --data-dir of evaluate)"
         ) from None
     for number, row in enumerate(rows):
         yield f"{data.path}, row {number} of {data.splits[split]}", row

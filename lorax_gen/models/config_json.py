@@ -39,9 +39,9 @@ HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
     hidden_dropout_prob id2label initializer_range is_decoder is_llama_config label2id
     length_penalty max_length max_sequence_length max_window_layers min_length model_max_length
-    name_or_path _name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
-    prefix pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop
+    _model_name_or_path name_or_path _name_or_path no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores
+    pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torchscript transformers.js_config
     transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16

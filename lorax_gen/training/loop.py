@@ -119,8 +119,9 @@ def train_in(
             console = Console(run_dir.name, start, run.steps)
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
             console.say(
-                f"training {parameters:,} parameters on {mesh.size} devices, in {run_dir} from "
-                f"step {start} of {run.steps}"
+                f"training {parameters:,} parameters on {mesh.size} "
+                f"{'device' if mesh.size == 1 else 'devices'}, in {run_dir} from step {start} of "
+                f"{run.steps}"
             )
             with open_log(run_dir, run, start, [console, *loggers]) as log:
                 for step, evaluation in log.evaluations.items():

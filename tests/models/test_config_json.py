@@ -124,7 +124,8 @@ def test_what_is_said_twice_alike_is_read(name, changes, write):
     [("attention_dropout", 0.1), ("use_cache", False), ("pretraining_tp", 4), ("pad_token_id", -1),
      ("quantization_config", None), ("partial_rotary_factor", 1.0), ("num_experts", 0),
      ("use_bidirectional_attention", False), ("use_mrope", False), ("qk_norm", False),
-     ("transformers_version", "5.0"), ("_name_or_path", "x"), ("unsloth_fixed", True),
+     ("transformers_version", "5.0"), ("_name_or_path", "x"),
+     ("_model_name_or_path", "x"), ("unsloth_fixed", True),
      ("max_window_layers", 2), ("bos_token_id", 1)],
 )  # fmt: skip
 def test_keys_that_ask_for_nothing_are_passed_over(name, key, value, write):
