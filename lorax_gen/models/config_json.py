@@ -33,19 +33,18 @@ HARMLESS = frozenset(
     """
     attention_dropout attn_implementation _attn_implementation _attn_implementation_autoset
     attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
-    chunk_size_feed_forward classifier_dropout _commit_hash decoder_start_token_id
-    diversity_penalty do_sample dropout early_stopping embd_pdrop encoder_no_repeat_ngram_size
-    eos_token_id exponential_decay_length_penalty finetuning_task _flash_attn_2_enabled
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
-    hidden_dropout_prob id2label initializer_range is_decoder is_llama_config label2id
-    length_penalty max_length max_sequence_length max_window_layers min_length model_max_length
-    _model_name_or_path name_or_path _name_or_path no_repeat_ngram_size num_beam_groups num_beams
-    num_labels num_return_sequences output_attentions output_hidden_states output_scores
-    pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop
-    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
-    temperature tf_legacy_loss tokenizer_class top_k top_p torchscript transformers.js_config
-    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
-    use_cache
+    chunk_size_feed_forward classifier_dropout _commit_hash decoder_start_token_id diversity_penalty
+    do_sample dropout early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task _flash_attn_2_enabled forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label
+    initializer_range is_decoder is_llama_config label2id length_penalty max_length
+    max_sequence_length max_window_layers min_length model_max_length _model_name_or_path
+    name_or_path _name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tokenizer_class top_k top_p torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 NO = (None, False)
