@@ -64,14 +64,14 @@ class Encoder:
     def joined(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Ids of context + continuation + end of text, and the index of the continuation.
 
-        The continuation includes its leading separator, and trailing white space of the context.
-        Both are encoded together. The continuation begins at the first token that it changes: where
-        its first letters are merged with the last ones of the context, at the merged token.
+        The continuation includes its leading separator. Both are encoded together. It begins at the
+        first token that it changes: where its first letters are merged with the last ones of the
+        context, at the merged token.
 
         Raises UserError where the tokenizer has no end of text, and as `encode`.
         """
         end = self.end_of_text
-        alone, together = self.encode(context.rstrip()), self.encode(context + continuation)
+        alone, together = self.encode(context), self.encode(context + continuation)
         while together and together[-1] == end:  # of the text, or added by a normaliser
             together.pop()
         start = common_prefix(alone, together)

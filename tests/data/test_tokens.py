@@ -134,7 +134,7 @@ def test_the_answer_mask_marks_the_answer_and_the_end_of_text(world, encoder):
 
 
 def test_an_answer_brings_what_parts_it_from_its_question(encoder):
-    """And white space at the end of a question belongs to the answer."""
+    """And white space at the end of a question, where it is no token of its own."""
     for question, answer in (("say it", " red"), ("say it\n", "red"), ("say it ", "red")):
         assert encoder.joined(question, answer) == encoder.row("say it", "red")
     ids, start = encoder.joined("apple be", "ll red")
@@ -194,6 +194,15 @@ def test_an_answer_that_is_merged_with_its_question_begins_at_the_merged_token()
     encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
     assert encoder.joined("ab", "c") == ([1, 4, 0], 1)
     assert encoder.joined("ab", "x") == ([1, 2, 5, 0], 2)
+
+
+def test_a_line_end_before_an_answer_is_given_and_has_no_loss():
+    """As at the end of a chat template; a space that becomes part of a word has."""
+    ids = {"<eos>": 0, "a": 1, "\n": 2, " ": 3, "b": 4, " b": 5}
+    tokenizer = Tokenizer(models.BPE(ids, [(" ", "b")]))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
+    assert encoder.joined("a\n", "b") == ([1, 2, 4, 0], 2)
+    assert encoder.joined("a ", "b") == encoder.joined("a", " b") == ([1, 5, 0], 1)
 
 
 def test_an_answer_with_nothing_before_it_is_refused():
