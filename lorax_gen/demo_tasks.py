@@ -15,7 +15,8 @@ from lorax_gen.artifacts.generator import load_generator
 from lorax_gen.data.own_tasks import Item
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import ANSWERERS, System
-from lorax_gen.evaluation.rows import Asked, RowCases, ask_rows, evaluate_rows, floors
+from lorax_gen.evaluation.floors import floors
+from lorax_gen.evaluation.rows import Asked, RowCases, ask_rows, evaluate_rows
 from lorax_gen.evaluation.tables import make_table
 from lorax_gen.files import AnyPath
 from lorax_gen.frames import Frame

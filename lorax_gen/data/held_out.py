@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from lorax_gen.config import Decay, Seed, check
+from lorax_gen.config import BelowOne, Seed, check
 from lorax_gen.data.own_tasks import RowTask
 from lorax_gen.errors import UserError
 
@@ -18,11 +18,11 @@ from lorax_gen.errors import UserError
 class HeldOut:
     """Shares of files of rows that are never trained on; evaluations are on them."""
 
-    tasks: Decay = 0.0
+    tasks: BelowOne = 0.0
     """Of the tasks."""
-    wordings: Decay = 0.0
+    wordings: BelowOne = 0.0
     """Of the wordings of each task that has several."""
-    rows: Decay = 0.0
+    rows: BelowOne = 0.0
     """Of the rows of each task that has several."""
     seed: Seed = 0
     """Selects which."""

@@ -1,8 +1,11 @@
-"""Metrics of multiple-choice items: accuracies, their standard errors, means over tasks."""
+"""Metrics of single items, choices and texts; standard errors, and means over tasks."""
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,3 +34,31 @@ def harmonic_mean(accuracies: Sequence[float]) -> float:
     """HAR of the paper's tables, which one weak task lowers; 0 where an accuracy is 0."""
     values = np.asarray(accuracies, float)
     return float(len(values) / np.sum(1 / values)) if (values > 0).all() else 0.0
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def exact_match(answer: str, outputs: Sequence[str]) -> bool:
+    """Whether an answer is one of the correct outputs, without case and white space at the ends."""
+    return answer.strip().lower() in [output.strip().lower() for output in outputs]
+
+
+def rouge_l(answer: str, outputs: Sequence[str]) -> float:
+    """ROUGE-L (Lin, 2004): the F-measure of the longest common subsequence of words, the highest of
+    all correct outputs. 0 where a text has no words."""
+    return float(_scorer().score_multi(list(outputs), answer)["rougeL"].fmeasure)
+
+
+class _Words:
+    """Words of any script; rouge-score's own tokenizer has those of a to z and 0 to 9 only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+@functools.cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a second
+
+    return RougeScorer(["rougeL"], tokenizer=_Words())

@@ -1,4 +1,4 @@
-"""Rows of one's own tasks: loss, choice accuracy, exact match and ROUGE-L, each beside its floors.
+"""Rows of one's own tasks: loss, choice accuracy, exact match and ROUGE-L; see `floors` for floors.
 
     loss                  negative log-likelihood per token of the correct outputs, in nats
     choice_accuracy       of rows with choices: the correct one has the highest log-likelihood
@@ -7,22 +7,12 @@
     rouge_l               F-measure of greedy answers, in words: letters and digits of any script
 
 Of several correct outputs the best counts: the likeliest per token, the one that is matched, the
-one with the highest F-measure. Floors are answers that need no model:
-
-    majority    the most frequent output of the half of the task's rows that the row is not in
-    input       the input itself
-    example     the output of another row of the task
-
-None depends on the row's own output. Dims: N rows.
+one with the highest F-measure. Dims: N rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +25,13 @@ from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer, Prompt
 from lorax_gen.evaluation.item_log import ItemLog, ItemRow, digest
-from lorax_gen.evaluation.metrics import choose, choose_normalised, standard_error
+from lorax_gen.evaluation.metrics import (
+    choose,
+    choose_normalised,
+    exact_match,
+    rouge_l,
+    standard_error,
+)
 from lorax_gen.evaluation.progress import show, ticker
 from lorax_gen.files import AnyPath
 from lorax_gen.frames import BETWEEN, Frame
@@ -49,7 +45,6 @@ from lorax_gen.inference.choices import (
 from lorax_gen.inference.continuations import continue_texts, room_for
 
 METRICS = ("loss", "choice_accuracy", "choice_accuracy_norm", "exact_match", "rouge_l")
-FLOORS = ("majority", "input", "example")
 # What the file has of a row: first what its log-likelihoods say, later what its answer does.
 SCORED = {
     "nll", "tokens", "context_tokens", "truncated", "prompt_tokens", "prompt_truncated"
@@ -388,80 +383,3 @@ def costs_of(answerer: Answerer, rows: Sequence[ItemRow]) -> dict[str, float]:
         "truncated": sum(row["truncated"] > 0 for row in rows),
         "prompts_truncated": sum(row["prompt_truncated"] > 0 for row in rows),
     }
-
-
-# --- answers without a model ---------------------------------------------------------------------
-
-
-def floors(asked: Sequence[Asked]) -> dict[str, float]:
-    """Metrics of answers without a model, by `floor/metric`; and `chance`, the mean of 1 / number
-    of choices, where rows have choices."""
-    tasks = {id(case.task): case.task for case in asked}
-    frequent = {key: majorities(task) for key, task in tasks.items()}
-    answers = {
-        "majority": [frequent[id(case.task)][case.item.input] for case in asked],
-        "input": [case.item.input for case in asked],
-        "example": [case.others[0].outputs[0] if case.others else "" for case in asked],
-    }
-    chosen = [case.item for case in asked if case.item.choices]
-    found = {}
-    for name, texts in answers.items():
-        results = [
-            answered(text, case.item.outputs) for text, case in zip(texts, asked, strict=True)
-        ]
-        for metric in ("exact_match", "rouge_l"):
-            found[f"{name}/{metric}"] = float(np.mean([row[metric] for row in results]))
-        if chosen:
-            correct = [
-                text in case.item.outputs
-                for text, case in zip(texts, asked, strict=True)
-                if case.item.choices
-            ]
-            found[f"{name}/choice_accuracy"] = float(np.mean(correct))
-    chances = [1 / len(item.choices) for item in chosen]
-    return found | ({"chance": float(np.mean(chances))} if chances else {})
-
-
-def majorities(task: RowTask) -> dict[str, str]:
-    """For each input the most frequent output of the half of the task that it is not in.
-
-    Of all other rows the most frequent output would never be right where two outputs are equally
-    frequent: without the row itself its own is the rarer one.
-    """
-    inputs = sorted(
-        {item.input for item in task.items}, key=lambda text: hashlib.sha256(text.encode()).digest()
-    )
-    half = {text: n % 2 for n, text in enumerate(inputs)}
-    counts: tuple[Counter, Counter] = Counter(), Counter()
-    for item in task.items:
-        counts[half[item.input]][item.outputs[0]] += 1
-    most = [own.most_common(1)[0][0] if own else "" for own in counts]
-    return {text: most[1 - own] for text, own in half.items()}
-
-
-# --- scores of texts -----------------------------------------------------------------------------
-
-
-def exact_match(answer: str, outputs: Sequence[str]) -> bool:
-    """Whether an answer is one of the correct outputs, without case and white space at the ends."""
-    return answer.strip().lower() in [output.strip().lower() for output in outputs]
-
-
-def rouge_l(answer: str, outputs: Sequence[str]) -> float:
-    """ROUGE-L (Lin, 2004): the F-measure of the longest common subsequence of words, the highest of
-    all correct outputs. 0 where a text has no words."""
-    return float(_scorer().score_multi(list(outputs), answer)["rougeL"].fmeasure)
-
-
-class _Words:
-    """Words of any script; rouge-score's own tokenizer has those of a to z and 0 to 9 only."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
-
-
-@functools.cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a second
-
-    return RougeScorer(["rougeL"], tokenizer=_Words())

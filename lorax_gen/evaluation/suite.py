@@ -30,6 +30,7 @@ from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent import SCORES, AgentCases, evaluate_agent
 from lorax_gen.evaluation.answerers import PROMPTED, Answerer, System
 from lorax_gen.evaluation.benchmark import BenchmarkCases, Result, evaluate_benchmark
+from lorax_gen.evaluation.floors import FLOORS, floors
 from lorax_gen.evaluation.metrics import arithmetic_mean
 from lorax_gen.evaluation.progress import show, ticker
 from lorax_gen.evaluation.report import (
@@ -42,13 +43,11 @@ from lorax_gen.evaluation.report import (
     serving_cost,
 )
 from lorax_gen.evaluation.rows import (
-    FLOORS,
     METRICS,
     RowCases,
     ask_rows,
     cells_of,
     costs_of,
-    floors,
     row_results,
 )
 from lorax_gen.files import AnyPath, to_path

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 from msgspec import Meta
 
-from lorax_gen.config import Decay, NotNegative, Positive, check
+from lorax_gen.config import BelowOne, NotNegative, Positive, check
 from lorax_gen.errors import UserError
 from lorax_gen.method.experts import compose, init_pool
 from lorax_gen.method.lora import Tree, init_lora, scaled
@@ -57,7 +57,7 @@ class GeneratorConfig:
     """Hidden width of the router."""
     batch_norm: bool = True
     """BatchNorm over the logits, the last step of eq. 3."""
-    bn_momentum: Decay = 0.9
+    bn_momentum: BelowOne = 0.9
     """Decay of BatchNorm's running statistics per step."""
     bn_eps: Epsilon = 1e-5
     """Added to BatchNorm's variance."""
@@ -69,7 +69,7 @@ class GeneratorConfig:
     """Rank of the cloud model's own LoRA."""
     cloud_alpha: Positive = 16.0
     """That LoRA is scaled by cloud_alpha / cloud_rank."""
-    cloud_dropout: Decay = 0.05
+    cloud_dropout: BelowOne = 0.05
     """Dropout rate on that LoRA's input, in training."""
     cloud_targets: tuple[str, ...] = ("q", "v")
     """Kernels of the cloud model that it adapts."""

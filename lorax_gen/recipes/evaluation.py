@@ -13,7 +13,8 @@ from lorax_gen.data.config import MixtureConfig, Opened, is_row_file
 from lorax_gen.data.own_tasks import RowTask
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.evaluation.benchmark import evaluate_benchmark
-from lorax_gen.evaluation.rows import RowCases, ask_rows, cells_of, floors, row_results
+from lorax_gen.evaluation.floors import floors
+from lorax_gen.evaluation.rows import RowCases, ask_rows, cells_of, row_results
 from lorax_gen.frames import Frame
 
 Evaluate = Callable[[Answerer], dict[str, float]]

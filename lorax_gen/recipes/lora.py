@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lorax_gen.artifacts.peft import save_adapter
-from lorax_gen.config import Decay, Positive, Size
+from lorax_gen.config import BelowOne, Positive, Size
 from lorax_gen.cost import tuning_step_macs
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer
@@ -36,7 +36,7 @@ class LoraConfig(EdgeConfig):
 
     rank: Size = 8
     alpha: Positive = 8.0
-    dropout: Decay = 0.05
+    dropout: BelowOne = 0.05
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     batch_size: Size = 128
     """Questions per batch, of mixed tasks."""

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import optax
 
-from lorax_gen.config import Count, Decay, Fraction, NotNegative, Positive, check
+from lorax_gen.config import BelowOne, Count, Fraction, NotNegative, Positive, check
 
 # Norm weights, biases and BatchNorm parameters are not decayed.
 NOT_DECAYED = ("norm", "bias", "b1", "b2", "bn_scale")
@@ -23,8 +23,8 @@ class OptimizerConfig:
     final_fraction: Fraction = 0.0
     """Where the cosine ends, as a fraction of the peak."""
     weight_decay: NotNegative = 0.1
-    b1: Decay = 0.9
-    b2: Decay = 0.999
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999
     clip_norm: Positive = 1.0
     """Largest global norm of the gradients."""
 

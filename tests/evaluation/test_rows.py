@@ -14,6 +14,8 @@ import pytest
 from lorax_gen.data.own_tasks import Item, RowTask
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import System
+from lorax_gen.evaluation.floors import floors, majorities
+from lorax_gen.evaluation.metrics import exact_match, rouge_l
 from lorax_gen.evaluation.rows import (
     Asked,
     RowCases,
@@ -21,10 +23,6 @@ from lorax_gen.evaluation.rows import (
     cells_of,
     costs_of,
     evaluate_rows,
-    exact_match,
-    floors,
-    majorities,
-    rouge_l,
     row_results,
     scored,
     stop_of,
@@ -84,8 +82,9 @@ def test_texts_are_scored_by_the_best_of_the_correct_ones(answer, outputs, exact
 
 def test_rouge_is_loaded_with_the_first_text_and_needs_no_download():
     script = (
-        "import sys, lorax_gen.evaluation.rows as rows; assert 'rouge_score' not in sys.modules;"
-        "import socket; socket.socket = None; print(rows.rouge_l('a b', ['a']))"
+        "import sys; from lorax_gen.evaluation import metrics, rows;"
+        "assert 'rouge_score' not in sys.modules;"
+        "import socket; socket.socket = None; print(metrics.rouge_l('a b', ['a']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(2 / 3)), done.stderr
