@@ -64,7 +64,7 @@ def save_gguf_lora(
     except ImportError:
         raise UserError("GGUF files need one more package: pip install 'lorax-gen[gguf]'") from None
     family = family_of(config)
-    architecture = family.model_type
+    architecture = family.gguf or family.model_type
     if family.neighbours is None:
         known = ", ".join(other.model_type for other in FAMILIES if other.neighbours is not None)
         raise UserError(f"no GGUF adapter for the family {architecture!r}; known are {known}")
