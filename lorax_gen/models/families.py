@@ -263,6 +263,7 @@ GEMMA_FIELDS = COMMON | {
     "tie_word_embeddings": True,
     "hidden_act": "gelu_pytorch_tanh",
 }
+PATTERN = "sliding_window_pattern"
 
 
 def _read_gemma(raw: Raw, fields: Fields, name: str = "hidden_act") -> Fields:
@@ -289,19 +290,26 @@ def _read_gemma2(raw: Raw, fields: Fields) -> Fields:
     return _read_gemma(raw, fields, "hidden_activation") | {"layer_types": types}
 
 
-def _windows_by_pattern(raw: Raw, default: int, name: str = "sliding_window_pattern") -> tuple:
-    """Every layer but each n-th has a window, n being the pattern, or those in `layer_types`.
+def _windows_by_pattern(raw: Raw, pattern: int) -> tuple[str, ...]:
+    """All layers but every n-th have a window, n being `pattern`, or those in `layer_types`.
 
-    A pattern that is there must be that of the listed layers.
+    Where the file states a pattern too, it must be that of the layers.
     """
-    pattern = default if raw.get(name) is None else raw[name]
-    if type(pattern) is not int or pattern < 1:
-        raise UserError(f"has {name}={pattern!r}; expected an integer from 1")
-    rule = [(i + 1) % pattern != 0 for i in range(raw["num_hidden_layers"])]
-    types = _layer_types(raw, rule)
-    if raw.get(name) is not None and types != _layer_types({}, rule):
-        raise UserError(f"has {name}={pattern}, but layer_types={list(types)}")
+    stated, layers = _count(raw, PATTERN, pattern), range(raw["num_hidden_layers"])
+    types = _layer_types(raw, [(i + 1) % pattern != 0 for i in layers])
+    if raw.get(PATTERN) is not None and types != _layer_types(
+        {}, [(i + 1) % stated != 0 for i in layers]
+    ):
+        raise UserError(f"has {PATTERN}={stated}, but layer_types={list(types)}")
     return types
+
+
+def _count(raw: Raw, name: str, default: int) -> int:
+    """A field that is an integer from 1, or UserError; null is as if it were not there."""
+    value = default if raw.get(name) is None else raw[name]
+    if type(value) is not int or value < 1:
+        raise UserError(f"has {name}={value!r}; expected an integer from 1")
+    return value
 
 
 def _write_gemma2(config: DecoderConfig, raw: Fields) -> Fields:
@@ -338,7 +346,7 @@ GEMMA2 = Family(
         "layer_types": (),
     },
     biases=ATTENTION_BIAS,
-    rules=frozenset({"hidden_activation", "sliding_window_pattern"}),
+    rules=frozenset({"hidden_activation", PATTERN}),
     constants=NO_DROPOUT,
     read=_read_gemma2,
     write=_write_gemma2,
@@ -348,10 +356,8 @@ GEMMA2 = Family(
 
 
 def _read_gemma3(raw: Raw, fields: Fields) -> Fields:
-    """Windows in five of six layers, or those in `layer_types`; their pattern has two names."""
-    types = _windows_by_pattern(raw, 6)
-    if raw.get("_sliding_window_pattern") is not None:
-        _windows_by_pattern({**raw, "layer_types": types}, 6, "_sliding_window_pattern")
+    """Windows in five of six layers, or by a pattern of the file's, or as in `layer_types`."""
+    types = _windows_by_pattern(raw, _count(raw, PATTERN, 6))
     return _read_gemma(raw, fields, "hidden_activation") | {"layer_types": types}
 
 
@@ -375,9 +381,10 @@ GEMMA3 = Family(
         "layer_types": (),
     },
     sliding_theta=1e4,
+    ignored=frozenset({"_sliding_window_pattern"}),  # written beside layer_types, whatever they are
     fits=lambda config: config.sliding_rope is None or config.sliding_rope.theta is not None,
     biases=ATTENTION_BIAS,
-    rules=frozenset({"hidden_activation", "sliding_window_pattern", "_sliding_window_pattern"}),
+    rules=frozenset({"hidden_activation", PATTERN}),
     constants=NO_DROPOUT,
     read=_read_gemma3,
     write=_write_gemma2,
@@ -393,9 +400,7 @@ def _read_smollm3(raw: Raw, fields: Fields) -> Fields:
     `no_rope_layer_interval`. As in transformers, the list has precedence; windows, if used, are
     theirs.
     """
-    layers, interval = raw["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
-    if type(interval) is not int or interval < 1:
-        raise UserError(f"has no_rope_layer_interval={interval!r}; expected an integer from 1")
+    layers, interval = raw["num_hidden_layers"], _count(raw, "no_rope_layer_interval", 4)
     rotates = [(i + 1) % interval != 0 for i in range(layers)]
     if (listed := raw.get("no_rope_layers")) is not None:
         if not isinstance(listed, list) or any(each not in (0, 1) for each in listed):
