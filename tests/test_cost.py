@@ -42,20 +42,15 @@ PUBLISHED = {
     "gemma_2b": 2_506_172_416,
     "gemma2_2b": 2_614_341_888,
     "qwen2_1_5b": 1_543_714_304,
+    "gemma3_1b": 999_885_952,
+    "opt_2_7b": 2_651_596_800,
 }
-# OPT-1.3B's sizes, for what no preset has.
-LEARNED = DecoderConfig(
-    vocab_size=50272, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
-    num_attention_heads=32, num_key_value_heads=32, head_dim=64, tie_word_embeddings=True,
-    biases=("q", "k", "v", "o", "up", "down"), mlp="plain", norm="layer", positions="learned",
-    position_offset=2, hidden_act="relu",
-)  # fmt: skip
 RANKS = {"q": 64, "down": 128}  # large, so that a LoRA is no rounding error
 
 
-@pytest.fixture(params=[*PUBLISHED, "learned"])
+@pytest.fixture(params=PUBLISHED)
 def config(request):
-    return LEARNED if request.param == "learned" else getattr(presets, request.param)()
+    return getattr(presets, request.param)()
 
 
 @pytest.fixture
