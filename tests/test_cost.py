@@ -24,7 +24,6 @@ from lorax_gen.method import GeneratorConfig, generate, init_generator, init_lor
 from lorax_gen.models import presets
 from lorax_gen.models.decoder import (
     REMAT_POLICIES,
-    DecoderConfig,
     Execution,
     init_params,
     kernel_shapes,
@@ -141,12 +140,12 @@ def test_parameters_are_the_published_ones(name, count):
 
 
 def test_learned_positions_biases_and_norms_are_parameters():
-    d, f, layers = 2048, 8192, 24
+    config, d, f, layers = presets.opt_2_7b(), 2560, 10240, 32
     kernels, biases, norms = 4 * d * d + 2 * d * f, 4 * d + f + d, 4 * d
-    assert parameters(LEARNED) == (50272 + 2050) * d + layers * (kernels + biases + norms) + 2 * d
-    heads = dataclasses.replace(LEARNED, norm="rms", qk_norm=True)
-    fewer = (2 * layers + 1) * d - 2 * layers * 64
-    assert parameters(heads) == parameters(LEARNED) - fewer
+    assert parameters(config) == (50272 + 2050) * d + layers * (kernels + biases + norms) + 2 * d
+    heads = dataclasses.replace(config, norm="rms", qk_norm=True)
+    fewer = (2 * layers + 1) * d - 2 * layers * 80
+    assert parameters(heads) == parameters(config) - fewer
 
 
 # --- beside XLA, at the published widths ---------------------------------------------------------
@@ -186,6 +185,7 @@ SYSTEMS = {
         presets.gemma_2b(),
         {"composition": "products", "strategy": "gumbel"},
     ),
+    "no gate": (presets.gemma3_1b(), presets.opt_2_7b(), {"edge_targets": ("up", "down")}),
 }
 
 
@@ -276,8 +276,10 @@ def test_a_batch_costs_its_rows_and_a_model_its_layers(config, causal):
         return prefill_macs(config, *sizes, causal=causal, lora=RANKS, logits=0)
 
     assert cost(config, 5000, 7) == 7 * cost(config, 5000)
-    two = cost(shallow(config, 2), 5000)
-    assert 2 * cost(config, 5000) == config.num_hidden_layers * two
+    layers = range(config.num_hidden_layers)
+    types = [config.layer_types[i : i + 1] for i in layers]
+    each = (dataclasses.replace(config, num_hidden_layers=1, layer_types=kind) for kind in types)
+    assert sum((cost(layer, 5000) for layer in each), Macs()) == cost(config, 5000)
 
 
 def test_a_text_costs_its_tokens_one_by_one(config):

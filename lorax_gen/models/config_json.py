@@ -23,7 +23,7 @@ from lorax_gen.documents import convert, read_json
 from lorax_gen.errors import UserError
 from lorax_gen.models.config import DecoderConfig
 from lorax_gen.models.families import FAMILIES, REQUIRED, Family, family_of
-from lorax_gen.models.rope import Rope, RopeScaling
+from lorax_gen.models.rope import Base, Rope, RopeScaling
 
 Raw = Mapping[str, Any]
 Ropes = tuple[Raw, ...]
@@ -248,6 +248,8 @@ def _read_fields(raw: Raw, ropes: Ropes, family: Family) -> dict[str, Any]:
             fields[name] = default
         elif fields[name] is None and not name.endswith(("softcapping", "window")):
             raise UserError(f"has {theirs[name]}=null; expected a value, or no such key")
+        if name in family.renamed:  # others are checked under their own name
+            convert(fields[name], HINTS[name], f"has {theirs[name]}={fields[name]!r}")
     width, heads = raw["hidden_size"], raw["num_attention_heads"]
     if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = heads
@@ -263,6 +265,9 @@ def _read_fields(raw: Raw, ropes: Ropes, family: Family) -> dict[str, Any]:
         fields["rope_scaling"] = _read_rope_scaling(ropes[0])
     for rope in ropes[1:]:
         theta = rope.get("rope_theta", family.sliding_theta)
+        name = "rope_parameters.sliding_attention.rope_theta"
+        name = "rope_local_base_freq" if raw.get("rope_local_base_freq") is not None else name
+        convert(theta, Base, f"has {name}={theta!r}")
         own = {"theta": theta, "scaling": _read_rope_scaling(rope)}
         same = {"theta": fields["rope_theta"], "scaling": fields["rope_scaling"]}
         fields["sliding_rope"] = None if own == same else own

@@ -115,6 +115,7 @@ def as_transformers_reads(path) -> DecoderConfig:
     biases += ("gate", "up", "down") if kind in ("llama", "smollm3") and theirs.mlp_bias else ()
     heads = theirs.num_attention_heads
     rotates = tuple(map(bool, theirs.no_rope_layers)) if kind == "smollm3" else ()
+    rotates = rotates[: theirs.num_hidden_layers]
     return DecoderConfig(
         vocab_size=theirs.vocab_size,
         hidden_size=theirs.hidden_size,
