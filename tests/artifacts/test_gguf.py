@@ -12,8 +12,8 @@ from lorax_gen.artifacts.gguf import save_gguf_lora
 from lorax_gen.errors import UserError
 from lorax_gen.method.lora import merge
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
-from lorax_gen.models.families import family_of
 from lorax_gen.models.rope import Rope
+from tests.models.configs import CONFIGS
 
 gguf = pytest.importorskip("gguf", reason="needs the extra: pip install 'lorax-gen[gguf]'")
 
@@ -218,11 +218,12 @@ def test_a_tree_that_does_not_fit_is_refused(tree, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_family_that_llama_cpp_lacks_is_refused(monkeypatch, tmp_path):
-    other = dataclasses.replace(family_of(LLAMA), model_type="other", neighbours=None)
-    monkeypatch.setattr("lorax_gen.artifacts.gguf.family_of", lambda config: other)
-    with pytest.raises(UserError, match="no GGUF adapter for the family 'other'"):
-        save_gguf_lora(tmp_path / "lora.gguf", random_tree(), LLAMA)
+def test_a_family_that_llama_cpp_lacks_is_refused(tmp_path):
+    known = "llama, qwen2, qwen3, gemma, gemma2, gemma3, smollm3"
+    tree = random_tree(CONFIGS["opt"], names=("up", "down"))
+    with pytest.raises(UserError, match=f"no GGUF adapter for the family 'opt'; known are {known}"):
+        save_gguf_lora(tmp_path / "lora.gguf", tree, CONFIGS["opt"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_missing_package_is_named(monkeypatch, tmp_path):
