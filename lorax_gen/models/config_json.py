@@ -131,9 +131,7 @@ def read_config(path: Path) -> DecoderConfig:
         raise UserError(f"{path} {error}") from None
     config = from_dict(DecoderConfig, fields, str(path))
     if "sliding_attention" not in config.layer_types:
-        config = dataclasses.replace(
-            config, layer_types=(), sliding_window=None, sliding_rope=None
-        )
+        config = dataclasses.replace(config, layer_types=(), sliding_window=None, sliding_rope=None)
     if unknown := _unknown_keys(raw, ropes, family):
         message = f"{path} has keys that are unknown, and not used: {', '.join(unknown)}"
         warnings.warn(" ".join(message.splitlines()), stacklevel=2)
@@ -333,7 +331,9 @@ def _write_sliding_rope(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _write_rope(rope: Rope) -> dict[str, Any]:
-    scaling = {"rope_type": "default"} if rope.scaling is None else _write_rope_scaling(rope.scaling)
+    scaling = (
+        {"rope_type": "default"} if rope.scaling is None else _write_rope_scaling(rope.scaling)
+    )
     return {"rope_theta": rope.theta, **scaling}
 
 

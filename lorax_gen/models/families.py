@@ -354,7 +354,6 @@ GEMMA2 = Family(
 )
 
 
-
 def _read_gemma3(raw: Raw, fields: Fields) -> Fields:
     """Windows in five of six layers, or by a pattern of the file's, or as in `layer_types`."""
     types = _windows_by_pattern(raw, _count(raw, PATTERN, 6))

@@ -576,7 +576,10 @@ def torch_logits(model):
         ("gemma3", {"composition": "factors", "rank": 3, "alpha": 1.5}),
         ("smollm3", {"composition": "factors", "rank": 3, "alpha": 1.5}),
         ("opt", {"composition": "products", "rank": 3, "alpha": 7.0}),
-        ("opt", {"composition": "factors", "rank": 4, "alpha": 4.0, "edge_targets": ("up", "down")}),
+        (
+            "opt",
+            {"composition": "factors", "rank": 4, "alpha": 4.0, "edge_targets": ("up", "down")},
+        ),
     ],
     ids=str,
 )
@@ -606,8 +609,15 @@ def test_peft_gives_each_module_the_rank_and_scale_that_it_has(edge_of, in_torch
         ("gemma3", {"r": 3, "lora_alpha": 7, "target_modules": ["k_proj", "q_proj", "up_proj"]}),
         ("smollm3", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
         ("opt", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
-        ("opt", {"r": 4, "lora_alpha": 6, "target_modules": ["fc1", "out_proj", "v_proj"],
-                 "rank_pattern": {r"layers\.2\.fc1": 2}}),
+        (
+            "opt",
+            {
+                "r": 4,
+                "lora_alpha": 6,
+                "target_modules": ["fc1", "out_proj", "v_proj"],
+                "rank_pattern": {r"layers\.2\.fc1": 2},
+            },
+        ),
         (
             "qwen2",
             {

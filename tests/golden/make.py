@@ -34,9 +34,7 @@ COMMON = {
 
 
 # Names of `COMMON` in the config of a model type; None: it has no such field.
-NAMES = {
-    "opt": {"intermediate_size": "ffn_dim", "rms_norm_eps": None, "num_key_value_heads": None}
-}
+NAMES = {"opt": {"intermediate_size": "ffn_dim", "rms_norm_eps": None, "num_key_value_heads": None}}
 
 
 class Case(NamedTuple):
