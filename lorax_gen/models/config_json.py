@@ -173,14 +173,14 @@ def _read_ropes(raw: Raw, family: Family) -> Ropes:
     if not isinstance(each, dict) or not each.keys() <= set(types):
         raise UserError(f"has rope_parameters={each!r}; expected one rope each for {list(types)}")
     local = raw.get("rope_local_base_freq")
-    full = raw | {"rope_parameters": each.get("full_attention")}
+    full = {**raw, "rope_parameters": each.get("full_attention")}
     sliding = {"rope_parameters": each.get("sliding_attention")}
     sliding |= {} if local is None else {"rope_theta": local}
-    return _read_rope(full), _read_rope(sliding, {"rope_theta": "rope_local_base_freq"})
+    return _read_rope(full), _read_rope(sliding, theta="rope_local_base_freq")
 
 
-def _read_rope(raw: Raw, called: Mapping[str, str] = {}) -> dict[str, Any]:
-    """A rope: its `rope_type`, and what else the file says of it.
+def _read_rope(raw: Raw, theta: str = "rope_theta") -> dict[str, Any]:
+    """A rope, whose base the file has beside it as `theta`: its `rope_type`, and what else the file says of it.
 
     transformers 4 writes rope_theta and rope_scaling (which once had `type` for `rope_type`),
     transformers 5 writes rope_parameters. What is there twice must be the same.
@@ -197,8 +197,8 @@ def _read_rope(raw: Raw, called: Mapping[str, str] = {}) -> dict[str, Any]:
             raise UserError(f"has {name} of type {kind!r} and rope_type {rope['rope_type']!r}")
         for key in ("rope_theta", "original_max_position_embeddings"):
             if key in raw and rope.setdefault(key, raw[key]) != raw[key]:
-                other = called.get(key, key)
-                raise UserError(f"has {other}={raw[key]!r}, but {name} has {key}={rope[key]!r}")
+                beside = theta if key == "rope_theta" else key
+                raise UserError(f"has {beside}={raw[key]!r}, but {name} has {key}={rope[key]!r}")
         if given:
             found[name] = rope
     if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
@@ -261,12 +261,12 @@ def _read_fields(raw: Raw, ropes: Ropes, family: Family) -> dict[str, Any]:
     if ropes:
         fields["rope_theta"] = ropes[0].get("rope_theta", fields["rope_theta"])
         fields["rope_scaling"] = _read_rope_scaling(ropes[0])
-    for rope in ropes[1:]:
-        theta = rope.get("rope_theta", family.sliding_theta)
-        name = "rope_parameters.sliding_attention.rope_theta"
-        name = "rope_local_base_freq" if raw.get("rope_local_base_freq") is not None else name
+    if len(ropes) > 1:
+        theta = ropes[1].get("rope_theta", family.sliding_theta)
+        local = raw.get("rope_local_base_freq") is not None
+        name = "rope_local_base_freq" if local else "rope_theta of sliding_attention"
         convert(theta, Base, f"has {name}={theta!r}")
-        own = {"theta": theta, "scaling": _read_rope_scaling(rope)}
+        own = {"theta": theta, "scaling": _read_rope_scaling(ropes[1])}
         same = {"theta": fields["rope_theta"], "scaling": fields["rope_scaling"]}
         fields["sliding_rope"] = None if own == same else own
     fields = {**family.read(raw, fields), **family.switches}

@@ -98,7 +98,7 @@ class Family:
         themselves; None: all layers have the same rope.
       biases: fields of its config.json that, where true, add biases -> the kernels that get one.
       rules: fields of its config.json that `read` reads.
-      own: fields of `DecoderConfig` that only `read` and `write` carry over.
+      own: fields of `DecoderConfig` that its config.json has in a way of its own.
       fits: whether the family can have the sizes of a config.
       beyond: fields of its config.json -> the values with which they ask for nothing; see
         `config_json.BEYOND`.
@@ -139,7 +139,6 @@ class Family:
         """Whether all that a config asks for can be written down in the family's config.json."""
         free = {*REQUIRED, *self.fields, *self.own, "num_key_value_heads", "head_dim", "biases"}
         free |= {"rope_scaling"} if self.rotates else set()
-        free |= {"sliding_rope"} if self.sliding_theta else set()
         on = [name for name, kernels in self.biases.items() if set(kernels) <= set(config.biases)]
         if not self.fits(config) or set(config.biases) != set(self.kernels_with_bias(on)):
             return False
@@ -155,8 +154,9 @@ class Family:
         return sum((self.biases[name] for name in on), always)
 
 
-ATTENTION_BIAS = {"attention_bias": ("q", "k", "v", "o")}
-MLP_BIAS = {"mlp_bias": ("gate", "up", "down")}
+Biases = dict[str, tuple[str, ...]]
+ATTENTION_BIAS: Biases = {"attention_bias": ("q", "k", "v", "o")}
+MLP_BIAS: Biases = {"mlp_bias": ("gate", "up", "down")}
 NO_DROPOUT = {"attention_dropout": 0.0}
 
 # --- LLaMA ---------------------------------------------------------------------------------------
@@ -380,6 +380,7 @@ GEMMA3 = Family(
         "layer_types": (),
     },
     sliding_theta=1e4,
+    own=frozenset({"sliding_rope"}),
     ignored=frozenset({"_sliding_window_pattern"}),  # written beside layer_types, whatever they are
     fits=lambda config: config.sliding_rope is None or config.sliding_rope.theta is not None,
     biases=ATTENTION_BIAS,
