@@ -180,9 +180,9 @@ def _read_ropes(raw: Raw, family: Family) -> Ropes:
 
 
 def _read_rope(raw: Raw, theta: str = "rope_theta") -> dict[str, Any]:
-    """A rope, whose base the file has beside it as `theta`: its `rope_type`, and what else the file says of it.
+    """A rope: its `rope_type`, and what else the file says of it.
 
-    transformers 4 writes rope_theta and rope_scaling (which once had `type` for `rope_type`),
+    Its base may be beside it, as `theta` in the file. transformers 4 writes rope_theta and rope_scaling (which once had `type` for `rope_type`),
     transformers 5 writes rope_parameters. What is there twice must be the same.
     """
     found: dict[str, dict[str, Any]] = {}
