@@ -182,8 +182,9 @@ def _read_ropes(raw: Raw, family: Family) -> Ropes:
 def _read_rope(raw: Raw, theta: str = "rope_theta") -> dict[str, Any]:
     """A rope: its `rope_type`, and what else the file says of it.
 
-    Its base may be beside it, as `theta` in the file. transformers 4 writes rope_theta and rope_scaling (which once had `type` for `rope_type`),
-    transformers 5 writes rope_parameters. What is there twice must be the same.
+    transformers 4 writes rope_theta and rope_scaling (which once had `type` for `rope_type`),
+    transformers 5 writes rope_parameters. What is there twice must be the same. Messages call a
+    base that is not in these `theta`.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in ("rope_scaling", "rope_parameters"):
