@@ -24,7 +24,6 @@ from lorax_gen.method import GeneratorConfig, generate, init_generator, init_lor
 from lorax_gen.models import presets
 from lorax_gen.models.decoder import (
     REMAT_POLICIES,
-    DecoderConfig,
     Execution,
     init_params,
     kernel_shapes,
@@ -42,20 +41,15 @@ PUBLISHED = {
     "gemma_2b": 2_506_172_416,
     "gemma2_2b": 2_614_341_888,
     "qwen2_1_5b": 1_543_714_304,
+    "gemma3_1b": 999_885_952,
+    "opt_2_7b": 2_651_596_800,
 }
-# OPT-1.3B's sizes, for what no preset has.
-LEARNED = DecoderConfig(
-    vocab_size=50272, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
-    num_attention_heads=32, num_key_value_heads=32, head_dim=64, tie_word_embeddings=True,
-    biases=("q", "k", "v", "o", "up", "down"), mlp="plain", norm="layer", positions="learned",
-    position_offset=2, hidden_act="relu",
-)  # fmt: skip
 RANKS = {"q": 64, "down": 128}  # large, so that a LoRA is no rounding error
 
 
-@pytest.fixture(params=[*PUBLISHED, "learned"])
+@pytest.fixture(params=PUBLISHED)
 def config(request):
-    return LEARNED if request.param == "learned" else getattr(presets, request.param)()
+    return getattr(presets, request.param)()
 
 
 @pytest.fixture
@@ -146,12 +140,12 @@ def test_parameters_are_the_published_ones(name, count):
 
 
 def test_learned_positions_biases_and_norms_are_parameters():
-    d, f, layers = 2048, 8192, 24
+    config, d, f, layers = presets.opt_2_7b(), 2560, 10240, 32
     kernels, biases, norms = 4 * d * d + 2 * d * f, 4 * d + f + d, 4 * d
-    assert parameters(LEARNED) == (50272 + 2050) * d + layers * (kernels + biases + norms) + 2 * d
-    heads = dataclasses.replace(LEARNED, norm="rms", qk_norm=True)
-    fewer = (2 * layers + 1) * d - 2 * layers * 64
-    assert parameters(heads) == parameters(LEARNED) - fewer
+    assert parameters(config) == (50272 + 2050) * d + layers * (kernels + biases + norms) + 2 * d
+    heads = dataclasses.replace(config, norm="rms", qk_norm=True)
+    fewer = (2 * layers + 1) * d - 2 * layers * 80
+    assert parameters(heads) == parameters(config) - fewer
 
 
 # --- beside XLA, at the published widths ---------------------------------------------------------
@@ -191,6 +185,7 @@ SYSTEMS = {
         presets.gemma_2b(),
         {"composition": "products", "strategy": "gumbel"},
     ),
+    "no gate": (presets.gemma3_1b(), presets.opt_2_7b(), {"edge_targets": ("up", "down")}),
 }
 
 
@@ -281,8 +276,10 @@ def test_a_batch_costs_its_rows_and_a_model_its_layers(config, causal):
         return prefill_macs(config, *sizes, causal=causal, lora=RANKS, logits=0)
 
     assert cost(config, 5000, 7) == 7 * cost(config, 5000)
-    two = cost(shallow(config, 2), 5000)
-    assert 2 * cost(config, 5000) == config.num_hidden_layers * two
+    layers = range(config.num_hidden_layers)
+    types = [config.layer_types[i : i + 1] for i in layers]
+    each = (dataclasses.replace(config, num_hidden_layers=1, layer_types=kind) for kind in types)
+    assert sum((cost(layer, 5000) for layer in each), Macs()) == cost(config, 5000)
 
 
 def test_a_text_costs_its_tokens_one_by_one(config):

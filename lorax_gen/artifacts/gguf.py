@@ -1,7 +1,7 @@
 """LoRA trees as GGUF adapters, which llama.cpp loads with `--lora`.
 
     general.type            'adapter'
-    general.architecture    the model's: such as 'llama', see `Family.neighbours`
+    general.architecture    the model's: such as 'llama', see `Family.gguf`
     general.name            any
     adapter.type            'lora'
     adapter.lora.alpha      fp32
@@ -64,10 +64,12 @@ def save_gguf_lora(
     except ImportError:
         raise UserError("GGUF files need one more package: pip install 'lorax-gen[gguf]'") from None
     family = family_of(config)
-    architecture = family.model_type
+    architecture = family.gguf or family.model_type
     if family.neighbours is None:
-        known = ", ".join(other.model_type for other in FAMILIES if other.neighbours is not None)
-        raise UserError(f"no GGUF adapter for the family {architecture!r}; known are {known}")
+        known = [each.gguf or each.model_type for each in FAMILIES if each.neighbours is not None]
+        raise UserError(
+            f"no GGUF adapter for the family {architecture!r}; known are {', '.join(known)}"
+        )
     check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
     check_tree(tree)
     alpha = max((pair["a"].shape[-1] for pair in tree.values()), default=1)

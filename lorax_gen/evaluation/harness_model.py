@@ -12,7 +12,6 @@ frame.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 import itertools
@@ -141,8 +140,7 @@ class HarnessModel(TemplateLM):
                 "model was trained in (raw=true in --model_args: as it is)",
                 file=sys.stderr,
             )
-        config = dataclasses.replace(model.config, max_position_embeddings=max_length or positions)
-        self.model = dataclasses.replace(model, config=config)
+        self.model, self._max_length = model, max_length or positions
         self.tokenizer = model.tokenizer
 
     @classmethod
@@ -163,7 +161,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.model.config.max_position_embeddings
+        return self._max_length
 
     @property
     def eot_token_id(self) -> int | None:
@@ -275,6 +273,7 @@ class HarnessModel(TemplateLM):
             scores = score_items(
                 self.model,
                 items,
+                max_length=self.max_length,
                 tokens_per_batch=self.tokens_per_batch,
                 mesh=self.mesh,
                 on_batch=on_batch,
@@ -311,7 +310,7 @@ class HarnessModel(TemplateLM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="continuations") as bar:
             for indices in alike.values():
                 options = generation_options(requests[indices[0]].args[1])
-                room = room_for(self.model, options["max_new_tokens"])
+                room = room_for(self.model, options["max_new_tokens"], self.max_length)
                 rows = [self.tok_encode(self.frame.wrap(requests[i].args[0])) for i in indices]
                 truncated += sum(len(row) > room for row in rows)
 

@@ -1,4 +1,4 @@
-"""Decoder language models: LLaMA, Qwen2, Qwen3, Gemma and Gemma 2.
+"""Decoder language models: LLaMA, Qwen 2 and 3, Gemma 1 to 3, SmolLM3 and OPT.
 
 model             a model with its config, parameters and tokenizer
 config            the shape of a decoder, and the switches that families differ in

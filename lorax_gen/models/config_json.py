@@ -23,9 +23,11 @@ from lorax_gen.documents import convert, read_json
 from lorax_gen.errors import UserError
 from lorax_gen.models.config import DecoderConfig
 from lorax_gen.models.families import FAMILIES, REQUIRED, Family, family_of
-from lorax_gen.models.rope import RopeScaling
+from lorax_gen.models.rope import Base, Rope, RopeScaling
 
 Raw = Mapping[str, Any]
+Ropes = tuple[Raw, ...]
+"""The rope of all layers; or that of full layers, then that of sliding ones."""
 
 # Of transformers' own configs: they name the file, its programs and its labels, or set defaults of
 # training and generation.
@@ -99,11 +101,12 @@ BEYOND: dict[str, tuple[Any, ...]] = {
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 HINTS = typing.get_type_hints(DecoderConfig, include_extras=True)
-# Read or compared below, for every family.
+# Read or compared below: for every family, for those that rotate, for those with two ropes.
 KEYS = {
-    "architectures", "model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling",
-    "rope_parameters", "original_max_position_embeddings", "layer_types", "hidden_activation",
+    "architectures", "model_type", "dtype", "torch_dtype", "layer_types", "hidden_activation",
 }  # fmt: skip
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
+SLIDING_ROPE_KEYS = {"rope_local_base_freq"}
 ROPE_FIELDS = {"default": (), "linear": ("factor",)} | {
     "llama3": tuple(field.name for field in dataclasses.fields(RopeScaling))
 }
@@ -121,15 +124,15 @@ def read_config(path: Path) -> DecoderConfig:
     raw = read_json(path)
     try:
         family = _find_family(raw)
-        rope = _read_rope(raw)
-        _check_statements(raw, rope, family)
-        fields = _read_fields(raw, rope, family)
+        ropes = _read_ropes(raw, family)
+        _check_statements(raw, ropes, family)
+        fields = _read_fields(raw, ropes, family)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     config = from_dict(DecoderConfig, fields, str(path))
     if "sliding_attention" not in config.layer_types:
-        config = dataclasses.replace(config, layer_types=(), sliding_window=None)
-    if unknown := _unknown_keys(raw, rope, family):
+        config = dataclasses.replace(config, layer_types=(), sliding_window=None, sliding_rope=None)
+    if unknown := _unknown_keys(raw, ropes, family):
         message = f"{path} has keys that are unknown, and not used: {', '.join(unknown)}"
         warnings.warn(" ".join(message.splitlines()), stacklevel=2)
     return config
@@ -142,8 +145,10 @@ def _find_family(raw: Raw) -> Family:
     architecture = named[0] if isinstance(named, list) else named
     family = next((family for family in FAMILIES if family.architecture == architecture), None)
     if family is None:
+        within = ", a model with a text model within it (text_config)"
         raise UserError(
-            f"is of architecture {architecture}; supported are "
+            f"is of architecture {architecture}{within if raw.get('text_config') else ''}; "
+            "supported are "
             f"{', '.join(family.architecture for family in FAMILIES)}"
         )
     if kind not in (None, family.model_type):
@@ -153,11 +158,33 @@ def _find_family(raw: Raw) -> Family:
     return family
 
 
-def _read_rope(raw: Raw) -> dict[str, Any]:
-    """The rope of all layers: its `rope_type`, and what else the file says of it.
+def _read_ropes(raw: Raw, family: Family) -> Ropes:
+    """What the file says of each rope that the family has.
+
+    Two of them are in rope_parameters by layer type (transformers 5), or the sliding one is
+    rope_local_base_freq, and the rest is of the full one (transformers 4).
+    """
+    if not family.rotates:
+        return ()
+    if family.sliding_theta is None:
+        return (_read_rope(raw),)
+    each, types = raw.get("rope_parameters"), ("full_attention", "sliding_attention")
+    each = {} if each is None else each
+    if not isinstance(each, dict) or not each.keys() <= set(types):
+        raise UserError(f"has rope_parameters={each!r}; expected one rope each for {list(types)}")
+    local = raw.get("rope_local_base_freq")
+    full = {**raw, "rope_parameters": each.get("full_attention")}
+    sliding = {"rope_parameters": each.get("sliding_attention")}
+    sliding |= {} if local is None else {"rope_theta": local}
+    return _read_rope(full), _read_rope(sliding, theta="rope_local_base_freq")
+
+
+def _read_rope(raw: Raw, theta: str = "rope_theta") -> dict[str, Any]:
+    """A rope: its `rope_type`, and what else the file says of it.
 
     transformers 4 writes rope_theta and rope_scaling (which once had `type` for `rope_type`),
-    transformers 5 writes rope_parameters. What is there twice must be the same.
+    transformers 5 writes rope_parameters. What is there twice must be the same. Messages call a
+    base that is not in these `theta`.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in ("rope_scaling", "rope_parameters"):
@@ -171,7 +198,8 @@ def _read_rope(raw: Raw) -> dict[str, Any]:
             raise UserError(f"has {name} of type {kind!r} and rope_type {rope['rope_type']!r}")
         for key in ("rope_theta", "original_max_position_embeddings"):
             if key in raw and rope.setdefault(key, raw[key]) != raw[key]:
-                raise UserError(f"has {key}={raw[key]!r}, but {name} has {key}={rope[key]!r}")
+                beside = theta if key == "rope_theta" else key
+                raise UserError(f"has {beside}={raw[key]!r}, but {name} has {key}={rope[key]!r}")
         if given:
             found[name] = rope
     if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
@@ -179,15 +207,15 @@ def _read_rope(raw: Raw) -> dict[str, Any]:
     return next(iter(found.values()), rope)
 
 
-def _check_statements(raw: Raw, rope: Raw, family: Family) -> None:
+def _check_statements(raw: Raw, ropes: Ropes, family: Family) -> None:
     """Raises UserError for what the decoder does not do, and for a contradiction."""
     read = _keys_read(family)
     for name in family.biases:
         if type(raw.get(name)) not in (type(None), bool):
             raise UserError(f"has {name}={raw[name]!r}; expected true or false")
-    for name, nothing in BEYOND.items():
+    for name, nothing in {**BEYOND, **family.beyond}.items():
         unused = name == "sliding_window" and raw.get("use_sliding_window") is False
-        for section in (raw, rope):
+        for section in (raw, *ropes):
             if name not in read and section.get(name) not in nothing and not unused:
                 raise UserError(f"has {name}={section[name]!r}, which is not supported")
     types, act = raw.get("layer_types"), raw.get("hidden_activation")
@@ -204,32 +232,44 @@ def _check_statements(raw: Raw, rope: Raw, family: Family) -> None:
         raise UserError(f"has dtype={raw['dtype']!r}, but torch_dtype={raw['torch_dtype']!r}")
 
 
-def _read_fields(raw: Raw, rope: Raw, family: Family) -> dict[str, Any]:
+def _read_fields(raw: Raw, ropes: Ropes, family: Family) -> dict[str, Any]:
     """The fields of a `DecoderConfig`; those in `REQUIRED` are checked."""
-    missing = [name for name in REQUIRED if raw.get(name) is None]
+    theirs = {name: family.renamed.get(name, name) for name in (*REQUIRED, *family.fields)}
+    missing = [theirs[name] for name in REQUIRED if raw.get(theirs[name]) is None]
     if missing:
         raise UserError(f"is incomplete: it lacks {', '.join(missing)}")
-    for name in REQUIRED:
-        convert(raw[name], HINTS[name], f"has {name}={raw[name]!r}")
-    fields = {name: raw[name] for name in REQUIRED}
+    fields = {name: raw[theirs[name]] for name in REQUIRED}
+    for name, value in fields.items():
+        convert(value, HINTS[name], f"has {theirs[name]}={value!r}")
     for name, default in family.fields.items():
-        fields[name] = raw.get(name, default)
+        fields[name] = raw.get(theirs[name], default)
         if fields[name] is None and default in (None, ()):  # null is as if it were not there
             fields[name] = default
         elif fields[name] is None and not name.endswith(("softcapping", "window")):
-            raise UserError(f"has {name}=null; expected a value, or no such key")
+            raise UserError(f"has {theirs[name]}=null; expected a value, or no such key")
+        if name in family.renamed:  # others are checked under their own name
+            convert(fields[name], HINTS[name], f"has {theirs[name]}={fields[name]!r}")
     width, heads = raw["hidden_size"], raw["num_attention_heads"]
-    if fields["num_key_value_heads"] is None:
+    if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = heads
-    if fields["head_dim"] is None:
+    if fields.get("head_dim") is None:
         if width % heads:
             raise UserError(
                 f"has no head_dim, and hidden_size={width} is not a multiple of "
                 f"num_attention_heads={heads}"
             )
         fields["head_dim"] = width // heads
-    fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
-    fields["rope_scaling"] = _read_rope_scaling(rope)
+    if ropes:
+        fields["rope_theta"] = ropes[0].get("rope_theta", fields["rope_theta"])
+        fields["rope_scaling"] = _read_rope_scaling(ropes[0])
+    if len(ropes) > 1:
+        theta = ropes[1].get("rope_theta", family.sliding_theta)
+        local = raw.get("rope_local_base_freq") is not None
+        name = "rope_local_base_freq" if local else "rope_theta of sliding_attention"
+        convert(theta, Base, f"has {name}={theta!r}")
+        own = {"theta": theta, "scaling": _read_rope_scaling(ropes[1])}
+        same = {"theta": fields["rope_theta"], "scaling": fields["rope_scaling"]}
+        fields["sliding_rope"] = None if own == same else own
     fields = {**family.read(raw, fields), **family.switches}
     fields["biases"] = family.kernels_with_bias(name for name in family.biases if raw.get(name))
     return fields
@@ -249,15 +289,19 @@ def _read_rope_scaling(rope: Raw) -> dict[str, Any] | None:
 
 
 def _keys_read(family: Family) -> set[str]:
-    return {*REQUIRED, *family.fields, *family.biases, *family.rules, *family.ignored}
+    fields = (family.renamed.get(name, name) for name in (*REQUIRED, *family.fields))
+    return {*fields, *family.biases, *family.rules, *family.ignored}
 
 
-def _unknown_keys(raw: Raw, rope: Raw, family: Family) -> list[str]:
-    known = _keys_read(family) | KEYS | HARMLESS | BEYOND.keys()
-    in_rope = {"rope_type", "rope_theta", *ROPE_FIELDS[rope["rope_type"]], *BEYOND}
-    return [key for key, value in raw.items() if key not in known and value is not None] + [
-        f"{key} (of the rope)" for key in rope if key not in in_rope
-    ]
+def _unknown_keys(raw: Raw, ropes: Ropes, family: Family) -> list[str]:
+    known = _keys_read(family) | KEYS | HARMLESS | BEYOND.keys() | family.beyond.keys()
+    known |= ROPE_KEYS if family.rotates else set()
+    known |= SLIDING_ROPE_KEYS if family.sliding_theta else set()
+    unknown = [key for key, value in raw.items() if key not in known and value is not None]
+    for rope in ropes:
+        in_rope = {"rope_type", "rope_theta", *ROPE_FIELDS[rope["rope_type"]], *BEYOND}
+        unknown += [f"{key} (of the rope)" for key in rope if key not in in_rope]
+    return unknown
 
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
@@ -265,12 +309,33 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     family = family_of(config)
     raw: dict[str, Any]
     raw = {"architectures": [family.architecture], "model_type": family.model_type}
-    raw |= {name: getattr(config, name) for name in (*REQUIRED, *family.fields)}
+    raw |= {
+        family.renamed.get(name, name): getattr(config, name)
+        for name in (*REQUIRED, *family.fields)
+    }
     biases = {name: set(kernels) <= set(config.biases) for name, kernels in family.biases.items()}
     raw |= dict(sorted({**biases, **family.constants}.items()))
     if config.rope_scaling is not None:
         raw["rope_scaling"] = _write_rope_scaling(config.rope_scaling)
+    if family.sliding_theta is not None:
+        raw |= _write_sliding_rope(config)
     return family.write(config, raw)
+
+
+def _write_sliding_rope(config: DecoderConfig) -> dict[str, Any]:
+    full = Rope(config.rope_theta, config.rope_scaling)
+    sliding = config.sliding_rope or full
+    if sliding.scaling is None:
+        return {"rope_local_base_freq": sliding.theta}
+    ropes = {"full_attention": full, "sliding_attention": sliding}  # in transformers 5 alone
+    return {"rope_parameters": {name: _write_rope(rope) for name, rope in ropes.items()}}
+
+
+def _write_rope(rope: Rope) -> dict[str, Any]:
+    scaling = (
+        {"rope_type": "default"} if rope.scaling is None else _write_rope_scaling(rope.scaling)
+    )
+    return {"rope_theta": rope.theta, **scaling}
 
 
 def _write_rope_scaling(scaling: RopeScaling) -> dict[str, Any]:

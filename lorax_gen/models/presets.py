@@ -6,8 +6,10 @@ it. Each equals what `read_config` returns for the checkpoint's `config.json`.
 
 from __future__ import annotations
 
+import dataclasses
+
 from lorax_gen.models.decoder import DecoderConfig
-from lorax_gen.models.rope import RopeScaling
+from lorax_gen.models.rope import Rope, RopeScaling
 
 
 def llama3_8b() -> DecoderConfig:
@@ -127,4 +129,122 @@ def qwen2_1_5b() -> DecoderConfig:
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
         biases=("q", "k", "v"),
+    )
+
+
+def qwen3_0_6b() -> DecoderConfig:
+    """`Qwen/Qwen3-0.6B`: 596,049,920 parameters."""
+    return DecoderConfig(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        qk_norm=True,
+    )
+
+
+def qwen3_1_7b() -> DecoderConfig:
+    """`Qwen/Qwen3-1.7B`: 1,720,574,976 parameters."""
+    return dataclasses.replace(qwen3_0_6b(), hidden_size=2048, intermediate_size=6144)
+
+
+def gemma3_270m() -> DecoderConfig:
+    """`google/gemma-3-270m`: 268,098,176 parameters."""
+    layers = 18
+    return DecoderConfig(
+        vocab_size=262144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        max_position_embeddings=32768,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        hidden_act="gelu_pytorch_tanh",
+        sliding_rope=Rope(10000.0),
+        qk_norm=True,
+        rms_norm_offset=True,
+        embedding_scale=True,
+        post_norms=True,
+        query_pre_attn_scalar=256.0,
+        sliding_window=512,
+        layer_types=_five_of_six(layers),
+    )
+
+
+def gemma3_1b() -> DecoderConfig:
+    """`google/gemma-3-1b-pt` and `-it`: 999,885,952 parameters."""
+    layers = 26
+    return dataclasses.replace(
+        gemma3_270m(),
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=layers,
+        layer_types=_five_of_six(layers),
+    )
+
+
+def _five_of_six(layers: int) -> tuple[str, ...]:
+    return (("sliding_attention",) * 5 + ("full_attention",)) * (layers // 6) + (
+        "sliding_attention",
+    ) * (layers % 6)
+
+
+def smollm2_135m() -> DecoderConfig:
+    """`HuggingFaceTB/SmolLM2-135M`: 134,515,008 parameters."""
+    return DecoderConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+
+
+def smollm2_360m() -> DecoderConfig:
+    """`HuggingFaceTB/SmolLM2-360M`: 361,821,120 parameters."""
+    return dataclasses.replace(
+        smollm2_135m(),
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+    )
+
+
+def opt_2_7b() -> DecoderConfig:
+    """`facebook/opt-2.7b`: 2,651,596,800 parameters."""
+    return DecoderConfig(
+        vocab_size=50272,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=80,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        hidden_act="relu",
+        biases=("q", "k", "v", "o", "up", "down"),
+        mlp="plain",
+        norm="layer",
+        positions="learned",
+        position_offset=2,
     )

@@ -12,7 +12,8 @@ from lorax_gen.artifacts.gguf import save_gguf_lora
 from lorax_gen.errors import UserError
 from lorax_gen.method.lora import merge
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
-from lorax_gen.models.families import family_of
+from lorax_gen.models.rope import Rope
+from tests.models.configs import CONFIGS
 
 gguf = pytest.importorskip("gguf", reason="needs the extra: pip install 'lorax-gen[gguf]'")
 
@@ -43,7 +44,18 @@ GEMMA2 = dataclasses.replace(
 )
 QWEN2 = dataclasses.replace(LLAMA, biases=("q", "k", "v"))
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True)
-ARCHITECTURES = {"llama": LLAMA, "gemma": GEMMA, "gemma2": GEMMA2, "qwen2": QWEN2, "qwen3": QWEN3}
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    qk_norm=True,
+    sliding_rope=Rope(5.0),
+)
+SMOLLM3 = dataclasses.replace(LLAMA, rope_layers=(True, False))
+ARCHITECTURES = {
+    "llama": LLAMA, "gemma": GEMMA, "gemma2": GEMMA2, "gemma3": GEMMA3, "qwen2": QWEN2,
+    "qwen3": QWEN3, "smollm3": SMOLLM3,
+}  # fmt: skip
 RANKS = {"q": 3, "k": 5, "v": 2, "o": 4, "gate": 5, "up": 1, "down": 3}
 
 
@@ -132,7 +144,11 @@ def test_values_come_back_transposed(tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rotated_features_stand_as_the_rotary_embedding_pairs_them(architecture, tmp_path):
-    """llama.cpp turns rows 2 i and 2 i + 1 of a LLaMA's head, which are i and i + E/2 here."""
+    """llama.cpp turns rows 2 i and 2 i + 1 of a LLaMA's head, which are i and i + E/2 here.
+
+    In a SmolLM3 that converters write it does so in every layer, also where none is turned: what
+    both q and k have in another order leaves the scores as they are.
+    """
     config = ARCHITECTURES[architecture]
     tree = random_tree(config, names=("q", "k", "v"))
     _, tensors = round_trip(tmp_path, tree, config)
@@ -141,7 +157,7 @@ def test_rotated_features_stand_as_the_rotary_embedding_pairs_them(architecture,
         a, b = (tensors[f"blk.1.attn_{name}.weight.lora_{side}"] for side in "ab")
         np.testing.assert_array_equal(a, tree[name]["a"][1].T)
         order = np.arange(b.shape[0])
-        if architecture == "llama" and name != "v":
+        if architecture in ("llama", "smollm3") and name != "v":
             for head in range(b.shape[0] // config.head_dim):
                 for i in range(half):
                     first = head * config.head_dim
@@ -202,11 +218,12 @@ def test_a_tree_that_does_not_fit_is_refused(tree, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_family_that_llama_cpp_lacks_is_refused(monkeypatch, tmp_path):
-    other = dataclasses.replace(family_of(LLAMA), model_type="other", neighbours=None)
-    monkeypatch.setattr("lorax_gen.artifacts.gguf.family_of", lambda config: other)
-    with pytest.raises(UserError, match="no GGUF adapter for the family 'other'"):
-        save_gguf_lora(tmp_path / "lora.gguf", random_tree(), LLAMA)
+def test_a_family_that_llama_cpp_lacks_is_refused(tmp_path):
+    known = "llama, qwen2, qwen3, gemma, gemma2, gemma3, smollm3"
+    tree = random_tree(CONFIGS["opt"], names=("up", "down"))
+    with pytest.raises(UserError, match=f"no GGUF adapter for the family 'opt'; known are {known}"):
+        save_gguf_lora(tmp_path / "lora.gguf", tree, CONFIGS["opt"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_missing_package_is_named(monkeypatch, tmp_path):

@@ -37,9 +37,13 @@ EXACT = {"rtol": 0, "atol": 2e-4}
 
 
 def random_tree(config=LLAMA, ranks=RANKS, seed=0):
+    """Of the kernels with a rank that the model has."""
     rng, layers, tree = np.random.default_rng(seed), config.num_hidden_layers, {}
+    shapes = kernel_shapes(config)
     for name, rank in ranks.items():
-        d_in, d_out = kernel_shapes(config)[name]
+        if name not in shapes:
+            continue
+        d_in, d_out = shapes[name]
         tree[name] = {
             "a": rng.normal(0, 0.3, (layers, d_in, rank)).astype(np.float32),
             "b": rng.normal(0, 0.3, (layers, rank, d_out)).astype(np.float32),
@@ -47,7 +51,14 @@ def random_tree(config=LLAMA, ranks=RANKS, seed=0):
     return tree
 
 
-def full_name(name, layer):
+OPT_MODULES = {name: f"self_attn.{name}_proj" for name in ("q", "k", "v")} | {
+    "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
+}  # fmt: skip
+
+
+def full_name(name, layer, family="llama"):
+    if family == "opt":
+        return f"model.decoder.layers.{layer}.{OPT_MODULES[name]}"
     return f"model.layers.{layer}.{MODULES[name]}"
 
 
@@ -70,7 +81,8 @@ def lora_of_card(tiny_world_system, edge_of):
 
     def lora(family, **fields):
         system = tiny_world_system._replace(edge=edge_of(family))
-        generator = make_generator(system, **{"edge_targets": tuple(MODULES), **fields})
+        targets = tuple(kernel_shapes(system.edge.config))
+        generator = make_generator(system, **{"edge_targets": targets, **fields})
         gates = np.zeros((system.edge.config.num_hidden_layers, 4), np.float32)
         gates[:, 3], gates[:, 1], gates[0, [0, 3]] = 0.7, 0.3, [0.7, 0]
         return make_card(gates, "a prompt", system.cloud, system.edge, generator).lora(generator)
@@ -88,7 +100,7 @@ def logits(params, config, tokens, lora=None):
 # --- ours, out and in ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2", "gemma3", "smollm3", "opt"])
 def test_all_kernels_of_any_ranks_come_back_bit_by_bit(name, tmp_path):
     config = CONFIGS[name]
     tree = random_tree(config)
@@ -108,15 +120,15 @@ def test_the_lora_of_a_card_comes_back_bit_by_bit(composition, alpha, lora_of_ca
     assert raw["r"] == raw["lora_alpha"] == {"factors": 3, "products": 6}[composition]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2", "gemma3", "smollm3", "opt"])
 def test_factors_stand_as_torch_has_them_under_the_names_of_transformers(name, tmp_path):
     config, tree = CONFIGS[name], random_tree(CONFIGS[name])
     save_adapter(tmp_path / "adapter", tree, config)
     tensors = read_tensors(tmp_path / "adapter" / TENSORS)
-    assert len(tensors) == 2 * len(MODULES) * config.num_hidden_layers
+    assert len(tensors) == 2 * len(kernel_shapes(config)) * config.num_hidden_layers
     for kernel, pair in tree.items():
         for i in range(config.num_hidden_layers):
-            prefix = f"base_model.model.{full_name(kernel, i)}"
+            prefix = f"base_model.model.{full_name(kernel, i, name)}"
             for factor, letter in (("a", "A"), ("b", "B")):
                 value = tensors[f"{prefix}.lora_{letter}.weight"]
                 assert value.dtype == np.float32
@@ -561,6 +573,13 @@ def torch_logits(model):
         ("llama", {"composition": "products", "rank": 3, "alpha": 7.0}),
         ("gemma2", {"composition": "products", "rank": 4, "alpha": 2.0}),
         ("qwen2", {"composition": "factors", "rank": 3, "alpha": 1.5}),
+        ("gemma3", {"composition": "factors", "rank": 3, "alpha": 1.5}),
+        ("smollm3", {"composition": "factors", "rank": 3, "alpha": 1.5}),
+        ("opt", {"composition": "products", "rank": 3, "alpha": 7.0}),
+        (
+            "opt",
+            {"composition": "factors", "rank": 4, "alpha": 4.0, "edge_targets": ("up", "down")},
+        ),
     ],
     ids=str,
 )
@@ -587,6 +606,18 @@ def test_peft_gives_each_module_the_rank_and_scale_that_it_has(edge_of, in_torch
     [
         ("llama", {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": "all-linear"}),
         ("gemma2", {"r": 3, "lora_alpha": 7, "target_modules": ["k_proj", "o_proj", "down_proj"]}),
+        ("gemma3", {"r": 3, "lora_alpha": 7, "target_modules": ["k_proj", "q_proj", "up_proj"]}),
+        ("smollm3", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
+        ("opt", {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}),
+        (
+            "opt",
+            {
+                "r": 4,
+                "lora_alpha": 6,
+                "target_modules": ["fc1", "out_proj", "v_proj"],
+                "rank_pattern": {r"layers\.2\.fc1": 2},
+            },
+        ),
         (
             "qwen2",
             {

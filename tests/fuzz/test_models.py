@@ -24,7 +24,10 @@ from lorax_gen.tokenizers import load_tokenizer
 from tests.fuzz.damage import damaged_bytes, damaged_json, damaged_tensors, fuzz, refused
 from tests.models.configs import CONFIGS, as_transformers_reads
 
-FAMILIES = ("llama", "llama3", "qwen2", "qwen2-window", "qwen3", "gemma", "gemma2")
+FAMILIES = (
+    "llama", "llama3", "qwen2", "qwen2-window", "qwen3", "gemma", "gemma2", "gemma3", "smollm3",
+    "smollm3-window", "opt",
+)  # fmt: skip
 VOCABULARY = 30
 WORDS = [f"word{i}" for i in range(VOCABULARY - 4)]
 # Their names of what is in a layer -> ours; biases have `_bias`. Gemma 2 has two norms more.
@@ -32,6 +35,8 @@ NAMES = {f"self_attn.{each}_proj": each for each in "qkvo"} | {
     f"mlp.{each}_proj": each for each in ("gate", "up", "down")
 }
 NAMES |= {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+NAMES |= {"self_attn.out_proj": "o", "fc1": "up", "fc2": "down"}
+OPT_NORMS = {"self_attn_layer_norm": "attn_norm", "final_layer_norm": "mlp_norm"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
 GEMMA2_NORMS = {
     "input_layernorm": "attn_norm",
@@ -126,14 +131,21 @@ def check_tensors(model: Model, directory: Path) -> None:
 
 def parameter(params: dict, key: str, has_post_norms: bool) -> np.ndarray:
     """Ours of a tensor's name, as the file has it."""
+    opt, key = "model.decoder." in key, key.replace("model.decoder.", "model.")
     top = {"model.embed_tokens.weight": "embed", "model.norm.weight": "final_norm"}
+    if opt:
+        top |= {
+            "model.embed_positions.weight": "positions",
+            "model.final_layer_norm.weight": "final_norm",
+            "model.final_layer_norm.bias": "final_norm_bias",
+        }
     if key in top:
         return np.asarray(params[top[key]])
     if key == "lm_head.weight":
         return np.asarray(params["lm_head"]).T
     model, layers, index, *middle, kind = key.split(".")
     assert (model, layers) == ("model", "layers") and index == str(int(index))
-    norms = GEMMA2_NORMS if has_post_norms else NORMS
+    norms = OPT_NORMS if opt else GEMMA2_NORMS if has_post_norms else NORMS
     ours = (NAMES | norms)[".".join(middle)] + {"weight": "", "bias": "_bias"}[kind]
     return np.asarray(params["layers"][ours][int(index)]).T
 
@@ -214,7 +226,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # Keys of any family and of others, with values that one of them could have.
 STATEMENTS = {
     "rope_scaling": [LLAMA3, LINEAR, LINEAR | LLAMA3, DEFAULT, {}, None],
-    "rope_parameters": [LLAMA3, LINEAR, DEFAULT, DEFAULT | {"rope_theta": 5.0}, {FULL: DEFAULT}],
+    "rope_parameters": [LLAMA3, LINEAR, DEFAULT, DEFAULT | {"rope_theta": 5.0}, {FULL: DEFAULT},
+                        {FULL: LINEAR, SLIDING: DEFAULT}, {SLIDING: DEFAULT}, {SLIDING: LINEAR}],
+    "rope_local_base_freq": [123.0, 5.0, 45.0, None], "no_rope_layer_interval": [1, 2, 4, None],
+    "no_rope_layers": [[1, 0, 1], [0, 0, 0], [1, 1, 1, 0], [1, 0], None],
+    "_sliding_window_pattern": [2, 6], "do_layer_norm_before": [True, False],
+    "word_embed_proj_dim": [16, 8, None], "activation_function": ["relu", "silu", None],
+    "enable_bias": [True, False],
     "rope_theta": [123.0, 5.0, 10000], "original_max_position_embeddings": [40, 80],
     "partial_rotary_factor": [0.5, 1.0], "attention_bias": [True, False, None],
     "mlp_bias": [True, False], "tie_word_embeddings": [True, False], "head_dim": [6, 4, None],
@@ -226,8 +244,9 @@ STATEMENTS = {
     "query_pre_attn_scalar": [24, 6, None], "attn_logit_softcapping": [20.0, None],
     "final_logit_softcapping": [10.0, None], "use_bidirectional_attention": [True, False],
     "rms_norm_eps": [3e-4, 1e-6], "max_position_embeddings": [77, 2048], "dtype": ["float16"],
-    "model_type": ["llama", "qwen2", "qwen3", "gemma", "gemma2"],
-    "architectures": [["LlamaForCausalLM"], ["Qwen2ForCausalLM"], ["GemmaForCausalLM"]],
+    "model_type": ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "opt"],
+    "architectures": [["LlamaForCausalLM"], ["Qwen2ForCausalLM"], ["GemmaForCausalLM"],
+                      ["Gemma3ForCausalLM"], ["SmolLM3ForCausalLM"], ["OPTForCausalLM"]],
 }  # fmt: skip
 
 

@@ -33,6 +33,10 @@ COMMON = {
 }  # fmt: skip
 
 
+# Names of `COMMON` in the config of a model type; None: it has no such field.
+NAMES = {"opt": {"intermediate_size": "ffn_dim", "rms_norm_eps": None, "num_key_value_heads": None}}
+
+
 class Case(NamedTuple):
     """What to make of a model type of `transformers`."""
 
@@ -50,6 +54,7 @@ def rope(theta: float, rope_type: str = "default", **scaling: float) -> dict[str
     return {"rope_type": rope_type, "rope_theta": theta, **scaling}
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 # Of the eight wavelengths at head size 16 the first, 2 pi, is below 16/2 and kept; the second,
 # 13.7, is mixed; the others are above 16/1 and stretched.
 LLAMA3 = rope(
@@ -85,6 +90,44 @@ CASES = {
     ),
     "qwen3": case("qwen3", head_dim=16, tie_word_embeddings=True, rope_parameters=rope(1000.0)),
     "llama-biases": case("llama", attention_bias=True, mlp_bias=True),
+    # Windows shorter and longer than the text.
+    "gemma3": case(
+        "gemma3_text",
+        num_hidden_layers=3,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        sliding_window_pattern=2,
+        rope_parameters={FULL: rope(500.0, "linear", factor=4.0), SLIDING: rope(20.0)},
+        tie_word_embeddings=True,
+    ),
+    "gemma3-wide-window": case(
+        "gemma3_text",
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=10,
+        query_pre_attn_scalar=10,
+        sliding_window=40,
+        sliding_window_pattern=2,
+    ),
+    "smollm3": case(
+        "smollm3",
+        num_hidden_layers=3,
+        no_rope_layer_interval=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=rope(500.0),
+    ),
+    "smollm3-window": case(
+        "smollm3",
+        num_hidden_layers=4,
+        head_dim=6,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=6,
+    ),
+    "opt": case("opt", tie_word_embeddings=True),
+    "opt-untied": case("opt", "bfloat16", num_attention_heads=2),
 }
 
 
@@ -94,7 +137,10 @@ def random_model(case: Case, seed: int) -> PreTrainedModel:
     Filled by numpy, so that a seed means the same in every torch, and with no norm at 1 (in Gemma:
     at 0) and no bias at 0.
     """
-    config = AutoConfig.for_model(case.model_type, **COMMON | case.settings)
+    names = NAMES.get(case.model_type, {})
+    settings = {names.get(name, name): value for name, value in (COMMON | case.settings).items()}
+    settings.pop(None, None)
+    config = AutoConfig.for_model(case.model_type, **settings)
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     )
@@ -102,10 +148,10 @@ def random_model(case: Case, seed: int) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = torch.from_numpy(rng.normal(size=parameter.shape))
-            if "norm" in name:
-                value = 0.2 * value + (0 if case.model_type.startswith("gemma") else 1)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 value = 0.5 * value
+            elif "norm" in name:
+                value = 0.2 * value + (0 if case.model_type.startswith("gemma") else 1)
             else:
                 value = value * parameter.shape[1] ** -0.5
             parameter.copy_(value.to(getattr(torch, case.dtype)))

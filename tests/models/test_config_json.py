@@ -90,6 +90,20 @@ def refusal(path):
         ("qwen2-window", {"use_sliding_window": False},
          ["layer_types", "use_sliding_window=False"]),
         ("qwen2-window", {"sliding_window": None}, ["layer_types", "sliding_window=None"]),
+        ("gemma3", {"rope_parameters": {FULL: {"rope_theta": 5.0}}},
+         ["rope_theta=123.0", "rope_parameters has rope_theta=5.0"]),
+        ("gemma3", {"rope_parameters": {SLIDING: {"rope_theta": 5.0}}},
+         ["rope_local_base_freq=45.0", "rope_parameters has rope_theta=5.0"]),
+        ("gemma3", {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 4.0}}},
+         ["rope_scaling", "rope_parameters"]),
+        ("gemma3", {"sliding_window_pattern": 3}, ["sliding_window_pattern=3", "layer_types"]),
+        ("gemma3", {"hidden_act": "silu"},
+         ["hidden_activation='gelu_pytorch_tanh'", "hidden_act='silu'"]),
+        ("smollm3", {"no_rope_layers": [1, 0]}, ["2 no_rope_layers", "num_hidden_layers=3"]),
+        ("smollm3-window", {"use_sliding_window": False},
+         ["layer_types", "use_sliding_window=False"]),
+        ("opt", {"word_embed_proj_dim": 8}, ["word_embed_proj_dim=8", "hidden_size=16"]),
+        ("opt", {"num_attention_heads": 3}, ["hidden_size=16", "num_attention_heads=3"]),
     ],
 )  # fmt: skip
 def test_two_statements_that_differ_are_refused_with_both_names(name, changes, both, write):
@@ -107,6 +121,12 @@ def test_two_statements_that_differ_are_refused_with_both_names(name, changes, b
         ("llama", {"model_type": "llama", "hidden_activation": "silu"}),
         ("llama", {"layer_types": [FULL] * 3}),
         ("gemma2", {"sliding_window_pattern": 2}),
+        ("gemma3", {"sliding_window_pattern": 2}),
+        ("gemma3", {"_sliding_window_pattern": 6}),  # transformers writes it, and reads it no more
+        ("gemma3", {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 8.0}}}),
+        ("smollm3", {"no_rope_layer_interval": 4}),  # replaced by no_rope_layers
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+        ("opt", {"word_embed_proj_dim": None}),
         ("qwen2-window", {"max_window_layers": 2}),  # replaced by layer_types, as in transformers
     ],
 )
@@ -144,7 +164,14 @@ def test_qwen2_has_its_biases_whatever_attention_bias_says(value, write):
 @pytest.mark.parametrize(
     "name, key, value",
     [
-        *[(name, "mlp_bias", True) for name in ("qwen2", "qwen3", "gemma", "gemma2")],
+        *[(name, "mlp_bias", True) for name in ("qwen2", "qwen3", "gemma", "gemma2", "gemma3")],
+        ("gemma3", "use_bidirectional_attention", True),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "final_logit_softcapping", 30.0),
+        ("opt", "do_layer_norm_before", False),
+        ("opt", "_remove_final_layer_norm", True),
+        ("opt", "enable_bias", False),
+        ("opt", "layer_norm_elementwise_affine", False),
         ("gemma", "use_bidirectional_attention", True),
         ("llama", "quantization_config", {"quant_method": "gptq"}),
         ("llama", "partial_rotary_factor", 0.5),
@@ -194,6 +221,17 @@ def test_keys_that_nobody_knows_are_named_in_one_warning(write):
     ]
 
 
+def test_ropes_of_a_family_that_has_none_are_named_in_a_warning(write):
+    path = write("opt", rope_theta=5.0, rope_scaling={"rope_type": "yarn"}, hidden_act="silu")
+    with pytest.warns(UserWarning, match="not used: rope_theta, rope_scaling, hidden_act"):
+        assert read_config(path) == CONFIGS["opt"]
+
+
+def test_a_text_model_within_another_is_refused_in_one_line(write):
+    path = write("gemma3", architectures=["Gemma3ForConditionalGeneration"], text_config={"a": 1})
+    assert "Gemma3ForConditionalGeneration, a model with a text model within it" in refusal(path)
+
+
 # --- numbers -------------------------------------------------------------------------------------
 
 SIZES = (
@@ -211,6 +249,12 @@ OUT_OF_RANGE = [
     *[("llama", "attention_bias", value) for value in (0, 1, "true")],
     *[("qwen2-window", "use_sliding_window", value) for value in (1, "true", None)],
     *[("qwen2-window", "max_window_layers", value) for value in (-1, True, 1.5)],
+    *[("gemma3", "rope_local_base_freq", value) for value in (0, -1.0, 1e40, True, "1e4")],
+    *[("gemma3", "sliding_window_pattern", value) for value in (0, -1, True, 2.0, "2")],
+    *[("smollm3", "no_rope_layer_interval", value) for value in (0, -1, True, 2.0, "2")],
+    *[("smollm3", "no_rope_layers", value) for value in (1, [1, 0, 2], [1, "0", 1], "101")],
+    *[("opt", "ffn_dim", value) for value in (0, -1, True, 2**31, 8.0, "8", None)],
+    *[("opt", "activation_function", value) for value in ("tanh", 5, None)],
     *[("llama", name, value) for name in ("dtype", "torch_dtype") for value in ("int8", 5, "fp8")],
 ]
 

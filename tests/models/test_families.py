@@ -37,6 +37,12 @@ VARIANTS = CONFIGS | {
         ("gemma2", "float", {"query_pre_attn_scalar": 24.0}),
         ("gemma2", "llama3", {"rope_scaling": CONFIGS["llama3"].rope_scaling}),
         ("qwen2-window", "mixed", {"layer_types": (SLIDING, FULL, SLIDING)}),
+        ("gemma3", "one rope", {"sliding_rope": None, "rope_scaling": None}),
+        ("gemma3", "one scaled rope", {"sliding_rope": None}),
+        ("gemma3", "both scaled", {"sliding_rope": Rope(45.0, RopeScaling(2.0))}),
+        ("gemma3", "no window", {"sliding_window": None, "layer_types": (), "sliding_rope": None}),
+        ("smollm3", "none", {"rope_layers": (False,) * 3}),
+        ("smollm3", "biases", {"biases": ("q", "k", "v", "o", "gate", "up", "down")}),
         ("qwen2-window", "all", {"layer_types": (SLIDING,) * 3}),
     ]
 }
@@ -75,7 +81,8 @@ def test_what_transformers_writes_in_turn_reads_as_it_was(name, write, tmp_path)
     path = write(write_config(CONFIGS[name]))
     AutoConfig.from_pretrained(path.parent).save_pretrained(tmp_path / "again")
     again = tmp_path / "again" / "config.json"
-    assert "rope_parameters" in json.loads(again.read_text())
+    rotates = CONFIGS[name].positions == "rotary"
+    assert ("rope_parameters" in json.loads(again.read_text())) == rotates
     assert read_config(again) == CONFIGS[name]
 
 
@@ -89,6 +96,7 @@ def test_scores_divided_as_ever_are_written_out(write):
 # --- old and new forms ---------------------------------------------------------------------------
 
 ROPE_5 = {"rope_theta": ABSENT, "rope_scaling": ABSENT}  # what rope_parameters stand for
+ROPES_5 = ROPE_5 | {"rope_local_base_freq": ABSENT}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ABSENT}
 
 
@@ -117,6 +125,33 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ABSENT
         ("qwen3", {"head_dim": ABSENT}, {"head_dim": 128}),
         ("qwen3", WINDOW | {"max_window_layers": 2},
          {"layer_types": (FULL, FULL, SLIDING), "sliding_window": 5}),
+        # Two ropes, in one form or the other, and what stands for what is not there.
+        ("gemma3", ROPES_5 | {"rope_parameters": {
+            FULL: {"rope_type": "linear", "rope_theta": 55.0, "factor": 2.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 5.0}}},
+         {"rope_theta": 55.0, "rope_scaling": RopeScaling(2.0), "sliding_rope": Rope(5.0)}),
+        ("gemma3", ROPES_5 | {"rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": 55.0},
+            SLIDING: {"rope_type": "linear", "rope_theta": 55.0, "factor": 2.0}}},
+         {"rope_theta": 55.0, "rope_scaling": None, "sliding_rope": Rope(55.0, RopeScaling(2.0))}),
+        ("gemma3", ROPES_5 | {"rope_parameters": {FULL: {"rope_type": "default"}}},
+         {"rope_theta": 1e6, "rope_scaling": None, "sliding_rope": Rope(1e4)}),
+        ("gemma3", ROPES_5, {"rope_theta": 1e6, "rope_scaling": None, "sliding_rope": Rope(1e4)}),
+        ("gemma3", {"rope_local_base_freq": ABSENT}, {"sliding_rope": Rope(1e4)}),
+        ("gemma3", {"rope_local_base_freq": 123, "rope_scaling": None},
+         {"rope_scaling": None, "sliding_rope": None}),
+        ("gemma3", {"rope_scaling": LLAMA3}, STRETCHED),
+        # Layers that rotate nothing.
+        ("smollm3", {"no_rope_layers": ABSENT}, {"rope_layers": ()}),
+        ("smollm3", {"no_rope_layers": ABSENT, "no_rope_layer_interval": 3},
+         {"rope_layers": (True, True, False)}),
+        ("smollm3", {"no_rope_layers": [0, 0, 0]}, {"rope_layers": (False,) * 3}),
+        ("smollm3-window", {"layer_types": ABSENT},
+         {"layer_types": (FULL, SLIDING, SLIDING)}),
+        ("smollm3-window", WINDOW | {"use_sliding_window": False},
+         {"layer_types": (), "sliding_window": None}),
+        ("smollm3-window", WINDOW | {"sliding_window": None},
+         {"layer_types": (), "sliding_window": None}),
         # What older configs leave out follows from other fields, or is what it was then.
         ("llama", {"head_dim": ABSENT, "num_key_value_heads": ABSENT},
          {"head_dim": 4, "num_key_value_heads": 4}),
@@ -124,6 +159,16 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ABSENT
          {"head_dim": 4, "num_key_value_heads": 4}),
         ("qwen2", {"head_dim": ABSENT}, {"head_dim": 4}),
         ("gemma", {"head_dim": ABSENT}, {"head_dim": 256}),
+        ("gemma3", {"head_dim": ABSENT, "num_key_value_heads": ABSENT},
+         {"head_dim": 256, "num_key_value_heads": 4}),
+        ("smollm3", {"head_dim": ABSENT, "num_key_value_heads": ABSENT,
+                     "tie_word_embeddings": ABSENT, "rope_theta": ABSENT},
+         {"head_dim": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
+          "rope_theta": 2e6}),
+        ("opt", {"tie_word_embeddings": ABSENT, "activation_function": ABSENT,
+                 "max_position_embeddings": ABSENT, "enable_bias": ABSENT},
+         {"max_position_embeddings": 2048}),
+        ("opt", {"activation_function": "silu"}, {"hidden_act": "silu"}),
         ("llama", {"rms_norm_eps": ABSENT, "max_position_embeddings": ABSENT},
          {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}),
         ("llama-tied", {"tie_word_embeddings": ABSENT}, {"tie_word_embeddings": False}),
@@ -142,6 +187,13 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ABSENT
         # Windows, by rules where layers are not listed.
         ("gemma2", {"layer_types": ABSENT}, {"layer_types": (SLIDING, FULL, SLIDING)}),
         ("gemma2", {"sliding_window": ABSENT}, {"sliding_window": 4096}),
+        ("gemma3", {"layer_types": ABSENT}, {"layer_types": (SLIDING,) * 3}),
+        ("gemma3", {"layer_types": ABSENT, "sliding_window_pattern": 3},
+         {"layer_types": (SLIDING, SLIDING, FULL)}),
+        ("gemma3", {"sliding_window": ABSENT}, {"sliding_window": 4096}),
+        ("gemma3", {"layer_types": [FULL] * 3},
+         {"layer_types": (), "sliding_window": None, "sliding_rope": None}),
+        ("gemma3", {"query_pre_attn_scalar": ABSENT}, {"query_pre_attn_scalar": 256}),
         ("qwen2-window", WINDOW | {"max_window_layers": 2}, {"layer_types": (FULL, FULL, SLIDING)}),
         ("qwen2", WINDOW | {"max_window_layers": 0},
          {"layer_types": (SLIDING,) * 3, "sliding_window": 5}),
@@ -187,12 +239,13 @@ def test_every_parameter_has_a_name_and_every_name_is_its_own(name):
     "name, architecture",
     [("llama", "Llama"), ("llama3", "Llama"), ("gemma", "Gemma"), ("gemma2", "Gemma2"),
      ("llama-biases", "Llama"), ("qwen2", "Qwen2"), ("qwen2-window", "Qwen2"), ("qwen3", "Qwen3"),
-     ("qwen3-biases", "Qwen3")],
+     ("qwen3-biases", "Qwen3"), ("gemma3", "Gemma3"), ("gemma3-no window", "Gemma3"),
+     ("smollm3", "SmolLM3"), ("smollm3-window", "SmolLM3"), ("opt", "OPT"), ("opt-untied", "OPT")],
 )  # fmt: skip
 def test_a_family_is_told_by_its_switches(name, architecture):
-    family = family_of(CONFIGS[name])
+    family = family_of(VARIANTS[name])
     assert family.architecture == f"{architecture}ForCausalLM"
-    assert family.model_type == architecture.lower()
+    assert family.model_type == {"Gemma3": "gemma3_text"}.get(architecture, architecture.lower())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +261,7 @@ def test_a_family_is_told_by_its_switches(name, architecture):
         ("llama", {"norm": "layer"}),
         ("llama", {"positions": "learned", "position_offset": 2}),
         ("llama", {"mlp": "plain"}),
-        ("llama", {"rope_layers": (True, True, False)}),
+        ("qwen2", {"rope_layers": (True, True, False)}),
         ("gemma2", {"qk_norm": True}),
         ("gemma2", {"sliding_rope": Rope(10.0)}),
         ("qwen2", {"post_norms": True}),
@@ -216,6 +269,9 @@ def test_a_family_is_told_by_its_switches(name, architecture):
         ("gemma", {"final_logit_softcapping": 30.0}),
         ("qwen2", {"attn_logit_softcapping": 30.0}),
         ("llama3", {"query_pre_attn_scalar": 24.0}),
+        ("gemma3", {"attn_logit_softcapping": 30.0}),
+        ("gemma3", {"rope_layers": (True, False, True)}),
+        ("gemma3", {"sliding_rope": Rope(None)}),
     ],
 )
 def test_what_no_family_has_together_is_named(name, changes):
@@ -224,6 +280,16 @@ def test_what_no_family_has_together_is_named(name, changes):
         with pytest.raises(UserError, match="no Hugging Face family has") as error:
             use(config)
         assert all(field in str(error.value) for field in changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"position_offset": 0}, {"mlp": "gated"}, {"biases": ()}, {"rms_norm_eps": 1e-6},
+     {"head_dim": 8}, {"num_key_value_heads": 2}],
+)  # fmt: skip
+def test_what_opt_cannot_write_down_is_refused(changes):
+    with pytest.raises(UserError, match="no Hugging Face family has"):
+        family_of(dataclasses.replace(CONFIGS["opt"], **changes))
 
 
 # --- errors --------------------------------------------------------------------------------------

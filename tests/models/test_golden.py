@@ -45,10 +45,24 @@ def test_every_layer_gives_what_transformers_gives(name):
         ("llama-biases", "biases", ("q", "k", "v")),
         ("llama-biases", "biases", ("o", "gate", "up", "down")),
         ("qwen3", "qk_norm", False),
+        ("gemma3", "qk_norm", False),
+        ("gemma3", "rms_norm_offset", False),
+        ("gemma3", "rope_scaling", None),
+        ("gemma3", "sliding_rope", None),
+        ("gemma3", "sliding_window", 7),
+        ("gemma3-wide-window", "query_pre_attn_scalar", 12.0),
+        ("gemma3-wide-window", "sliding_rope", None),
+        ("smollm3", "rope_layers", ()),
+        ("smollm3-window", "rope_layers", (False, True, False, True)),
+        ("smollm3-window", "sliding_window", 7),
+        ("opt", "norm", "rms"),
+        ("opt", "hidden_act", "silu"),
+        *[("opt", "biases", tuple({"q", "k", "v", "o", "up", "down"} - {each}))
+          for each in ("q", "v", "o", "up", "down")],
         ("qwen2-window", "sliding_window", 7),
         ("qwen2-window", "layer_types", ("sliding_attention",) * 3),
     ],
-)
+)  # fmt: skip
 def test_the_match_says_something_about_each_setting(name, field, value):
     config, params, expected = read(name)
     assert getattr(config, field) != value
@@ -61,11 +75,23 @@ def test_a_config_of_transformers_4_reads_the_same(name, tmp_path):
     """Most checkpoints on the Hub were written by it: other names, and fields left out."""
     path = GOLDEN / name / "config.json"
     raw = json.loads(path.read_text())
-    scaling = raw.pop("rope_parameters")
-    raw |= {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": raw.pop("dtype")}
-    raw["rope_scaling"] = scaling if scaling["rope_type"] == "llama3" else None
+    raw["torch_dtype"] = raw.pop("dtype")
+    if scaling := raw.pop("rope_parameters", None):
+        if raw["model_type"] == "gemma3_text":
+            raw["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+            raw["sliding_window_pattern"] = raw.pop("_sliding_window_pattern")
+            scaling = scaling["full_attention"]
+        raw["rope_theta"] = scaling.pop("rope_theta")
+        raw["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     raw.pop("layer_types", None)  # they follow from the family and max_window_layers
-    if raw["model_type"].startswith("gemma"):
+    if raw["model_type"] == "gemma3_text":
+        del raw["hidden_activation"], raw["attention_bias"]
+    elif raw["model_type"] == "smollm3":
+        raw["no_rope_layer_interval"] = 2
+        del raw["no_rope_layers"]
+    elif raw["model_type"] == "opt":
+        del raw["_remove_final_layer_norm"], raw["enable_bias"], raw["word_embed_proj_dim"]
+    elif raw["model_type"].startswith("gemma"):
         del raw["tie_word_embeddings"]
         raw["hidden_act"] = "gelu"  # meant is the tanh approximation
     elif raw["model_type"] == "qwen2":

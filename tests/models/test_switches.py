@@ -48,9 +48,10 @@ TWO_ROPES = dataclasses.replace(
     sliding_window=4,
     layer_types=(SLIDING, FULL, SLIDING),
 )
+LEARNED_NAME = "learned positions, LayerNorm, plain MLP, biases"
 CASES = {
     "norms of q and k": dataclasses.replace(PLAIN, qk_norm=True),
-    "learned positions, LayerNorm, plain MLP, biases": LEARNED,
+    LEARNED_NAME: LEARNED,
     "two ropes": TWO_ROPES,
     "layers without rope": dataclasses.replace(PLAIN, rope_layers=(True, False, True)),
     "gated MLP with all biases": dataclasses.replace(PLAIN, biases=tuple(kernel_shapes(PLAIN))),
@@ -58,14 +59,11 @@ CASES = {
 }
 SWITCHES = [
     ("norms of q and k", {"qk_norm": False}),
-    ("learned positions, LayerNorm, plain MLP, biases", {"norm": "rms"}),
-    ("learned positions, LayerNorm, plain MLP, biases", {"positions": "rotary"}),
-    ("learned positions, LayerNorm, plain MLP, biases", {"position_offset": 0}),
-    ("learned positions, LayerNorm, plain MLP, biases", {"hidden_act": "silu"}),
-    *[
-        ("learned positions, LayerNorm, plain MLP, biases", {"biases": (name,)})
-        for name in ("q", "k", "v", "o", "up", "down")
-    ],
+    (LEARNED_NAME, {"norm": "rms"}),
+    (LEARNED_NAME, {"positions": "rotary"}),
+    (LEARNED_NAME, {"position_offset": 0}),
+    (LEARNED_NAME, {"hidden_act": "silu"}),
+    *[(LEARNED_NAME, {"biases": (name,)}) for name in ("q", "k", "v", "o", "up", "down")],
     ("two ropes", {"sliding_rope": None}),
     ("two ropes", {"sliding_rope": Rope(7.0, RopeScaling(3.0))}),
     ("two ropes", {"rope_scaling": None}),
