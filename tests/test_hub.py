@@ -1,5 +1,6 @@
 """A name is a directory, a shipped model or one of the hub; what is wrong is said in one line."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -9,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from lorax_gen import assets, hub, load_model
 from lorax_gen.errors import UserError
-from lorax_gen.hub import find_directory, is_hub_name, public_name
+from lorax_gen.hub import find_directory, find_gguf, is_hub_name, public_name
 from lorax_gen.models.huggingface import save_model
 
 NAME = "maker/model-1.1"
@@ -215,3 +216,43 @@ def test_offline_a_model_is_found_in_the_cache(cache):
         (folder / "snapshots" / commit / "config.json").write_text("{}")
     assert find_directory(NAME) == folder / "snapshots" / ("a" * 40)
     assert find_directory(NAME, revision="v2") == folder / "snapshots" / ("b" * 40)
+
+
+def test_a_gguf_file_of_the_hub_is_fetched_alone(answer, tmp_path):
+    (tmp_path / "Q4").mkdir()
+    (tmp_path / "Q4" / "m[1].gguf").touch()
+    asked = answer(tmp_path)
+    assert find_gguf(f"{NAME}::Q4/m[1].gguf", revision="v2") == tmp_path / "Q4" / "m[1].gguf"
+    assert (asked[0]["name"], asked[0]["revision"]) == (NAME, "v2")
+    files = ["Q4/m[1].gguf", "Q4/m1.gguf", "Q8/m[1].gguf", "config.json"]
+    patterns = asked[0]["allow_patterns"]
+    assert list(filter_repo_objects(files, allow_patterns=patterns)) == files[:1]
+    with pytest.raises(UserError, match=rf"{NAME} has no file other\.gguf"):
+        find_gguf(f"{NAME}::other.gguf")
+
+
+def test_parts_of_a_gguf_file_are_fetched_together(answer, tmp_path):
+    (tmp_path / "m-00002-of-00003.gguf").touch()
+    asked = answer(tmp_path)
+    find_gguf(f"{NAME}::m-00002-of-00003.gguf")
+    parts = [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    files = [*parts, "m-00001-of-00002.gguf", "n-00001-of-00003.gguf", "m.gguf"]
+    patterns = asked[0]["allow_patterns"]
+    assert list(filter_repo_objects(files, allow_patterns=patterns)) == parts
+
+
+def test_a_gguf_file_is_a_path_first(no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maker").mkdir()
+    (tmp_path / "maker" / "m.gguf").touch()
+    assert find_gguf("maker/m.gguf") == find_gguf("maker::m.gguf") == Path("maker/m.gguf")
+    assert public_name("maker/m.gguf") == "./maker/m.gguf"
+    assert public_name(tmp_path / "maker" / "m.gguf") == "m.gguf"
+    assert public_name(f"{NAME}::m.gguf") == f"{NAME}::m.gguf"
+    assert is_hub_name(f"{NAME}::m.gguf") and not is_hub_name("maker/m.gguf")
+    with pytest.raises(
+        UserError, match=r"no such file: m\.gguf; one on the hub is named org/name::"
+    ):
+        find_gguf("m.gguf")
+    with pytest.raises(UserError, match=r"no such file: maker/n\.gguf"):
+        find_directory("maker/n.gguf")

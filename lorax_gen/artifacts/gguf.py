@@ -10,10 +10,10 @@
     blk.{layer}.{kernel}.weight.lora_a    [R, D] fp32
     blk.{layer}.{kernel}.weight.lora_b    [F, R] fp32
 
-where `kernel` is a value of `KERNELS`. llama.cpp adds alpha / R * b (a x) to the output of that
-kernel, with the R of the pair but one alpha for the entire file. A tree's scale is already folded
-into its b, so alpha is R; where ranks differ, alpha is the largest of them and the b of a lower
-rank R is multiplied by R / alpha.
+where `kernel` is a value of `models.gguf_files.KERNELS`. llama.cpp adds alpha / R * b (a x) to the
+output of that kernel, with the R of the pair but one alpha for the entire file. A tree's scale is
+already folded into its b, so alpha is R; where ranks differ, alpha is the largest of them and the b
+of a lower rank R is multiplied by R / alpha.
 
 Dims beyond the legend (`lorax_gen.method`): E head size.
 """
@@ -31,11 +31,7 @@ from lorax_gen.files import AnyPath
 from lorax_gen.method.lora import Tree, check_fits
 from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
 from lorax_gen.models.families import FAMILIES, family_of
-
-KERNELS = {
-    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
-    "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
-}  # fmt: skip
+from lorax_gen.models.gguf_files import KERNELS
 
 
 def save_gguf_lora(

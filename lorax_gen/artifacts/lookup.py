@@ -20,7 +20,7 @@ from lorax_gen.artifacts.identity import Identities
 from lorax_gen.artifacts.peft import CONFIG
 from lorax_gen.errors import UserError
 from lorax_gen.files import AnyPath, to_path
-from lorax_gen.hub import find_directory, is_hub_name, without_folders
+from lorax_gen.hub import find_directory, is_gguf, is_hub_name, without_folders
 
 SHIPPED = {"generator": "world/generator", "cloud": "world/cloud", "edge": "world/edge"}
 AnyName = str | AnyPath
@@ -133,5 +133,7 @@ def _find(name: str, artifact: AnyName) -> str | None:
 
 
 def _here(name: str) -> str | None:
-    """A name that is one of a directory or of a shipped model."""
-    return name if name and assets.resolve(name).is_dir() else None
+    """A name that is one of a directory, a shipped model or a GGUF file."""
+    found = assets.resolve(name)
+    here = found.is_dir() or (is_gguf(name) and found.is_file())
+    return name if name and here else None

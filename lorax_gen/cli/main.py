@@ -17,6 +17,7 @@ import tyro
 
 from lorax_gen import __version__, files
 from lorax_gen.cli import (
+    convert,
     data,
     demo,
     evaluate,
@@ -40,6 +41,7 @@ COMMANDS = {
     "specialize": specialize.Specialize,
     "generate": generate.Generate,
     "export": export.Export,
+    "convert": convert.Convert,
     "verify": verify.Verify,
     "evaluate": evaluate.Evaluate,
     "lm-eval": lm_eval.LmEval,

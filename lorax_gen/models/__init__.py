@@ -11,6 +11,10 @@ scoring           log-likelihoods of tokens, in training and evaluation
 int8              kernels in int8
 huggingface       model directories of Hugging Face, read and written
 checkpoint_files  the tensors of such a directory
+gguf_format       llama.cpp's files: metadata and stored tensors
+gguf_files        their tensors, dequantised
+gguf_config       the config in their metadata
+gguf_tokenizer    and the tokenizer
 config_json       its config.json: what is used, and what is refused
 families          names and configs of the Hugging Face families
 presets           shapes of published checkpoints

@@ -37,6 +37,7 @@ from lorax_gen.models.families import (
     tensor_names,
     tensor_shapes,
 )
+from lorax_gen.models.gguf_files import GGUFCheckpoint
 from lorax_gen.tensors import open_safetensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,6 +72,8 @@ class Checkpoint:
     its files disagree.
     """
 
+    described_by = "its config.json"
+
     def __init__(self, directory: Path):
         single, index = directory / SINGLE, directory / INDEX
         weight_map = None
@@ -100,6 +103,10 @@ class Checkpoint:
                 f"{self.source} says that {key} is in {said}, but "
                 f"{'no file holds it' if actual is None else f'it is in {actual}'}; get them again"
             )
+
+    def names(self, config: DecoderConfig) -> dict[str, list[str]]:
+        """Our path of each leaf -> the names of its tensors: one, or one for each layer."""
+        return tensor_names(config)
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.file_of[key].get_slice(key).get_shape())
@@ -132,27 +139,27 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def read_params(
-    directory: Path,
+    source: Path | GGUFCheckpoint,
     config: DecoderConfig,
     dtype: Any = jnp.float32,
     *,
     in_int8: bool = False,
     shardings: Callable[[Params], Any] | None = None,
 ) -> Params:
-    """Parameters from a directory's safetensors; see `huggingface.load_model`.
+    """Parameters from a directory's safetensors or a GGUF file; see `huggingface.load_model`.
 
     Names, shapes and dtypes of all tensors are checked before the first is read, and their numbers
     when all are on the devices.
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(f"parameters cannot be {jnp.dtype(dtype).name}; choose such as bfloat16")
-    checkpoint = Checkpoint(Path(directory))
+    checkpoint = source if isinstance(source, GGUFCheckpoint) else Checkpoint(Path(source))
     check_tensors(checkpoint, config)
     shapes = abstract_params(config)
     kept = jax.eval_shape(int8.quantize_kernels, shapes) if in_int8 else shapes
     wanted = shardings(kept) if shardings else None
     params: Params = {"layers": {}}
-    names = tensor_names(config)
+    names = checkpoint.names(config)
     for ours, keys in names.items():
         sharding = leaf_at(wanted, ours) if wanted else None
         pair = int8.is_quantized(leaf_at(kept, ours))
@@ -165,10 +172,11 @@ def read_params(
     return params
 
 
-def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+def check_tensors(checkpoint: Checkpoint | GGUFCheckpoint, config: DecoderConfig) -> None:
     """Raises UserError that names the first tensor that is missing, not used, or of a wrong shape
     or dtype."""
-    expected, source = tensor_shapes(config), checkpoint.source
+    names, source = checkpoint.names(config), checkpoint.source
+    described_by, expected = checkpoint.described_by, tensor_shapes(config, names)
     for key in checkpoint.file_of:
         kind = QUANTIZED.get(key.rpartition(".")[2])
         if kind:
@@ -177,22 +185,22 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
             )
     for key, shape in expected.items():
         if key not in checkpoint.file_of:
-            raise UserError(f"{source} lacks the tensor {key}, which its config.json asks for")
+            raise UserError(f"{source} lacks the tensor {key}, which {described_by} asks for")
         if checkpoint.shape(key) != shape:
             raise UserError(
-                f"{source}: {key} has shape {checkpoint.shape(key)}, but its config.json asks for "
+                f"{source}: {key} has shape {checkpoint.shape(key)}, but {described_by} asks for "
                 f"{shape}"
             )
         checkpoint.dtype(key)
     others = sorted(checkpoint.file_of.keys() - expected.keys())
     others = [key for key in others if not HARMLESS.fullmatch(key)]
-    names = family_of(config).names
-    if config.tie_word_embeddings and names["lm_head"] in others:
-        check_tied_head(checkpoint, names["lm_head"], names["embed"])
-        others.remove(names["lm_head"])
+    head = family_of(config).names["lm_head"]
+    if isinstance(checkpoint, Checkpoint) and config.tie_word_embeddings and head in others:
+        check_tied_head(checkpoint, head, names["embed"][0])
+        others.remove(head)
     if others:
         raise UserError(
-            f"{source} holds the tensor {others[0]}, which its config.json does not ask for; is it "
+            f"{source} holds the tensor {others[0]}, which {described_by} does not ask for; is it "
             "of another family, or of more layers or biases?"
         )
 
@@ -251,7 +259,7 @@ def _no_nan(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
 
 
 def read_leaf(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GGUFCheckpoint,
     ours: str,
     keys: list[str],
     shape: tuple[int, ...],

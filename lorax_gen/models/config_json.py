@@ -121,7 +121,11 @@ def read_config(path: Path) -> DecoderConfig:
     Raises UserError that names an unknown architecture or `rope_type`, and whatever the file lacks,
     asks for beyond the decoder, says in two ways, or has out of range.
     """
-    raw = read_json(path)
+    return config_of(read_json(path), str(path))
+
+
+def config_of(raw: Raw, path: str) -> DecoderConfig:
+    """The config of a parsed `config.json`; see `read_config`. `path` is for messages."""
     try:
         family = _find_family(raw)
         ropes = _read_ropes(raw, family)
@@ -129,12 +133,12 @@ def read_config(path: Path) -> DecoderConfig:
         fields = _read_fields(raw, ropes, family)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    config = from_dict(DecoderConfig, fields, str(path))
+    config = from_dict(DecoderConfig, fields, path)
     if "sliding_attention" not in config.layer_types:
         config = dataclasses.replace(config, layer_types=(), sliding_window=None, sliding_rope=None)
     if unknown := _unknown_keys(raw, ropes, family):
         message = f"{path} has keys that are unknown, and not used: {', '.join(unknown)}"
-        warnings.warn(" ".join(message.splitlines()), stacklevel=2)
+        warnings.warn(" ".join(message.splitlines()), stacklevel=3)
     return config
 
 

@@ -520,12 +520,19 @@ def leaf_at(tree: Mapping, path: str) -> Any:
     return tree
 
 
-def tensor_names(config: DecoderConfig) -> dict[str, list[str]]:
-    """Our path of each leaf -> their names of its tensors: one, or one for each layer."""
+def tensor_names(
+    config: DecoderConfig, table: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Our path of each leaf -> their names of its tensors: one, or one for each layer.
+
+    Args:
+      table: of other names than Hugging Face's, for the same tensors.
+    """
     absent = {f"layers/{name}_bias" for name in set(kernel_shapes(config)) - set(config.biases)}
     if config.tie_word_embeddings:
         absent.add("lm_head")
-    names = {ours: name for ours, name in family_of(config).names.items() if ours not in absent}
+    theirs = family_of(config).names
+    names = {ours: (table or theirs)[ours] for ours in theirs if ours not in absent}
     layers = range(config.num_hidden_layers)
     return {
         ours: [theirs.format(i=i) for i in layers] if ours.startswith("layers/") else [theirs]
@@ -533,11 +540,13 @@ def tensor_names(config: DecoderConfig) -> dict[str, list[str]]:
     }
 
 
-def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of a checkpoint of this config."""
+def tensor_shapes(
+    config: DecoderConfig, names: Mapping[str, list[str]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a checkpoint of this config, by `tensor_names`."""
     params, shapes = abstract_params(config), dict[str, tuple[int, ...]]()
-    for ours, names in tensor_names(config).items():
+    for ours, keys in (names or tensor_names(config)).items():
         shape = leaf_at(params, ours).shape
         shape = shape[1:] if ours.startswith("layers/") else shape
-        shapes |= dict.fromkeys(names, shape[::-1] if is_transposed(ours) else shape)
+        shapes |= dict.fromkeys(keys, shape[::-1] if is_transposed(ours) else shape)
     return shapes

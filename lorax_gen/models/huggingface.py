@@ -19,11 +19,14 @@ from msgspec import Meta
 from lorax_gen import documents, files
 from lorax_gen.files import AnyPath
 from lorax_gen.frames import PLAIN, Frame, read_frame
-from lorax_gen.hub import WITHOUT_WEIGHTS, find_directory, public_name
+from lorax_gen.hub import WITHOUT_WEIGHTS, find_directory, find_gguf, is_gguf, public_name
 from lorax_gen.models import int8
 from lorax_gen.models.checkpoint_files import read_params, write_params
 from lorax_gen.models.config_json import read_config, write_config
 from lorax_gen.models.decoder import Params, abstract_params
+from lorax_gen.models.gguf_config import read_gguf_config
+from lorax_gen.models.gguf_files import GGUFCheckpoint, open_gguf
+from lorax_gen.models.gguf_tokenizer import read_gguf_stop_ids, read_gguf_tokenizer
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import load_tokenizer
 
@@ -39,7 +42,8 @@ def load_model(
     revision: str | None = None,
     bos: bool | None = None,
 ) -> Model:
-    """Loads a model from a directory or URL, a shipped one (`world/cloud`) or the hub (`org/name`).
+    """Loads a model from a directory or URL, a shipped one (`world/cloud`) or the hub (`org/name`),
+    or from a GGUF file (`model.gguf`, of a directory or on the hub `org/name::model.gguf`).
 
     Args:
       dtype: of the parameters; None keeps the checkpoint's, float64 as float32 where JAX has only
@@ -54,6 +58,8 @@ def load_model(
     the decoder does not do or contradicts itself, or a tensor is missing, not used, of a wrong
     shape or dtype, or not finite.
     """
+    if is_gguf(name_or_dir):
+        return _load_gguf(name_or_dir, dtype, in_int8, shardings, revision, bos)
     directory = find_directory(name_or_dir, revision=revision)
     config = read_config(directory / "config.json")
     params = read_params(directory, config, dtype, in_int8=in_int8, shardings=shardings)
@@ -62,12 +68,33 @@ def load_model(
     return Model(config, params, load_tokenizer(directory), stop_ids, name, bos, frame)
 
 
+def _load_gguf(
+    name: str | AnyPath,
+    dtype: Any,
+    in_int8: bool,
+    shardings: Callable[[Params], Any] | None,
+    revision: str | None,
+    bos: bool | None,
+) -> Model:
+    file = open_gguf(find_gguf(name, revision=revision))
+    config = read_gguf_config(file)
+    tokenizer, stop_ids = read_gguf_tokenizer(file), read_gguf_stop_ids(file)
+    checkpoint = GGUFCheckpoint(file, config)
+    params = read_params(checkpoint, config, dtype, in_int8=in_int8, shardings=shardings)
+    return Model(config, params, tokenizer, stop_ids, public_name(name), bos)
+
+
 def load_reader(name_or_dir: str | AnyPath) -> Model:
     """A model without its weights, which are not downloaded either: its shape and its tokenizer,
-    for whoever only needs to know what it reads.
+    for whoever only needs to know what it reads. A GGUF file has all in one.
 
     Raises UserError as `load_model`.
     """
+    if is_gguf(name_or_dir):
+        file = open_gguf(find_gguf(name_or_dir))
+        config = read_gguf_config(file)
+        tokenizer, stop_ids = read_gguf_tokenizer(file), read_gguf_stop_ids(file)
+        return Model(config, abstract_params(config), tokenizer, stop_ids, public_name(name_or_dir))
     directory = find_directory(name_or_dir, patterns=WITHOUT_WEIGHTS)
     config = read_config(directory / "config.json")
     stop_ids = read_stop_ids(directory, config.vocab_size)

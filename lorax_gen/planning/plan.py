@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from lorax_gen import assets, cost
 from lorax_gen import config as configs
 from lorax_gen.errors import UserError
+from lorax_gen.hub import find_gguf, is_gguf
 from lorax_gen.mesh.chips import Chip
 from lorax_gen.mesh.kernels import AUTO, BLOCK
 from lorax_gen.mesh.sharding import BATCH_AXES, jit_step, row_shards, tree_shardings
@@ -35,6 +36,8 @@ from lorax_gen.method.lora import count_params
 from lorax_gen.models import int8, presets
 from lorax_gen.models.config_json import read_config
 from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
+from lorax_gen.models.gguf_config import read_gguf_config
+from lorax_gen.models.gguf_files import open_gguf
 from lorax_gen.models.model import Model
 from lorax_gen.planning import hlo, memory
 from lorax_gen.planning.compiling import compile_aloud
@@ -57,9 +60,11 @@ PRESETS = {
 
 
 def read_shape(name: str) -> DecoderConfig:
-    """The config of a preset, of a local model directory or of a shipped model."""
+    """The config of a preset, of a local model directory or GGUF file, or of a shipped model."""
     if name in PRESETS:
         return PRESETS[name]()
+    if is_gguf(name) and assets.resolve(name).is_file():
+        return read_gguf_config(open_gguf(find_gguf(name)))
     path = assets.resolve(name) / "config.json"
     if path.is_file():
         return read_config(path)

@@ -25,6 +25,7 @@ from lorax_gen.cli.main import COMMANDS
         (["generate"], ["QUESTION", "--card", "--context", "--edge", "--max-new-tokens"]),
         (["generate"], ["--chat", "--temperature", "--top-k", "--top-p", "--seed", "--stop"]),
         (["export"], ["ARTIFACT", "--format", "peft", "gguf-lora", "--output", "--dtype"]),
+        (["convert"], ["MODEL", "DIR", "--dtype", "--max-shard-size"]),
         (["verify"], ["ARTIFACT", "--edge", "--generator", "--dtype"]),
         (["evaluate"], ["--lora", "--split", "--questions", "--seed", "--run-dir"]),
         (["evaluate"], ["TASK", "--modes", "--data-dir", "--limit", "--shots", "--card"]),

@@ -360,3 +360,13 @@ def test_without_libtpu_it_says_what_to_install(call, monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     code, _, err = call("paper", "--topology", "v5e:4x4")
     assert code == 2 and "pip install 'lorax-gen[plan]'" in err
+
+
+def test_a_gguf_file_is_a_shape_to_plan_for(tmp_path, random_params):
+    from tests.models.configs import LLAMA
+    from tests.models.gguf_models import write_model
+
+    path = write_model(tmp_path / "model.gguf", LLAMA, random_params(LLAMA))
+    assert plan.read_shape(str(path)) == LLAMA
+    with pytest.raises(UserError, match="to plan for"):
+        plan.read_shape("org/name::model.gguf")
