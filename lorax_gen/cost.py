@@ -102,9 +102,10 @@ def prefill_macs(
 ) -> Macs:
     """One forward pass over B rows of T tokens.
 
-        kernels     B T L (2 D H E + 2 D K E + 3 D F), without a gate 2 D F
+        kernels     B T L (2 D H E + 2 D K E + 3 D F), without a gate 2 D F, and
+                    B T D W where embeddings of another width W are projected
         attention   2 B H E pairs, the pairs of query and position summed over layers
-        head        B logits D V
+        head        B logits D V; of another width B logits (D + V) W
         lora        B T L R (D_in + D_out), summed over the kernels that have one
 
     Args:
@@ -119,10 +120,13 @@ def prefill_macs(
         last = cached + tokens
         pairs = sum(_seen(last, window) - _seen(cached, window) for window in config.windows)
     low_rank = (rank * sum(shapes[name]) for name, rank in (lora or {}).items())
+    projection = config.hidden_size * (config.word_embed_proj_dim or 0)
+    per_token = layers * sum(d_in * d_out for d_in, d_out in shapes.values()) + projection
+    per_logits = config.embedding_size * config.vocab_size + projection
     return batch * Macs(
-        kernels=tokens * layers * sum(d_in * d_out for d_in, d_out in shapes.values()),
+        kernels=tokens * per_token,
         attention=2 * config.num_attention_heads * config.head_dim * pairs,
-        head=(tokens if logits is None else logits) * config.hidden_size * config.vocab_size,
+        head=(tokens if logits is None else logits) * per_logits,
         lora=tokens * layers * sum(low_rank),
     )
 

@@ -39,6 +39,8 @@ KERNELS = {
     "down": ("tensor", "fsdp"),
     "embed": ("tensor", "fsdp"),
     "positions": (None, "fsdp"),
+    "project_in": ("fsdp", "tensor"),
+    "project_out": ("tensor", "fsdp"),
     "lm_head": ("fsdp", "tensor"),
     "w1": ("fsdp", "tensor"),
     "w2": ("tensor", None),

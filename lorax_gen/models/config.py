@@ -54,6 +54,10 @@ class DecoderConfig:
     """Queries and keys are rotated, or a learned table is added to the embeddings (OPT)."""
     position_offset: Count = 0
     """The row of that table for the first position (OPT: 2)."""
+    word_embed_proj_dim: Width | None = None
+    """Width of the embeddings, projected to D and, before the head, back; None: D (opt-350m)."""
+    do_layer_norm_before: bool = True
+    """Norms before attention, feed-forward and head; or only after each sum (opt-350m)."""
     sliding_rope: Rope | None = None
     """Of `sliding_attention` layers, if not `rope_theta` and `rope_scaling` (Gemma 3)."""
     rope_layers: tuple[bool, ...] = ()
@@ -105,11 +109,18 @@ class DecoderConfig:
             )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise UserError("layer_types has sliding_attention, but there is no sliding_window")
+        if self.post_norms and not self.do_layer_norm_before:
+            raise UserError("post_norms are beside norms before, but do_layer_norm_before is false")
         if len(self.rope_layers) not in (0, self.num_hidden_layers):
             raise UserError(
                 f"rope_layers has {len(self.rope_layers)} entries for {self.num_hidden_layers} "
                 "layers; expected one each, or none"
             )
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the embeddings and of the head."""
+        return self.word_embed_proj_dim or self.hidden_size
 
     @property
     def windows(self) -> tuple[int | None, ...]:

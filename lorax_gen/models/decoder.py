@@ -5,8 +5,9 @@ Parameters are a plain dict, layers stacked on a leading axis and scanned:
     {'embed': [V, D], 'layers': {'attn_norm': [L, D], 'q': [L, D, H*E], ...}, 'final_norm': [D]}
 
 with `'lm_head': [D, V]` where the head is not tied to the embeddings, `'positions': [P, D]` where
-positions are learned, and biases and further norms where the config has them. Kernels are
-`[in, out]`, or pairs of int8 values and scales (`models.int8`).
+positions are learned, `'project_in': [W, D]` and `'project_out': [D, W]` where embeddings are of
+another width W, and biases and further norms where the config has them. Kernels are `[in, out]`, or
+pairs of int8 values and scales (`models.int8`).
 A family is a set of switches in `DecoderConfig`; no code asks for one by name. What adapts the
 decoder comes in as an `Adapter` (`models.adapter`), how it runs as an `Execution`.
 
@@ -116,7 +117,8 @@ class Block(nn.Module):
         heads = lambda y: y.reshape(batch, time, -1, config.head_dim)  # noqa: E731
         delta = lambda name, h: adapter.kernel(name, h, key)  # noqa: E731
 
-        h = norm(self, "attn_norm", x)
+        before = config.do_layer_norm_before
+        h = norm(self, "attn_norm", x) if before else x
         *qkv, o = map(self.linear, "qkvo")
         q, k, v = (heads(project(h, delta)) for project in qkv)
         if config.qk_norm:
@@ -143,8 +145,9 @@ class Block(nn.Module):
         )
         attended = o(attended.reshape(batch, time, -1), delta)
         x = x + (norm(self, "attn_post_norm", attended) if config.post_norms else attended)
+        x = x if before else norm(self, "attn_norm", x)
 
-        h = norm(self, "mlp_norm", x)
+        h = norm(self, "mlp_norm", x) if before else x
         gate = self.linear("gate") if config.mlp == "gated" else None
         up, down, act = self.linear("up"), self.linear("down"), ACTIVATIONS[config.hidden_act]
 
@@ -155,6 +158,7 @@ class Block(nn.Module):
 
         h, aux = adapter.feed_forward(h, mlp, key)
         x = x + (norm(self, "mlp_post_norm", h) if config.post_norms else h)
+        x = x if before else norm(self, "mlp_norm", x)
         return self.execution.constrain(x), (cache, aux)
 
 
@@ -185,15 +189,21 @@ class Decoder(nn.Module):
         dropout_key=None,
     ):
         config, execution = self.config, self.execution
-        d, v = config.hidden_size, config.vocab_size
-        table = self.param("embed", nn.initializers.normal(d**-0.5), (v, d))
+        d, v, width = config.hidden_size, config.vocab_size, config.embedding_size
+        table = self.param("embed", nn.initializers.normal(width**-0.5), (v, width))
         if not config.tie_word_embeddings:
-            self.param("lm_head", INIT, (d, v))
+            self.param("lm_head", INIT, (width, v))
+        project_in = None
+        if width != d:
+            project_in = self.param("project_in", INIT, (width, d))
+            self.param("project_out", INIT, (d, width))
         learned = None
         if config.positions == "learned":
             rows = config.max_position_embeddings + config.position_offset
             learned = self.param("positions", nn.initializers.normal(d**-0.5), (rows, d))
-        x = scale_embeddings(table[tokens], config) if embeddings is None else embeddings
+        x = embeddings
+        if x is None:
+            x = scale_embeddings(projected(table[tokens], project_in), config)
         if prefix is not None:
             x, positions, mask = prepend(prefix, x, positions, mask)
         x = execution.constrain(add_positions(x, learned, config, positions))
@@ -222,7 +232,7 @@ class Decoder(nn.Module):
             rope = jax.tree.map(lambda *tables: jnp.stack(tables), *distinct)
             which = jnp.array([kinds.index(kind) for kind in config.ropes], jnp.int32)
         x, (_, aux) = layers(x, adapter, keys, rope, windows, None, positions, mask, which)
-        x = norm(self, "final_norm", x)
+        x = norm(self, "final_norm", x) if config.do_layer_norm_before else x
         return x if prefix is None else x[:, prefix.shape[1] :], aux
 
 
@@ -269,6 +279,11 @@ def normalize(x: Array, config: DecoderConfig, weight: Array, bias: Array | None
 def scale_embeddings(x: Array, config: DecoderConfig) -> Array:
     """Gemma's sqrt(D) on the input embeddings; others pass through."""
     return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.embedding_scale else x
+
+
+def projected(x: Array, kernel: Array | None) -> Array:
+    """`x` itself where there is no such projection of embeddings."""
+    return x if kernel is None else x @ kernel.astype(x.dtype)
 
 
 def add_positions(
@@ -319,7 +334,7 @@ def unstack(tree: Any, layers: int) -> list:
 
 def embed(params: Params, config: DecoderConfig, tokens: ArrayLike) -> Array:
     """Input embeddings `[..., D]` of token ids `[...]`; learned positions are added later."""
-    return scale_embeddings(params["embed"][tokens], config)
+    return scale_embeddings(projected(params["embed"][tokens], params.get("project_in")), config)
 
 
 def hidden_states(
@@ -375,12 +390,15 @@ def hidden_and_aux(
 
 
 def final_norm(params: Params, config: DecoderConfig, x: Array) -> Array:
-    """The norm after the last layer."""
+    """The norm after the last layer, if there is one."""
+    if not config.do_layer_norm_before:
+        return x
     return normalize(x, config, params["final_norm"], params.get("final_norm_bias"))
 
 
 def logits(params: Params, config: DecoderConfig, hidden: Array) -> Array:
     """Next-token logits `[..., V]` in fp32 of hidden states `[..., D]`."""
+    hidden = projected(hidden, params.get("project_out"))
     tied = config.tie_word_embeddings
     head = params["embed" if tied else "lm_head"].astype(hidden.dtype)
     equation = "...d,vd->...v" if tied else "...d,dv->...v"

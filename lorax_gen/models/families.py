@@ -52,6 +52,8 @@ GEMMA3_NAMES = GEMMA2_NAMES | QK_NORM_NAMES
 OPT_NAMES = {
     "embed": "model.decoder.embed_tokens.weight",
     "positions": "model.decoder.embed_positions.weight",
+    "project_in": "model.decoder.project_in.weight",
+    "project_out": "model.decoder.project_out.weight",
     "final_norm": "model.decoder.final_layer_norm.weight",
     "lm_head": "lm_head.weight",
     "layers/attn_norm": "model.decoder.layers.{i}.self_attn_layer_norm.weight",
@@ -63,7 +65,9 @@ OPT_NAMES = {
     "layers/up": "model.decoder.layers.{i}.fc1.weight",
     "layers/down": "model.decoder.layers.{i}.fc2.weight",
 }
-OPT_NAMES |= _bias_names(OPT_NAMES, OPT_NAMES.keys() - {"embed", "positions", "lm_head"})
+OPT_NAMES |= _bias_names(
+    OPT_NAMES, OPT_NAMES.keys() - {"embed", "positions", "project_in", "project_out", "lm_head"}
+)
 
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -446,18 +450,12 @@ SMOLLM3 = Family(
 
 
 def _read_opt(raw: Raw, fields: Fields) -> Fields:
-    """opt-350m, whose embeddings are narrower than its states, is beyond the decoder."""
-    width = raw.get("word_embed_proj_dim")
-    if width not in (None, raw["hidden_size"]):
-        raise UserError(
-            f"has word_embed_proj_dim={width!r}, but hidden_size={raw['hidden_size']}; embeddings "
-            "that are projected are not supported"
-        )
-    return fields
+    width = fields["word_embed_proj_dim"]
+    return fields | {"word_embed_proj_dim": None if width == raw["hidden_size"] else width}
 
 
 def _write_opt(config: DecoderConfig, raw: Fields) -> Fields:
-    return raw | {"word_embed_proj_dim": config.hidden_size}
+    return raw | {"word_embed_proj_dim": config.embedding_size}
 
 
 OPT = Family(
@@ -471,21 +469,26 @@ OPT = Family(
         "positions": "learned",
         "position_offset": 2,
     },
-    fields={"max_position_embeddings": 2048, "tie_word_embeddings": True, "hidden_act": "relu"},
+    fields={
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "hidden_act": "relu",
+        "word_embed_proj_dim": None,
+        "do_layer_norm_before": True,
+    },
     renamed={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
-    rules=frozenset({"word_embed_proj_dim"}),
     fits=lambda config: (
-        config.num_key_value_heads == config.num_attention_heads
+        config.word_embed_proj_dim != config.hidden_size  # which is written, and read, as None
+        and config.num_key_value_heads == config.num_attention_heads
         and config.num_attention_heads * config.head_dim == config.hidden_size
     ),
     beyond={
-        "do_layer_norm_before": (None, True),
         "_remove_final_layer_norm": (None, False),
         "enable_bias": (None, True),
         "layer_norm_elementwise_affine": (None, True),
     },
     ignored=frozenset({"activation_dropout", "init_std", "layerdrop"}),
-    constants=NO_DROPOUT | {"do_layer_norm_before": True, "enable_bias": True},
+    constants=NO_DROPOUT | {"enable_bias": True},
     read=_read_opt,
     write=_write_opt,
 )
@@ -529,8 +532,9 @@ def tensor_names(
       table: of other names than Hugging Face's, for the same tensors.
     """
     absent = {f"layers/{name}_bias" for name in set(kernel_shapes(config)) - set(config.biases)}
-    if config.tie_word_embeddings:
-        absent.add("lm_head")
+    absent |= {"lm_head"} if config.tie_word_embeddings else set()
+    absent |= set() if config.word_embed_proj_dim else {"project_in", "project_out"}
+    absent |= set() if config.do_layer_norm_before else {"final_norm", "final_norm_bias"}
     theirs = family_of(config).names
     names = {ours: (table or theirs)[ours] for ours in theirs if ours not in absent}
     layers = range(config.num_hidden_layers)

@@ -8,7 +8,8 @@ Each case is a directory beside this file: a checkpoint as `save_pretrained` wri
     tokens          [B, T] int32
     logits          [B, T, V] fp32
     hidden_states   [L+1, B, T, D] fp32: the scaled embeddings, then what each layer gives; the
-                    last layer's is seen through the final norm, as in `output_hidden_states`
+                    last layer's is seen through the final norm, as in `output_hidden_states`;
+                    not the last one where states are projected to another width after it
 
 computed in fp32 by eager attention. The tests that read them need no torch.
 """
@@ -128,6 +129,9 @@ CASES = {
     ),
     "opt": case("opt", tie_word_embeddings=True),
     "opt-untied": case("opt", "bfloat16", num_attention_heads=2),
+    "opt-350m": case(
+        "opt", tie_word_embeddings=True, word_embed_proj_dim=12, do_layer_norm_before=False
+    ),
 }
 
 
@@ -167,7 +171,9 @@ def compute(model: PreTrainedModel, tokens: np.ndarray) -> dict[str, np.ndarray]
     """`logits` and `hidden_states` of tokens, as described above."""
     with torch.no_grad():
         out = model(torch.from_numpy(tokens), output_hidden_states=True, use_cache=False)
-    return {"logits": out.logits.numpy(), "hidden_states": torch.stack(out.hidden_states).numpy()}
+    width = out.hidden_states[0].shape[-1]
+    states = [state for state in out.hidden_states if state.shape[-1] == width]
+    return {"logits": out.logits.numpy(), "hidden_states": torch.stack(states).numpy()}
 
 
 def save(directory: Path, model: PreTrainedModel, case: Case) -> None:

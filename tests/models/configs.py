@@ -89,6 +89,7 @@ CONFIGS = {
     ),
     "opt": OPT,
     "opt-untied": dataclasses.replace(OPT, tie_word_embeddings=False),
+    "opt-350m": dataclasses.replace(OPT, word_embed_proj_dim=10, do_layer_norm_before=False),
     "qwen3-biases": dataclasses.replace(LLAMA, qk_norm=True, biases=("q", "k", "v", "o")),
 }
 
@@ -155,9 +156,9 @@ def _rope(rope) -> tuple[float, RopeScaling | None]:
 
 
 def _opt(theirs) -> DecoderConfig:
-    assert theirs.do_layer_norm_before and theirs.enable_bias
-    assert theirs.word_embed_proj_dim == theirs.hidden_size
+    assert theirs.enable_bias
     assert theirs.layer_norm_elementwise_affine and not theirs._remove_final_layer_norm
+    width = theirs.word_embed_proj_dim
     return dataclasses.replace(
         OPT,
         vocab_size=theirs.vocab_size,
@@ -170,4 +171,6 @@ def _opt(theirs) -> DecoderConfig:
         max_position_embeddings=theirs.max_position_embeddings,
         tie_word_embeddings=theirs.tie_word_embeddings,
         hidden_act=theirs.activation_function,
+        word_embed_proj_dim=None if width == theirs.hidden_size else width,
+        do_layer_norm_before=theirs.do_layer_norm_before,
     )

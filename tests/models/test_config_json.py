@@ -102,7 +102,6 @@ def refusal(path):
         ("smollm3", {"no_rope_layers": [1, 0]}, ["2 no_rope_layers", "num_hidden_layers=3"]),
         ("smollm3-window", {"use_sliding_window": False},
          ["layer_types", "use_sliding_window=False"]),
-        ("opt", {"word_embed_proj_dim": 8}, ["word_embed_proj_dim=8", "hidden_size=16"]),
         ("opt", {"num_attention_heads": 3}, ["hidden_size=16", "num_attention_heads=3"]),
     ],
 )  # fmt: skip
@@ -168,7 +167,6 @@ def test_qwen2_has_its_biases_whatever_attention_bias_says(value, write):
         ("gemma3", "use_bidirectional_attention", True),
         ("gemma3", "attn_logit_softcapping", 50.0),
         ("gemma3", "final_logit_softcapping", 30.0),
-        ("opt", "do_layer_norm_before", False),
         ("opt", "_remove_final_layer_norm", True),
         ("opt", "enable_bias", False),
         ("opt", "layer_norm_elementwise_affine", False),

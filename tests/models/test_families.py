@@ -169,6 +169,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ABSENT
                  "max_position_embeddings": ABSENT, "enable_bias": ABSENT},
          {"max_position_embeddings": 2048}),
         ("opt", {"activation_function": "silu"}, {"hidden_act": "silu"}),
+        ("opt-350m", {"word_embed_proj_dim": ABSENT, "do_layer_norm_before": ABSENT},
+         {"word_embed_proj_dim": None, "do_layer_norm_before": True}),
         ("llama", {"rms_norm_eps": ABSENT, "max_position_embeddings": ABSENT},
          {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}),
         ("llama-tied", {"tie_word_embeddings": ABSENT}, {"tie_word_embeddings": False}),
@@ -240,7 +242,8 @@ def test_every_parameter_has_a_name_and_every_name_is_its_own(name):
     [("llama", "Llama"), ("llama3", "Llama"), ("gemma", "Gemma"), ("gemma2", "Gemma2"),
      ("llama-biases", "Llama"), ("qwen2", "Qwen2"), ("qwen2-window", "Qwen2"), ("qwen3", "Qwen3"),
      ("qwen3-biases", "Qwen3"), ("gemma3", "Gemma3"), ("gemma3-no window", "Gemma3"),
-     ("smollm3", "SmolLM3"), ("smollm3-window", "SmolLM3"), ("opt", "OPT"), ("opt-untied", "OPT")],
+     ("smollm3", "SmolLM3"), ("smollm3-window", "SmolLM3"), ("opt", "OPT"), ("opt-untied", "OPT"),
+     ("opt-350m", "OPT")],
 )  # fmt: skip
 def test_a_family_is_told_by_its_switches(name, architecture):
     family = family_of(VARIANTS[name])
@@ -285,7 +288,7 @@ def test_what_no_family_has_together_is_named(name, changes):
 @pytest.mark.parametrize(
     "changes",
     [{"position_offset": 0}, {"mlp": "gated"}, {"biases": ()}, {"rms_norm_eps": 1e-6},
-     {"head_dim": 8}, {"num_key_value_heads": 2}],
+     {"head_dim": 8}, {"num_key_value_heads": 2}, {"word_embed_proj_dim": 16}],
 )  # fmt: skip
 def test_what_opt_cannot_write_down_is_refused(changes):
     with pytest.raises(UserError, match="no Hugging Face family has"):

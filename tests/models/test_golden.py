@@ -57,6 +57,7 @@ def test_every_layer_gives_what_transformers_gives(name):
         ("smollm3-window", "sliding_window", 7),
         ("opt", "norm", "rms"),
         ("opt", "hidden_act", "silu"),
+        ("opt-350m", "norm", "rms"),
         *[("opt", "biases", tuple({"q", "k", "v", "o", "up", "down"} - {each}))
           for each in ("q", "v", "o", "up", "down")],
         ("qwen2-window", "sliding_window", 7),
@@ -90,7 +91,9 @@ def test_a_config_of_transformers_4_reads_the_same(name, tmp_path):
         raw["no_rope_layer_interval"] = 2
         del raw["no_rope_layers"]
     elif raw["model_type"] == "opt":
-        del raw["_remove_final_layer_norm"], raw["enable_bias"], raw["word_embed_proj_dim"]
+        del raw["_remove_final_layer_norm"], raw["enable_bias"]
+        if name != "opt-350m":
+            del raw["word_embed_proj_dim"], raw["do_layer_norm_before"]
     elif raw["model_type"].startswith("gemma"):
         del raw["tie_word_embeddings"]
         raw["hidden_act"] = "gelu"  # meant is the tanh approximation

@@ -48,10 +48,17 @@ TWO_ROPES = dataclasses.replace(
     sliding_window=4,
     layer_types=(SLIDING, FULL, SLIDING),
 )
+AFTER = dataclasses.replace(
+    LEARNED, word_embed_proj_dim=24, do_layer_norm_before=False, tie_word_embeddings=False
+)
 LEARNED_NAME = "learned positions, LayerNorm, plain MLP, biases"
 CASES = {
     "norms of q and k": dataclasses.replace(PLAIN, qk_norm=True),
     LEARNED_NAME: LEARNED,
+    "norms after, narrower embeddings": AFTER,
+    "narrower embeddings, tied, scaled": dataclasses.replace(
+        PLAIN, word_embed_proj_dim=8, tie_word_embeddings=True, embedding_scale=True
+    ),
     "two ropes": TWO_ROPES,
     "layers without rope": dataclasses.replace(PLAIN, rope_layers=(True, False, True)),
     "gated MLP with all biases": dataclasses.replace(PLAIN, biases=tuple(kernel_shapes(PLAIN))),
@@ -62,6 +69,7 @@ SWITCHES = [
     (LEARNED_NAME, {"norm": "rms"}),
     (LEARNED_NAME, {"positions": "rotary"}),
     (LEARNED_NAME, {"position_offset": 0}),
+    (LEARNED_NAME, {"do_layer_norm_before": False}),
     (LEARNED_NAME, {"hidden_act": "silu"}),
     *[(LEARNED_NAME, {"biases": (name,)}) for name in ("q", "k", "v", "o", "up", "down")],
     ("two ropes", {"sliding_rope": None}),
@@ -134,7 +142,9 @@ def reference_logits(params, config, row):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     act = {"silu": lambda x: x / (1 + np.exp(-x)), "relu": lambda x: np.maximum(x, 0)}
     act = act[config.hidden_act]
-    x = p["embed"][row]
+    x = p["embed"][row] @ p.get("project_in", np.eye(p["embed"].shape[1]))
+    x = x * np.sqrt(D) if config.embedding_scale else x
+    before = config.do_layer_norm_before
     if config.positions == "learned":
         x = x + p["positions"][np.arange(len(row)) + config.position_offset]
     for i in range(config.num_hidden_layers):
@@ -143,19 +153,22 @@ def reference_logits(params, config, row):
         def through(h, name, w=w):
             return h @ w[name] + (w[f"{name}_bias"] if name in config.biases else 0)
 
-        h = reference_norm(x, w, "attn_norm", config)
+        h = reference_norm(x, w, "attn_norm", config) if before else x
         q, k, v = (through(h, n).reshape(len(row), -1, config.head_dim) for n in "qkv")
         if config.qk_norm:
             q, k = (reference_norm(y, w, n, config) for y, n in ((q, "q_norm"), (k, "k_norm")))
         q, k = reference_turned(q, config, i), reference_turned(k, config, i)
         x = x + through(reference_attention(q, k, v, config.windows[i]), "o")
-        h = reference_norm(x, w, "mlp_norm", config)
+        x = x if before else reference_norm(x, w, "attn_norm", config)
+        h = reference_norm(x, w, "mlp_norm", config) if before else x
         wide = act(through(h, "up"))
         if config.mlp == "gated":
             wide = act(through(h, "gate")) * through(h, "up")
         x = x + through(wide, "down")
+        x = x if before else reference_norm(x, w, "mlp_norm", config)
     head = p["embed"].T if config.tie_word_embeddings else p["lm_head"]
-    return reference_norm(x, p, "final_norm", config) @ head
+    x = reference_norm(x, p, "final_norm", config) if before else x
+    return x @ p.get("project_out", np.eye(x.shape[1])) @ head
 
 
 def test_logits_match_the_reference(config, params, tokens):
