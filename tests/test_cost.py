@@ -43,6 +43,7 @@ PUBLISHED = {
     "qwen2_1_5b": 1_543_714_304,
     "gemma3_1b": 999_885_952,
     "opt_2_7b": 2_651_596_800,
+    "opt_350m": 331_196_416,
 }
 RANKS = {"q": 64, "down": 128}  # large, so that a LoRA is no rounding error
 
@@ -276,10 +277,12 @@ def test_a_batch_costs_its_rows_and_a_model_its_layers(config, causal):
         return prefill_macs(config, *sizes, causal=causal, lora=RANKS, logits=0)
 
     assert cost(config, 5000, 7) == 7 * cost(config, 5000)
-    layers = range(config.num_hidden_layers)
+    projected, layers = config.word_embed_proj_dim or 0, range(config.num_hidden_layers)
     types = [config.layer_types[i : i + 1] for i in layers]
     each = (dataclasses.replace(config, num_hidden_layers=1, layer_types=kind) for kind in types)
-    assert sum((cost(layer, 5000) for layer in each), Macs()) == cost(config, 5000)
+    once = Macs(kernels=5000 * projected * config.hidden_size)  # where tokens come in
+    other_layers = (len(layers) - 1) * once
+    assert sum((cost(layer, 5000) for layer in each), Macs()) == cost(config, 5000) + other_layers
 
 
 def test_a_text_costs_its_tokens_one_by_one(config):
@@ -288,7 +291,9 @@ def test_a_text_costs_its_tokens_one_by_one(config):
         prompt = prefill_macs(config, tokens, logits=0, causal=True)
         first = prefill_macs(config, tokens - 3, logits=0, causal=True)
         rest = prefill_macs(config, 3, cached=tokens - 3, causal=True)
-        assert first + rest == prompt + Macs(head=3 * config.hidden_size * config.vocab_size)
+        back = (config.word_embed_proj_dim or 0) * config.hidden_size
+        head = config.embedding_size * config.vocab_size + back
+        assert first + rest == prompt + Macs(head=3 * head)
         contexts = range(tokens - 2, tokens + 1)
         decoded = (decode_macs(config, context, causal=True) for context in contexts)
         assert sum(decoded, Macs()) == rest

@@ -248,3 +248,18 @@ def opt_2_7b() -> DecoderConfig:
         positions="learned",
         position_offset=2,
     )
+
+
+def opt_350m() -> DecoderConfig:
+    """`facebook/opt-350m`: 331,196,416 parameters."""
+    return dataclasses.replace(
+        opt_2_7b(),
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=64,
+        word_embed_proj_dim=512,
+        do_layer_norm_before=False,
+    )

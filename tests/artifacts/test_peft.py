@@ -57,7 +57,7 @@ OPT_MODULES = {name: f"self_attn.{name}_proj" for name in ("q", "k", "v")} | {
 
 
 def full_name(name, layer, family="llama"):
-    if family == "opt":
+    if family.startswith("opt"):
         return f"model.decoder.layers.{layer}.{OPT_MODULES[name]}"
     return f"model.layers.{layer}.{MODULES[name]}"
 
@@ -100,7 +100,9 @@ def logits(params, config, tokens, lora=None):
 # --- ours, out and in ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2", "gemma3", "smollm3", "opt"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "qwen2", "gemma3", "smollm3", "opt", "opt-350m"]
+)
 def test_all_kernels_of_any_ranks_come_back_bit_by_bit(name, tmp_path):
     config = CONFIGS[name]
     tree = random_tree(config)
@@ -120,7 +122,9 @@ def test_the_lora_of_a_card_comes_back_bit_by_bit(composition, alpha, lora_of_ca
     assert raw["r"] == raw["lora_alpha"] == {"factors": 3, "products": 6}[composition]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2", "gemma3", "smollm3", "opt"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "qwen2", "gemma3", "smollm3", "opt", "opt-350m"]
+)
 def test_factors_stand_as_torch_has_them_under_the_names_of_transformers(name, tmp_path):
     config, tree = CONFIGS[name], random_tree(CONFIGS[name])
     save_adapter(tmp_path / "adapter", tree, config)

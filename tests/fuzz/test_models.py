@@ -26,7 +26,7 @@ from tests.models.configs import CONFIGS, as_transformers_reads
 
 FAMILIES = (
     "llama", "llama3", "qwen2", "qwen2-window", "qwen3", "gemma", "gemma2", "gemma3", "smollm3",
-    "smollm3-window", "opt",
+    "smollm3-window", "opt", "opt-350m",
 )  # fmt: skip
 VOCABULARY = 30
 WORDS = [f"word{i}" for i in range(VOCABULARY - 4)]

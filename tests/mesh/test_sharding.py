@@ -64,11 +64,13 @@ def test_learned_positions_are_split_by_their_width_and_biases_are_not(mesh):
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         max_position_embeddings=62, position_offset=2,
         mlp="plain", norm="layer", positions="learned", qk_norm=True,
-        biases=("q", "o", "up", "down"),
+        biases=("q", "o", "up", "down"), word_embed_proj_dim=16,
     )  # fmt: skip
     found = specs(abstract_params(config), mesh)
     assert found["positions"] == (None, "fsdp")
     assert found["embed"] == ("tensor", "fsdp")  # what they are added to is split alike
+    assert found["project_in"] == ("fsdp", "tensor")
+    assert found["project_out"] == ("tensor", "fsdp")
     small = [name for name in found if name.endswith(("norm", "bias"))]
     assert {"layers/q_bias", "layers/down_bias", "layers/attn_norm_bias", "final_norm_bias"} <= {
         *small
