@@ -320,7 +320,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     biases = {name: set(kernels) <= set(config.biases) for name, kernels in family.biases.items()}
     raw |= dict(sorted({**biases, **family.constants}.items()))
     if config.rope_scaling is not None:
-        raw["rope_scaling"] = _write_rope_scaling(config.rope_scaling)
+        raw["rope_scaling"] = write_rope_scaling(config.rope_scaling)
     if family.sliding_theta is not None:
         raw |= _write_sliding_rope(config)
     return family.write(config, raw)
@@ -336,13 +336,11 @@ def _write_sliding_rope(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _write_rope(rope: Rope) -> dict[str, Any]:
-    scaling = (
-        {"rope_type": "default"} if rope.scaling is None else _write_rope_scaling(rope.scaling)
-    )
+    scaling = {"rope_type": "default"} if rope.scaling is None else write_rope_scaling(rope.scaling)
     return {"rope_theta": rope.theta, **scaling}
 
 
-def _write_rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
+def write_rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
     """The fields that its `rope_type` has."""
     fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value}
     return {"rope_type": scaling.rope_type, **fields}

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from lorax_gen.config import Count
 from lorax_gen.documents import convert
 from lorax_gen.errors import UserError
-from lorax_gen.models.config import DecoderConfig
-from lorax_gen.models.config_json import config_of
+from lorax_gen.models.config import DecoderConfig, Depth
+from lorax_gen.models.config_json import config_of, write_rope_scaling
 from lorax_gen.models.families import FAMILIES, Family
 from lorax_gen.models.gguf_files import KERNELS, NAMES, ROPE_FACTORS, GGUFFile, dequantised
 from lorax_gen.models.rope import Rope, RopeScaling, rope_frequencies
@@ -30,7 +31,6 @@ INTEGERS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "context_length": "max_position_embeddings",
-    "attention.sliding_window": "sliding_window",
     "expert_count": "num_local_experts",
 }
 FLOATS = {
@@ -45,11 +45,20 @@ FLOATS = {
 REQUIRED = tuple(INTEGERS)[:4] + ("context_length", "attention.layer_norm_rms_epsilon")
 # Read below, or without a meaning for what a model computes.
 OTHERS = {
-    "vocab_size", "attention.value_length", "attention.scale", "expert_used_count",
+    "vocab_size", "attention.value_length", "attention.scale", "attention.causal",
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor",
     "tensor_data_layout",
 }  # fmt: skip
+# Architectures with windows: of n layers all but the last have one, n being this unless the file
+# says otherwise.
+WINDOWS = {"gemma2": 2, "gemma3": 6}
+WINDOW_KEYS = {
+    "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa",
+    "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa",
+}  # fmt: skip
+# Where a file does not say it, whatever the architecture.
+THETA = 10000.0
 # LLaMA 3.1's and later ones': the file has the factors that follow from them.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_CONTEXT = 8192
@@ -69,15 +78,18 @@ def read_gguf_config(file: GGUFFile) -> DecoderConfig:
     architecture = file.get("general.architecture", str)
     family = _family(file, architecture)
     raw = _fields(file, architecture)
-    config = config_of(raw | _switches(file, architecture, family, raw), file.source)
-    config = dataclasses.replace(config, rope_scaling=_rope_scaling(file, architecture, config))
+    raw |= _switches(file, architecture, family, raw)
+    config = config_of(raw, file.source)
+    scaling = _rope_scaling(file, architecture, config)
+    if scaling is not None:  # read with the rest: which layers it is for, the family knows
+        config = config_of(raw | {"rope_scaling": write_rope_scaling(scaling)}, file.source)
     _check(file, architecture, config)
     return config
 
 
 def _family(file: GGUFFile, architecture: str) -> Family:
     known = {
-        family.model_type.removesuffix("_text"): family
+        family.gguf or family.model_type: family
         for family in FAMILIES
         if family.neighbours is not None
     }
@@ -90,7 +102,7 @@ def _family(file: GGUFFile, architecture: str) -> Family:
 
 def _fields(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """What the metadata says, in the words of config.json."""
-    raw: dict[str, Any] = {}
+    raw: dict[str, Any] = {"rope_theta": THETA}
     for key in REQUIRED:
         file.get(f"{architecture}.{key}", object)
     for table, kind in ((INTEGERS, int), (FLOATS, float)):
@@ -98,17 +110,60 @@ def _fields(file: GGUFFile, architecture: str) -> dict[str, Any]:
             value = file.metadata.get(f"{architecture}.{key}")
             if value is not None:
                 convert(value, kind, f"{file.source}: {architecture}.{key}")
-                # The decimals that were stored as fp32: 1e-5, not 9.99999974e-06.
-                raw[name] = value if kind is int else float(str(np.float32(value)))
+                raw[name] = value if kind is int else _decimal(value)
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise UserError(f"{file.source} has no tokenizer.ggml.tokens; a model needs its tokenizer")
-    known = {f"{architecture}.{key}" for key in {*INTEGERS, *FLOATS, *OTHERS}}
-    own = (key for key in file.metadata if key.startswith(f"{architecture}."))
-    if unknown := [key for key in own if key not in known]:
-        message = f"{file.source} has keys that are unknown, and not used: {', '.join(unknown)}"
-        warnings.warn(" ".join(message.splitlines()), stacklevel=5)
+    raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
+    _check_keys(file, architecture)
     return raw | {"vocab_size": len(tokens)}
+
+
+def _decimal(value: float) -> float:
+    """The decimals that were stored as fp32: 1e-5, not 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _check_keys(file: GGUFFile, architecture: str) -> None:
+    """Refuses a key that is not read and may change what is computed: one that llama.cpp knows, or
+    of attention and rope. Warns of others."""
+    read = {*INTEGERS, *FLOATS, *OTHERS} | (WINDOW_KEYS if architecture in WINDOWS else set())
+    others = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in file.metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
+    others = {key: value for key, value in others.items() if key not in read}
+    known = _known_keys()
+    for key, value in others.items():
+        if (key in known or key.startswith(("attention.", "rope."))) and value not in NOTHING:
+            raise UserError(
+                f"{file.source} has {architecture}.{key}={_short(value)}, which is not supported"
+            )
+    if unknown := [f"{architecture}.{key}" for key in others if key not in known]:
+        message = f"{file.source} has keys that are unknown, and not used: {', '.join(unknown)}"
+        warnings.warn(" ".join(message.splitlines()), stacklevel=6)
+
+
+# Values of a key that ask for nothing.
+NOTHING = (0, False, "", [])
+
+
+def _known_keys() -> set[str]:
+    """The keys of architectures that the gguf package names."""
+    from gguf.constants import Keys
+
+    found, groups = set[str](), [Keys]
+    while groups:
+        values = vars(groups.pop()).values()
+        found |= {each for each in values if isinstance(each, str) and each[:7] == "{arch}."}
+        groups += [each for each in values if isinstance(each, type)]
+    return {key.removeprefix("{arch}.") for key in found}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]}..."
 
 
 def _switches(
@@ -133,11 +188,46 @@ def _switches(
         large = raw["num_hidden_layers"] == LARGEST[architecture] and heads > 0
         scalar = raw["hidden_size"] / heads if large else raw.get("head_dim", here.get("head_dim"))
         here["query_pre_attn_scalar"] = scalar
+    if architecture in WINDOWS:
+        here |= _windows(file, architecture, raw)
+    return here
+
+
+def _windows(file: GGUFFile, architecture: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """Which layers have a window, and their rope."""
+    layers = convert(raw["num_hidden_layers"], Depth, f"{file.source}: {architecture}.block_count")
+    key = f"{architecture}.attention.sliding_window"
+    window = file.get(key, int, 4096 if architecture == "gemma2" else 0)
+    pattern = file.metadata.get(f"{key}_pattern", WINDOWS[architecture])
+    if isinstance(pattern, list):
+        sliding = [each not in (0, False) for each in pattern]
+        if len(sliding) != layers:
+            raise UserError(
+                f"{file.source}: {key}_pattern has {len(sliding)} values for {layers} layers; "
+                "expected one each"
+            )
+    else:
+        n = convert(pattern, Count, f"{file.source}: {key}_pattern")
+        sliding = [n == 0 or i % n < n - 1 for i in range(layers)]
+    if not window:
+        sliding = [False] * len(sliding)
+    here: dict[str, Any] = {"sliding_window": window or None}
+    here["layer_types"] = ["sliding_attention" if each else "full_attention" for each in sliding]
+    theta = file.metadata.get(f"{architecture}.rope.freq_base_swa")
+    if theta is not None:
+        convert(theta, float, f"{file.source}: {architecture}.rope.freq_base_swa")
+    if architecture == "gemma3":
+        here["rope_local_base_freq"] = THETA if theta is None else _decimal(theta)
+    elif theta is not None and _decimal(theta) != raw["rope_theta"]:
+        raise UserError(
+            f"{file.source}: {architecture}.rope.freq_base_swa is {theta:g}, but rope.freq_base "
+            f"{raw['rope_theta']:g}; expected the same"
+        )
     return here
 
 
 def _rope_scaling(file: GGUFFile, architecture: str, config: DecoderConfig) -> RopeScaling | None:
-    kind = file.get(f"{architecture}.rope.scaling.type", str, "none")
+    kind = file.get(f"{architecture}.rope.scaling.type", str, "linear")
     factor = file.get(f"{architecture}.rope.scaling.factor", float, 0.0)
     linear = file.get(f"{architecture}.rope.scale_linear", float, 0.0)  # its name in old files
     if kind not in ("none", "linear"):
@@ -145,7 +235,8 @@ def _rope_scaling(file: GGUFFile, architecture: str, config: DecoderConfig) -> R
             f"{file.source}: {architecture}.rope.scaling.type is {kind!r}; expected 'none' or "
             "'linear', others are not supported"
         )
-    if (kind == "linear" and not factor) or (linear and factor not in (0.0, linear)):
+    stated = f"{architecture}.rope.scaling.type" in file.metadata and kind == "linear"
+    if (stated and not (factor or linear)) or (factor and linear and factor != linear):
         raise UserError(
             f"{file.source}: {architecture}.rope.scaling is by {factor:g}, and "
             f"{architecture}.rope.scale_linear is {linear:g}; expected one factor"
@@ -155,8 +246,8 @@ def _rope_scaling(file: GGUFFile, architecture: str, config: DecoderConfig) -> R
         raise UserError(
             f"{file.source}: {architecture}.rope.scaling.attn_factor is {mscale:g}; expected 1"
         )
-    factor = linear or (factor if kind == "linear" else 1.0)
-    scaling = None if factor == 1.0 else RopeScaling(factor)
+    factor = (factor or linear or 1.0) if kind == "linear" else 1.0
+    scaling = None if factor == 1.0 else RopeScaling(_decimal(factor))
     if ROPE_FACTORS not in file.tensors:
         return scaling
     if scaling is not None:
@@ -194,13 +285,21 @@ def _llama3(file: GGUFFile, architecture: str, config: DecoderConfig) -> RopeSca
 
 def _check(file: GGUFFile, architecture: str, config: DecoderConfig) -> None:
     """Raises UserError where the metadata says the same thing in two ways, or the tensors do."""
-    for key in ("attention.value_length", "rope.dimension_count"):
+    lengths = ("attention.value_length", "rope.dimension_count")
+    if architecture in WINDOWS:
+        lengths += ("attention.key_length_swa", "attention.value_length_swa")
+        lengths += ("rope.dimension_count_swa",)
+    for key in lengths:
         length = file.get(f"{architecture}.{key}", int, config.head_dim)
         if length != config.head_dim:
             raise UserError(
                 f"{file.source}: {architecture}.{key} is {length}, but heads have "
                 f"{config.head_dim} features; nothing else is supported"
             )
+    if not file.get(f"{architecture}.attention.causal", bool, True):
+        raise UserError(
+            f"{file.source} has {architecture}.attention.causal=False, which is not supported"
+        )
     scale, ours = file.get(f"{architecture}.attention.scale", float, 0.0), config.head_dim
     expected = (config.query_pre_attn_scalar or ours) ** -0.5
     if scale and not math.isclose(scale, expected, rel_tol=1e-5):

@@ -98,11 +98,14 @@ def _read(file: GGUFFile) -> PreTrainedTokenizerBase:
     with_eos = file.get("tokenizer.ggml.add_eos_token", bool, False)
     if (with_bos and bos is None) or (with_eos and eos is None):
         raise UserError(f"{file.source} adds BOS or EOS to each text, but names no such token")
+    special, plain = [], []  # Gemma has 6,000; one call for each would take half a minute
     for token, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, UNKNOWN) or token in names.values():
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+            special.append(AddedToken(token, normalized=False, special=True))
         elif kind == USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+            plain.append(AddedToken(token, normalized=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
     if tokenizer.get_vocab_size() != len(tokens):
         raise UserError(f"{file.source}: tokenizer.ggml.tokens has one that cannot be a token")
     tokenizer.post_processor = _with_ends(

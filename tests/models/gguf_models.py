@@ -31,6 +31,11 @@ def permute(kernel: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(kernel.shape)
 
 
+def architecture_of(config: DecoderConfig) -> str:
+    """llama.cpp's name of it."""
+    return family_of(config).model_type.removesuffix("_text")
+
+
 def tensors_of(config: DecoderConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """The tensors of a file by name, each as numpy has its shape."""
     permuted = family_of(config).neighbours
@@ -54,7 +59,7 @@ def tensors_of(config: DecoderConfig, params: dict[str, Any]) -> dict[str, np.nd
 
 def metadata_of(config: DecoderConfig) -> dict[str, Any]:
     """The keys of an architecture and a vocabulary of words."""
-    arch = family_of(config).model_type
+    arch = architecture_of(config)
     keys: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -73,8 +78,14 @@ def metadata_of(config: DecoderConfig) -> dict[str, Any]:
         keys |= {
             "attn_logit_softcapping": config.attn_logit_softcapping,
             "final_logit_softcapping": config.final_logit_softcapping,
-            "attention.sliding_window": config.sliding_window,
         }
+    if arch in ("gemma2", "gemma3") and config.sliding_window is not None:
+        keys["attention.sliding_window"] = config.sliding_window
+        pattern = [kind == "sliding_attention" for kind in config.layer_types]
+        default = [(i + 1) % {"gemma2": 2, "gemma3": 6}[arch] != 0 for i in range(len(pattern))]
+        keys |= {} if pattern == default else {"attention.sliding_window_pattern": pattern}
+    if config.sliding_rope is not None:
+        keys["rope.freq_base_swa"] = config.sliding_rope.theta
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_scaling.factor}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(4)), "▁"]
@@ -145,5 +156,5 @@ def write_model(
     """Writes a model; `keys` and `tensors` replace its own, None removes one."""
     every = tensors_of(config, params) | (tensors or {})
     kept = {name: value for name, value in every.items() if value is not None}
-    architecture = architecture or family_of(config).model_type
+    architecture = architecture or architecture_of(config)
     return write_gguf(path, architecture, metadata_of(config) | (keys or {}), kept, kind)

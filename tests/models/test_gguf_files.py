@@ -12,22 +12,33 @@ import pytest
 
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh, tree_shardings
-from lorax_gen.models.families import family_of
+from lorax_gen.models.families import FAMILIES, family_of
 from lorax_gen.models.gguf_config import read_gguf_config
 from lorax_gen.models.gguf_files import GGUFCheckpoint, open_gguf
 from lorax_gen.models.gguf_format import Tensor, read_gguf
 from lorax_gen.models.huggingface import load_model, load_reader, save_model
 from lorax_gen.models.rope import Rope, RopeScaling, rope_frequencies
-from tests.models.configs import CONFIGS, GEMMA, LLAMA
+from tests.models.configs import CONFIGS, GEMMA, LLAMA, QWEN2
 from tests.models.gguf_models import add_value, gguf, metadata_of, tensors_of, write_model
 
-# Everything that a file can say: gemma2's scores are scaled by what llama.cpp knows, not the file.
+# Everything that a file can say. What llama.cpp has in its code is not in the file: the scale of
+# Gemma 2's and 3's scores, and that every fourth layer of SmolLM3 rotates nothing.
 SAID = {
     name: CONFIGS[name]
     for name in ("llama", "llama-tied", "llama-biases", "linear", "qwen2", "qwen3", "qwen3-biases",
-                 "gemma", "gemma2")
+                 "gemma", "gemma2", "gemma3", "smollm3")
 }  # fmt: skip
-SAID["gemma2"] = dataclasses.replace(SAID["gemma2"], query_pre_attn_scalar=LLAMA.head_dim)
+for name in ("gemma2", "gemma3"):
+    SAID[name] = dataclasses.replace(SAID[name], query_pre_attn_scalar=LLAMA.head_dim)
+SAID["gemma3-one-rope"] = dataclasses.replace(
+    SAID["gemma3"], sliding_rope=None, rope_scaling=None, rope_theta=1e4
+)
+SAID["gemma3-no-windows"] = dataclasses.replace(
+    SAID["gemma3"], sliding_rope=None, sliding_window=None, layer_types=()
+)
+SAID["smollm3"] = dataclasses.replace(
+    SAID["smollm3"], num_hidden_layers=5, rope_layers=(True, True, True, False, True)
+)
 WIDE = dataclasses.replace(
     LLAMA, hidden_size=256, intermediate_size=256, num_attention_heads=8, head_dim=32
 )
@@ -132,12 +143,55 @@ def test_a_converted_file_is_the_same_model(written, tmp_path):
     assert (again.stop_ids, again.bos) == (model.stop_ids, model.bos)
 
 
-@pytest.mark.parametrize(("layers", "scalar"), [(45, 6), (46, 4)])
-def test_scores_of_gemma2_27b_have_the_scale_of_its_width(layers, scalar, written):
-    """144 = 4608 / 32 in the model itself, and head_dim in the smaller ones."""
-    config = SAID["gemma2"]
-    path = written(config, keys={"gemma2.block_count": layers})
+@pytest.mark.parametrize(
+    ("name", "layers", "scalar"),
+    [("gemma2", 45, 6), ("gemma2", 46, 4), ("gemma3", 61, 6), ("gemma3", 62, 4)],
+)
+def test_scores_of_the_27b_gemmas_have_the_scale_of_their_width(name, layers, scalar, written):
+    """144 = 4608 / 32 and 168 = 5376 / 32 in the models themselves, head_dim in smaller ones."""
+    keys = {f"{name}.block_count": layers, f"{name}.attention.sliding_window_pattern": 6}
+    path = written(SAID[name], keys=keys)
     assert read_gguf_config(open_gguf(path)).query_pre_attn_scalar == scalar
+
+
+@pytest.mark.parametrize(
+    ("pattern", "full"),
+    [(None, (5, 11)), (6, (5, 11)), (2, (1, 3, 5, 7, 9, 11)), (0, ()), (1, range(12)),
+     ([True] * 3 + [False] + [True] * 8, (3,))],
+)  # fmt: skip
+def test_windows_of_gemma3_follow_the_pattern_of_its_file(pattern, full, written):
+    """As `set_swa_pattern` of llama.cpp: n layers, the last of them full; 0 all with a window."""
+    key = "gemma3.attention.sliding_window_pattern"
+    path = written(SAID["gemma3"], keys={"gemma3.block_count": 12, key: pattern})
+    windows = read_gguf_config(open_gguf(path)).windows
+    assert windows == tuple(None if i in full else 5 for i in range(12))
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm3", "gemma3"])
+def test_what_a_file_leaves_out_is_llama_cpps_default_not_that_of_the_family(name, written):
+    arch, config = ("llama", LLAMA) if name == "llama" else (name, SAID[name])
+    keys = dict.fromkeys(
+        (f"{arch}.{key}" for key in ("rope.freq_base", "rope.freq_base_swa",
+                                     "attention.head_count_kv")))  # fmt: skip
+    found = read_gguf_config(open_gguf(written(config, keys=keys)))
+    assert found.rope_theta == 1e4
+    assert found.num_key_value_heads == config.num_attention_heads == 4
+    if name == "gemma3":
+        assert found.sliding_rope == Rope(1e4) and found.rope_scaling == RopeScaling(8.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [({"factor": 8.0}, 8), ({"factor": 8.0, "type": "none"}, None), ({"linear": 4.0}, 4),
+     ({"factor": 4.0, "linear": 4.0}, 4), ({"factor": 1.0}, None), ({"factor": 0.0}, None)],
+)  # fmt: skip
+def test_a_factor_of_rope_scales_unless_its_type_is_none(keys, factor, written):
+    """As in llama.cpp, where a missing type is linear."""
+    names = {"factor": "rope.scaling.factor", "type": "rope.scaling.type",
+             "linear": "rope.scale_linear"}  # fmt: skip
+    path = written(keys={f"llama.{names[key]}": value for key, value in keys.items()})
+    scaling = read_gguf_config(open_gguf(path)).rope_scaling
+    assert scaling == (None if factor is None else RopeScaling(factor))
 
 
 def test_llama3_scaling_is_read_from_the_factors(written):
@@ -242,6 +296,31 @@ def test_parts_that_do_not_go_together_are_named(parts, tmp_path):
          "has no llama.attention.key_length, and embedding_length 16 is not a multiple of the 6"),
         ({"keys": {"llama.expert_count": 8}}, "num_local_experts=8, which is not supported"),
         ({"keys": {"llama.attention.sliding_window": 4}}, "sliding_window=4, which is not supp"),
+        ({"keys": {"llama.attention.clamp_kqv": 8.0}}, "clamp_kqv=8.0, which is not supported"),
+        ({"keys": {"llama.attention.causal": False}}, "attention.causal=False, which is not supp"),
+        ({"keys": {"llama.rope.local.freq_base": 9.5}}, "rope.local.freq_base=9.5, which is not"),
+        ({"keys": {"llama.rope.dimension_sections": [1, 2] * 40}}, "=[1, 2, 1, 2, 1, 2, 1, 2, 1, "),
+        ({"keys": {"llama.rope.freq_base_swa": 1e4}}, "rope.freq_base_swa=10000.0, which is not"),
+        ({"config": QWEN2, "keys": {"qwen2.attention.sliding_window": 4}}, "window=4, which is no"),
+        ({"config": SAID["smollm3"], "keys": {"smollm3.attention.sliding_window": 4}},
+         "smollm3.attention.sliding_window=4, which is not supported"),
+        ({"config": SAID["gemma2"], "keys": {"gemma2.rope.freq_base_swa": 9.5}},
+         "gemma2.rope.freq_base_swa is 9.5, but rope.freq_base 123; expected the same"),
+        ({"config": SAID["gemma3"], "keys": {"gemma3.attention.sliding_window_pattern": [True]}},
+         "gemma3.attention.sliding_window_pattern has 1 values for 3 layers; expected one each"),
+        ({"config": SAID["gemma3"], "keys": {"gemma3.attention.sliding_window_pattern": 6.0}},
+         "gemma3.attention.sliding_window_pattern: expected int, got float"),
+        ({"config": SAID["gemma3"], "keys": {"gemma3.attention.key_length_swa": 4}},
+         "gemma3.attention.key_length_swa is 4, but heads have 6 features"),
+        ({"config": SAID["gemma3"], "keys": {"gemma3.final_logit_softcapping": 30.0}},
+         "final_logit_softcapping=30.0, which is not supported"),
+        ({"config": QWEN2, "tensors": {"blk.0.ffn_up.bias": np.ones(24)}},
+         "holds the tensor blk.0.ffn_up.bias, which its metadata does not ask for"),
+        ({"tensors": {"blk.1.attn_q.bias": np.ones(24)}}, "holds the tensor blk.1.attn_q.bias"),
+        ({"tensors": {"output.bias": np.ones(30)}}, "holds the tensor output.bias, which its"),
+        ({"tensors": {"output.weight": np.ones((31, 16))}}, "output.weight has shape (31, 16), but"),
+        ({"tensors": {"token_embd.weight": np.ones((31, 16))}}, "tokens has 30 tokens, token_embd."
+         "weight 31 rows"),
         ({"keys": {"llama.attention.head_count": [4, 4, 2]}}, "llama.attention.head_count: expect"),
         ({"keys": {"llama.attention.scale": 0.5}}, "attention.scale is 0.5; expected 0.408248"),
         ({"keys": {"tokenizer.ggml.tokens": None}}, "has no tokenizer.ggml.tokens"),
@@ -261,6 +340,33 @@ def test_parts_that_do_not_go_together_are_named(parts, tmp_path):
 def test_what_is_wrong_is_named(changes, message, written):
     found = refusal(written(**changes))
     assert re.search(re.escape(message), found), found
+
+
+@pytest.mark.parametrize("name", ["opt", "mamba", "gemma3_text"])
+def test_an_architecture_that_is_not_there_is_named(name, written):
+    """llama.cpp has no OPT, and `gemma3_text` is Hugging Face's word for `gemma3`."""
+    found = refusal(written(architecture=name))
+    assert f"is of architecture {name!r}; supported are llama, qwen2, qwen3, gemma, gemma2, " in (
+        found
+    )
+    assert found.endswith("gemma3, smollm3")
+
+
+def test_a_key_that_asks_for_nothing_is_no_obstacle(written, recwarn):
+    keys = {"llama.expert_used_count": 0, "llama.attention.causal": True, "llama.expert_count": 0}
+    assert load_model(written(keys=keys)).config == LLAMA
+    assert not [str(each.message) for each in recwarn if "unknown" in str(each.message)]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3"])
+def test_a_head_of_its_own_is_used_in_every_architecture(name, written, random_params):
+    """Nothing in a file says that its head is tied but that there is none."""
+    config = SAID[name]
+    head = np.random.default_rng(1).normal(size=(30, 16)).astype(np.float32)
+    model = load_model(written(config, tensors={"output.weight": head}))
+    assert model.config == dataclasses.replace(config, tie_word_embeddings=False)
+    np.testing.assert_array_equal(model.params["lm_head"], head.T)
+    assert "lm_head" not in load_model(written(config)).params
 
 
 def test_a_token_twice_is_named(written):
@@ -320,5 +426,6 @@ def test_a_missing_file_is_named_with_how_to_name_one_on_the_hub(tmp_path):
 
 def test_configs_of_all_families_are_known_to_the_file_reader(written):
     families = {family_of(config).model_type for config in SAID.values()}
-    assert families == {"llama", "qwen2", "qwen3", "gemma", "gemma2"}
+    known = {family.model_type for family in FAMILIES if family.neighbours is not None}
+    assert families == known and len(known) == 7
     assert read_gguf_config(open_gguf(written())) == LLAMA
