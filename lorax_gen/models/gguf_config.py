@@ -6,7 +6,6 @@ architecture does not say, llama.cpp has in its code: such things are said here.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from typing import Any
