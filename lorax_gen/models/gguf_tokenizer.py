@@ -13,6 +13,7 @@ integer; one of Unigram by a log-probability. A file has no normaliser, so there
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
@@ -24,9 +25,15 @@ from lorax_gen.models.gguf_files import GGUFFile
 
 # Types of tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Patterns that a text is split by, each as its tokenizer.json has it.
+# Patterns that a text is split by, each as its tokenizer.json has it, or one after the other.
 GPT2 = ""  # the one that is built in
 DIGITS = "digits"  # GPT2's, after single digits are split off
+DEFAULT = (  # of no model, but what llama.cpp has where a file names none
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,7 +44,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {
+SPLITS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "olmo", "jais", "mpt", "phi-2", "trillion"), GPT2),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), DIGITS
@@ -47,6 +54,7 @@ SPLITS = {
     ),
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), QWEN2),
     "tekken": TEKKEN,
+    "default": DEFAULT,
 }
 # Where BOS is added unless the file says otherwise, as in llama.cpp, and where a part of a text
 # that is a token is one without its merges.
@@ -177,6 +185,12 @@ def _with_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> Any:
 
 def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
     """The tokenizer without special tokens, and whether it adds BOS if the file says nothing."""
+    if "tokenizer.ggml.pre" not in file.metadata:
+        warnings.warn(
+            f"{file.source} has no tokenizer.ggml.pre, so texts are split as llama.cpp does it by "
+            "default, which the model may not know: convert the original model again",
+            stacklevel=6,
+        )
     kind = file.get("tokenizer.ggml.pre", str, "default")
     if kind not in SPLITS:
         raise UserError(
@@ -191,15 +205,15 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> tuple[To
         models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=kind in WHOLE_TOKENS)
     )
     pattern = SPLITS[kind]
-    bytes_only = pre.ByteLevel(add_prefix_space=False, use_regex=pattern in (GPT2, DIGITS))
+    last = pre.ByteLevel(add_prefix_space=False, use_regex=pattern in (GPT2, DIGITS))
     if pattern == GPT2:
-        tokenizer.pre_tokenizer = bytes_only
+        tokenizer.pre_tokenizer = last
+    elif pattern == DIGITS:
+        tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), last])
     else:
-        digits = pattern == DIGITS
-        first = (
-            pre.Digits(individual_digits=True) if digits else pre.Split(Regex(pattern), "isolated")
-        )
-        tokenizer.pre_tokenizer = pre.Sequence([first, bytes_only])
+        patterns = (pattern,) if isinstance(pattern, str) else pattern
+        splits = [pre.Split(Regex(each), "isolated") for each in patterns]
+        tokenizer.pre_tokenizer = pre.Sequence([*splits, last])
     if kind in NORMALIZED:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
