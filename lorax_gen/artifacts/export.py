@@ -102,10 +102,19 @@ def describe(model: Model) -> dict[str, str]:
     return {"name": public_name(model.name), "fingerprint": fingerprint(model)}
 
 
+def converted(model: Model) -> dict[str, Any]:
+    """The provenance of a model that is written in another format or dtype."""
+    return {"made_with": made_with(), "converted_from": describe(model)}
+
+
+def made_with() -> str:
+    return f"lorax-gen {version('lorax-gen')}"
+
+
 def card_provenance(card: TaskCard, edge: Model) -> dict[str, Any]:
     """The provenance written with what is exported from a card."""
     return {
-        "made_with": f"lorax-gen {version('lorax-gen')}",
+        "made_with": made_with(),
         "edge": describe(edge),
         "pool": card.pool,
         "prompt_sha256": card.prompt,

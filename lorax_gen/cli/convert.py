@@ -31,10 +31,11 @@ class Convert:
     def run(self) -> int:
         import lorax_gen
         from lorax_gen import files
+        from lorax_gen.artifacts.export import converted
         from lorax_gen.models.huggingface import save_model
 
         files.must_be_new(self.output)
         model = lorax_gen.load_model(self.model, self.dtype)
-        save_model(self.output, model, max_shard_size=self.max_shard_size)
+        save_model(self.output, model, converted(model), max_shard_size=self.max_shard_size)
         print(f"model: {self.output}")
         return 0

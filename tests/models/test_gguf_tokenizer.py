@@ -1,6 +1,7 @@
 """The tokenizer of a GGUF file gives the tokens of the one that it was written from."""
 
 import json
+import warnings
 
 import pytest
 from tokenizers import Regex as Pattern
@@ -217,3 +218,19 @@ def test_a_turn_ends_a_text_too(byte_level):
     assert read_gguf_stop_ids(file_of(metadata)) == (2,)
     assert read_gguf_stop_ids(file_of(metadata | {"tokenizer.ggml.eos_token_id": 0})) == (0, 2)
     assert read_gguf_stop_ids(file_of(metadata | {"tokenizer.ggml.eot_token_id": 1})) == (2, 1)
+
+
+def test_a_file_that_names_no_way_to_split_is_split_by_default_with_a_warning(byte_level):
+    """As llama.cpp does it: punctuation apart, then words, then digits by three."""
+    _, metadata = byte_level("gpt-2")
+    pre = "tokenizer.ggml.pre"
+    with pytest.warns(UserWarning, match=r"here has no tokenizer\.ggml\.pre, so texts are split"):
+        unnamed = read_gguf_tokenizer(file_of({k: v for k, v in metadata.items() if k != pre}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = read_gguf_tokenizer(file_of(metadata | {pre: "default"}))
+    text = "IT'S x\n\n 12345!$Ab"
+    parts = [part for part, _ in named.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    expected = ["IT", "'", "S", "Ġx", "Ċ", "Ċ", "Ġ", "123", "45", "!$", "Ab"]
+    assert parts == expected
+    assert all(encode(unnamed, each) == encode(named, each) for each in TEXTS)
