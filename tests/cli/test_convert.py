@@ -1,12 +1,10 @@
 """`lorax-gen convert`."""
 
-import json
-
 import jax.numpy as jnp
+from tests.models.paths import write_model
 
 from lorax_gen import load_model
 from tests.models.configs import LLAMA
-from tests.models.paths import write_model
 
 
 def test_a_gguf_file_becomes_a_directory_of_the_same_model(call, refused, tmp_path, random_params):

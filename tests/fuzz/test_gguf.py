@@ -17,7 +17,7 @@ from tests.fuzz.damage import damaged_bytes, fuzz, refused
 from tests.models.configs import CONFIGS
 from tests.models.gguf_models import gguf, write_model
 
-NAMES = ("llama", "qwen3", "gemma2")
+NAMES = ("llama", "qwen3", "gemma2", "gemma3", "smollm3")
 
 
 @pytest.fixture(scope="module")

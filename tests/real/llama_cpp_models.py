@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +9,8 @@ import pytest
 
 from lorax_gen.models.gguf_files import GGUFFile, dequantised
 from tests.models.gguf_models import add_value, gguf
-from tests.real.texts import LINES, texts_of
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
-
-# What splits at other characters than spaces, or is none that anybody writes.
-ODD = [
-    "\x00\x01 \x7f \x1b[31m",
-    "\ufeffBOM \u200b\u200d",
-    "a\x85b \u2028 \u2029 \x0b\x0c\x1c x",
-    "a\u00adb ﷺ 𝔘𝔫𝔦 🇩🇪🇫🇷 \U0010ffff \u0378",
-    "Ünï CASE ǅ straße İstanbul ΣΑΣ ﬃ",
-    "I'M'LL'Ve 'S's ’s",
-    "1 22 333 4444 55555 ١٢٣٤٥ १२३४५ ⅷ½²",
-    " \n \r\n\t\t \u3000 x\n\n\n",
-    "x" * 300,
-    "Cửa Việt",
-    "a ་ b́̂c กำ",
-    "===>>> ///*** !!! ¿¡ «»「」 ^~|`$+",
-]
-TEXTS = texts_of(LINES + ODD)
-COMPOSED = [unicodedata.normalize("NFC", text) for text in TEXTS]
 
 
 def load(path: Path, **options):

@@ -1,5 +1,5 @@
 """200 texts of several scripts, with spaces, code and special tokens in many joins; and 200 with
-digits."""
+digits; and 200 with characters that are rare."""
 
 import random
 
@@ -39,3 +39,19 @@ def texts_of(lines: list[str], count: int = 200) -> list[str]:
 
 TEXTS = texts_of(LINES[:-1])
 WITH_DIGITS = texts_of(LINES)
+# What splits at other characters than spaces, or is none that anybody writes.
+ODD = [
+    "\x00\x01 \x7f \x1b[31m",
+    "\ufeffBOM \u200b\u200d",
+    "a\x85b \u2028 \u2029 \x0b\x0c\x1c x",
+    "a\u00adb ﷺ 𝔘𝔫𝔦 🇩🇪🇫🇷 \U0010ffff \u0378",
+    "Ünï CASE ǅ straße İstanbul ΣΑΣ ﬃ",
+    "I'M'LL'Ve 'S's ’s",
+    "1 22 333 4444 55555 ١٢٣٤٥ १२३४५ ⅷ½²",
+    " \n \r\n\t\t \u3000 x\n\n\n",
+    "x" * 300,
+    "Cửa Việt",
+    "a ་ b́̂c กำ",
+    "===>>> ///*** !!! ¿¡ «»「」 ^~|`$+",
+]
+WITH_ODD = texts_of(LINES + ODD)
