@@ -1,10 +1,12 @@
 """`lorax-gen convert`."""
 
+import json
+
 import jax.numpy as jnp
-from tests.models.paths import write_model
 
 from lorax_gen import load_model
 from tests.models.configs import LLAMA
+from tests.models.gguf_models import write_model
 
 
 def test_a_gguf_file_becomes_a_directory_of_the_same_model(call, refused, tmp_path, random_params):
@@ -29,3 +31,15 @@ def test_an_option_that_names_a_model_takes_a_gguf_file(call, tmp_path, random_p
     assert (code, err) == (0, "") and out.startswith("a b")
     code, directory = call("convert", "model.gguf", "mine")[0], "mine"
     assert call("generate", "--edge", directory, "--max-new-tokens", "3", "a b") == (code, out, "")
+
+
+def test_a_converted_directory_says_where_it_comes_from_without_paths(
+    call, tmp_path, random_params
+):
+    path = write_model(tmp_path / "model.gguf", LLAMA, random_params(LLAMA))
+    assert call("convert", str(path), "mine")[0] == 0
+    text = (tmp_path / "mine" / "provenance.json").read_text()
+    assert str(tmp_path) not in text
+    found, expected = json.loads(text), load_model("mine").fingerprint
+    assert found["converted_from"] == {"name": "model.gguf", "fingerprint": expected}
+    assert found["made_with"].startswith("lorax-gen ")
