@@ -145,14 +145,15 @@ def _check_keys(file: GGUFFile, architecture: str) -> None:
 
 
 # Values of a key that ask for nothing.
-NOTHING = (0, False, "", [])
+NOTHING: tuple[Any, ...] = (0, False, "", [])
 
 
 def _known_keys() -> set[str]:
     """The keys of architectures that the gguf package names."""
     from gguf.constants import Keys
 
-    found, groups = set[str](), [Keys]
+    found = set[str]()
+    groups: list[type] = [Keys]
     while groups:
         values = vars(groups.pop()).values()
         found |= {each for each in values if isinstance(each, str) and each[:7] == "{arch}."}
@@ -284,7 +285,7 @@ def _llama3(file: GGUFFile, architecture: str, config: DecoderConfig) -> RopeSca
 
 def _check(file: GGUFFile, architecture: str, config: DecoderConfig) -> None:
     """Raises UserError where the metadata says the same thing in two ways, or the tensors do."""
-    lengths = ("attention.value_length", "rope.dimension_count")
+    lengths: tuple[str, ...] = ("attention.value_length", "rope.dimension_count")
     if architecture in WINDOWS:
         lengths += ("attention.key_length_swa", "attention.value_length_swa")
         lengths += ("rope.dimension_count_swa",)
