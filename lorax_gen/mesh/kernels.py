@@ -132,8 +132,10 @@ def flash(
     """`attend` by the flash kernel; with a mask `attend` itself, see the module's docstring.
 
     Layers that are scanned but have different windows choose between as many kernels by
-    `lax.switch`: a window is static in a kernel. The alternative, a scan over groups of layers that
-    are unrolled, ..., and does not fit layers without a period.
+    `lax.switch`: a window is static in a kernel. The alternative is a scan over groups of unrolled
+    layers. For Gemma 2 and 3 at 2,048 positions both save the same for the backward pass, within
+    0.2 % of what layers without windows save. But groups compile each of their layers, and need a
+    period, which Qwen2's `max_window_layers` has not.
 
     Args:
       strict: what the kernel cannot compute is a UserError, not left to `attend`.

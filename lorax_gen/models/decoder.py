@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         if execution.remat != "none":
             policy = REMAT_POLICIES[execution.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=False)
-        # One scan over all layers. Where they differ, what is scanned is which kind each is.
+        # One scan over what is stacked [L, ...]: layers that differ are told which kind they are.
         time, ropes = x.shape[1], rope_of_layers(config, x.shape[1], positions)
         windows = config.windows
         if positions is None:

@@ -267,7 +267,7 @@ def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
 
 def attention_kernels(step: Step) -> dict[str, dict[str, str | None]]:
     """The attention kernel of each model, and why it is `xla` where `auto` cannot use its own."""
-    found = {}
+    found: dict[str, dict[str, str | None]] = {}
     if isinstance(step.config, EdgeConfig):
         for role, model in step.models.items():
             name, reason = kernel_of(step.config.attention, step.mesh, model, step.config.dtype)
