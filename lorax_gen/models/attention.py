@@ -6,12 +6,13 @@ E head size.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Windows = tuple[int | None, ...]
+"""Static windows, one of which applies; None: all positions up to a query's own."""
+EVERYTHING = 2**30  # as a window: beyond any position
 
 
 def attend(
@@ -22,7 +23,8 @@ def attend(
     scale: float,
     softcap: float | None = None,
     mask: Array | None = None,
-    implementation: Literal["xla", "cudnn"] = "xla",
+    windows: Windows = (None,),
+    which: Array | None = None,
 ) -> Array:
     """Attention `[B, T, H, E]` of queries `[B, T, H, E]` to keys and values `[B, S, K, E]`.
 
@@ -30,22 +32,16 @@ def attend(
       scale: of the scores q k.
       softcap: c; scores become c tanh(score / c) before the softmax (Gemma 2).
       mask: bool, broadcastable to `[B, 1, T, S]`; True is attended to. None: causal, S = T.
-      implementation: `xla`, or `cudnn` on a GPU; with a soft-cap or a mask always `xla`.
+      windows, which: without a mask, see `window_of`.
     """
-    if softcap is None:
-        plain = mask is None
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            mask=mask,
-            is_causal=plain,
-            implementation=implementation if plain else "xla",
-        )
-    if mask is None:
+    window = window_of(windows, which)
+    if mask is None and (window is not None or softcap is not None):
         positions = jnp.arange(q.shape[1])[None]
-        mask = visible(positions, positions)
+        mask = visible(positions, positions, window)
+    if softcap is None:
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, mask=mask, is_causal=mask is None, implementation="xla"
+        )
     batch, time, heads, size = q.shape
     q = q.reshape(batch, time, k.shape[2], -1, size)
     scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32)
@@ -54,6 +50,21 @@ def attend(
     return jnp.einsum("bkgts,bske->btkge", weights.astype(v.dtype), v).reshape(
         batch, time, heads, size
     )
+
+
+def window_of(windows: Windows, which: Array | None) -> Array | int | None:
+    """The window that applies: `windows[which]`, of scanned layers that differ a traced scalar, or
+    without `which` the only one."""
+    if not any(windows):
+        return None
+    if which is None:
+        return windows[0]
+    return jnp.array([window or EVERYTHING for window in windows], jnp.int32)[which]
+
+
+def within(window: int | None, length: int) -> int | None:
+    """The window in a sequence of static length; None where it holds all of it."""
+    return None if window is None or window >= length else window
 
 
 def softcapped(x: Array, cap: float | None) -> Array:

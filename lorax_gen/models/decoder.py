@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 from lorax_gen.errors import UserError
 from lorax_gen.models import int8
 from lorax_gen.models.adapter import Adapter, Delta
-from lorax_gen.models.attention import attend, softcapped, visible
+from lorax_gen.models.attention import Windows, attend, softcapped, visible, window_of, within
 from lorax_gen.models.config import ACTIVATIONS, DecoderConfig, kernel_shapes
 from lorax_gen.models.rope import Tables, rope_tables, rotate
 
@@ -71,10 +71,14 @@ class Execution:
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: attention, then a feed-forward network."""
+    """One pre-norm transformer layer: attention, then a feed-forward network.
+
+    `windows` are those of its kinds of layers, or of its only one.
+    """
 
     config: DecoderConfig
     execution: Execution = Execution()
+    windows: Windows = (None,)
 
     def linear(self, name: str) -> Callable[[Array, Delta], Array]:
         """The frozen kernel as a function, with what a `delta` adds."""
@@ -98,7 +102,6 @@ class Block(nn.Module):
         adapter,
         key,
         rope,
-        window=None,
         cache=None,
         positions=None,
         mask=None,
@@ -106,8 +109,8 @@ class Block(nn.Module):
     ):
         """`x: [B, T, D]` -> (`[B, T, D]`, (cache, auxiliary losses of the adapter)).
 
-        `rope` is the layer's of `rope_of_layers`, or with `which` that entry of stacked ones.
-        `window` limits the positions that a query sees. With a cache `{'k','v': [B, S, K, E]}`, new
+        `rope` is the layer's of `rope_of_layers`, or with `which`, its kind of layer, that entry of
+        stacked ones. With a cache `{'k','v': [B, S, K, E]}`, new
         keys and values are written into it: at `positions: [B, T]`, where a query sees every slot
         up to its own, or, where there are none, into the first T slots of an empty one. Without
         one, `positions` and `mask` are those of `hidden_states`.
@@ -130,10 +133,10 @@ class Block(nn.Module):
             cache = {name: write(cache[name], new, positions) for name, new in (("k", k), ("v", v))}
         if cache is not None and positions is not None:
             k, v = cache["k"], cache["v"]
-            mask = visible(positions, jnp.arange(k.shape[1]), window)
-        elif window is not None:
+            mask = visible(positions, jnp.arange(k.shape[1]), window_of(self.windows, which))
+        elif any(self.windows) and (positions is not None or mask is not None):
             where = jnp.arange(time)[None] if positions is None else positions
-            near = visible(where, where, window)
+            near = visible(where, where, window_of(self.windows, which))
             mask = near if mask is None else mask & near
         attended = self.execution.attention(
             q,
@@ -142,6 +145,8 @@ class Block(nn.Module):
             scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
             softcap=config.attn_logit_softcapping,
             mask=mask,
+            windows=self.windows,
+            which=which,
         )
         attended = o(attended.reshape(batch, time, -1), delta)
         x = x + (norm(self, "attn_post_norm", attended) if config.post_norms else attended)
@@ -212,26 +217,29 @@ class Decoder(nn.Module):
         if execution.remat != "none":
             policy = REMAT_POLICIES[execution.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=False)
+        # One scan over what is stacked [L, ...]: layers that differ are told which kind they are.
+        time, ropes = x.shape[1], rope_of_layers(config, x.shape[1], positions)
+        windows = config.windows
+        if positions is None:
+            windows = tuple(within(window, time) for window in windows)
+        each = list(zip(config.ropes, windows, strict=True))
+        kinds = list(dict.fromkeys(each))
+        rope, which = ropes[0], None
+        if len(kinds) > 1:
+            which = jnp.array([kinds.index(kind) for kind in each], jnp.int32)
+            distinct = (ropes[each.index(kind)] for kind in kinds)
+            rope = jax.tree.map(lambda *tables: jnp.stack(tables), *distinct)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, 0, *[nn.broadcast] * 3, 0),
+            in_axes=(0, 0, *[nn.broadcast] * 4, 0),
             length=config.num_hidden_layers,
-        )(config, execution, name="layers")
+        )(config, execution, tuple(window for _, window in kinds), name="layers")
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, config.num_hidden_layers)
-        windows = None
-        if any(config.windows):  # scanned, so layers without one get one that holds everything
-            windows = jnp.array([window or x.shape[1] for window in config.windows], jnp.int32)
-        ropes, which = rope_of_layers(config, x.shape[1], positions), None
-        rope, kinds = ropes[0], list(dict.fromkeys(config.ropes))
-        if rope is not None and len(kinds) > 1:  # scanned is which of them, not the tables
-            distinct = (ropes[config.ropes.index(kind)] for kind in kinds)
-            rope = jax.tree.map(lambda *tables: jnp.stack(tables), *distinct)
-            which = jnp.array([kinds.index(kind) for kind in config.ropes], jnp.int32)
-        x, (_, aux) = layers(x, adapter, keys, rope, windows, None, positions, mask, which)
+        x, (_, aux) = layers(x, adapter, keys, rope, None, positions, mask, which)
         x = norm(self, "final_norm", x) if config.do_layer_norm_before else x
         return x if prefix is None else x[:, prefix.shape[1] :], aux
 

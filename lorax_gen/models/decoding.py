@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from lorax_gen.errors import UserError
 from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.attention import within
 from lorax_gen.models.decoder import (
     Array,
     Block,
@@ -89,12 +90,14 @@ def forward_with_cache(
         x, _, _ = prepend(prefix, x)
     x = add_positions(x, params.get("positions"), config, positions)
     ropes = rope_of_layers(config, x.shape[1], positions)
-    new_cache, block, constrain = [], Block(config, execution), execution.constrain
+    new_cache, constrain = [], execution.constrain
     x, cache = constrain(x), jax.tree.map(constrain, cache)
+    keys = x.shape[1] if positions is None else cache[0]["k"].shape[1]
     for layer, own, rope, window, slots in zip(
         layers, unstack(adapter, count), ropes, config.windows, cache, strict=True
     ):
-        x, (slots, _) = block.apply({"params": layer}, x, own, None, rope, window, slots, positions)
+        block = Block(config, execution, (within(window, keys),))
+        x, (slots, _) = block.apply({"params": layer}, x, own, None, rope, slots, positions)
         new_cache.append(slots)
     x = final_norm(params, config, x)
     x = x if prefix is None else x[:, prefix.shape[1] :]

@@ -38,7 +38,7 @@ def activations(
     answered: int,
     bytes_each: int,
     remat: str,
-    flash: tuple[bool, bool],
+    flash: dict[str, bool],
     sharded: bool,
     microbatches: int = 1,
 ) -> dict[str, int]:
@@ -63,7 +63,7 @@ def activations(
       prompts: prompts on one device, of all microbatches together.
       answered: positions of a row that go through the head.
       bytes_each: item size of the frozen models' dtype.
-      flash: whether the cloud's and the edge's attention kernels never materialise the scores.
+      flash: of `cloud` and `edge`, whether the attention kernel never materialises the scores.
       sharded: whether weights are gathered before use.
     """
     prompts = -(-prompts // microbatches)
@@ -84,9 +84,9 @@ def activations(
         return kept, tokens * (2 * inner + scores) + (2 * weights if sharded else 0)
 
     cloud_kept, cloud_layer = passes(
-        cloud, cloud_tokens, prompt_length + edge.num_hidden_layers, flash[0]
+        cloud, cloud_tokens, prompt_length + edge.num_hidden_layers, flash["cloud"]
     )
-    edge_kept, edge_layer = passes(edge, edge_tokens, length - 1, flash[1])
+    edge_kept, edge_layer = passes(edge, edge_tokens, length - 1, flash["edge"])
     logits = 3 * rows * min(answered, 128) * edge.vocab_size * 4
     if sharded:
         logits += edge.hidden_size * edge.vocab_size * bytes_each

@@ -30,7 +30,7 @@ from lorax_gen import config as configs
 from lorax_gen.errors import UserError
 from lorax_gen.hub import find_gguf, is_gguf
 from lorax_gen.mesh.chips import Chip
-from lorax_gen.mesh.kernels import AUTO, BLOCK
+from lorax_gen.mesh.kernels import kernel_of
 from lorax_gen.mesh.sharding import BATCH_AXES, jit_step, row_shards, tree_shardings
 from lorax_gen.method.lora import count_params
 from lorax_gen.models import int8, presets
@@ -240,7 +240,7 @@ def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
         answered=config.answered(config.data.question_length),
         bytes_each=jnp.dtype(config.dtype).itemsize,
         remat=config.remat,
-        flash=(is_flash(config, mesh, spec.cloud), is_flash(config, mesh, spec.edge)),
+        flash={role: each["kernel"] != "xla" for role, each in attention_kernels(step).items()},
         sharded=mesh.shape["fsdp"] > 1,
         microbatches=config.microbatches,
     )
@@ -265,17 +265,14 @@ def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
     return found, traffic
 
 
-def is_flash(config: EdgeConfig, mesh: Mesh, model: DecoderConfig) -> bool:
-    """Whether the attention kernel never materialises the scores; see `mesh.kernels`."""
-    if model.attn_logit_softcapping is not None or any(model.windows):
-        return False
-    name = config.attention
-    if name == "auto":
-        platform = mesh.devices.flat[0].platform
-        name = AUTO.get(platform, "xla")
-    if name == "cudnn":
-        return config.dtype == "bfloat16" and model.head_dim <= 128
-    return name == "splash" and model.head_dim % BLOCK == 0
+def attention_kernels(step: Step) -> dict[str, dict[str, str | None]]:
+    """The attention kernel of each model, and why it is `xla` where `auto` cannot use its own."""
+    found: dict[str, dict[str, str | None]] = {}
+    if isinstance(step.config, EdgeConfig):
+        for role, model in step.models.items():
+            name, reason = kernel_of(step.config.attention, step.mesh, model, step.config.dtype)
+            found[role] = {"kernel": name, "reason": reason}
+    return found
 
 
 def arguments(step: Step) -> dict[str, int]:
@@ -358,6 +355,7 @@ def make_plan(config: RecipeConfig, topology: str, utilisation: float = 0.4) -> 
         "trained": count_params(step.state["params"]),
         "batch": {"/".join(key.key for key in path): list(leaf.shape) for path, leaf in batch},
         "settings": step.settings,
+        "attention": attention_kernels(step),
         "arguments": arguments(step),
         "memory": needs | {"usable": usable, "share": needs["needed"] / usable},
         "flops": flops,
@@ -382,10 +380,11 @@ def advice(step: Step, needs: dict[str, Any], usable: int) -> list[str]:
             "the same batch per device"
         )
     if isinstance(step.config, EdgeConfig) and step.config.attention == "xla":
-        auto = dataclasses.replace(step.config, attention="auto")
-        role, model = next(iter(step.models.items()))
-        if is_flash(auto, step.mesh, model):
-            found.append(f"attention=auto: a kernel that never materialises the {role}'s scores")
+        auto = dataclasses.replace(step, config=dataclasses.replace(step.config, attention="auto"))
+        roles = [role for role, each in attention_kernels(auto).items() if each["kernel"] != "xla"]
+        if roles:
+            whose = " and ".join(f"the {role}'s" for role in roles)
+            found.append(f"attention=auto: a kernel that never materialises {whose} scores")
     if settings.get("remat") in ("none", "dots"):
         found.append("remat=full: only each layer's input is saved, for half the FLOPs again")
     if isinstance(step.config, LoraGenConfig):

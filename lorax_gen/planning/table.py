@@ -37,12 +37,17 @@ def print_plan(report: dict[str, Any]) -> None:
         f"{role} {model['name']} ({parameters(model['parameters'])})"
         for role, model in report["models"].items()
     ]
+    kernels = ", ".join(
+        f"{role} {each['kernel']}" + (f" ({each['reason']})" if each["reason"] else "")
+        for role, each in report["attention"].items()
+    )
     sizes = {name: " x ".join(map(str, shape)) for name, shape in report["batch"].items()}
     lines = [
         ", ".join([*models, f"{parameters(report['trained'])} trained"]),
         f"{report['devices']} x {report['chip']['kind']}: {listed(report['mesh'])}",
         f"batch: {listed(sizes)}",
         listed({name: value for name, value in report["settings"].items() if value}),
+        kernels and f"kernels: {kernels}",
     ]
     console.print("\n".join(filter(None, lines)) + "\n")
     how = {

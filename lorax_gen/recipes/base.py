@@ -19,9 +19,9 @@ from lorax_gen.config import Size, check
 from lorax_gen.data.config import MixtureConfig, WorldConfig
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.frames import PLAIN, Frame
-from lorax_gen.mesh.kernels import execution_over
+from lorax_gen.mesh.kernels import execution_over, kernel_of
 from lorax_gen.mesh.sharding import MeshConfig, check_rows, tree_shardings
-from lorax_gen.models.decoder import Execution
+from lorax_gen.models.decoder import DecoderConfig, Execution
 from lorax_gen.models.model import Model
 from lorax_gen.training.experiment import Experiment
 from lorax_gen.training.optimizer import OptimizerConfig
@@ -61,7 +61,7 @@ class EdgeConfig(RecipeConfig):
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes per layer: nothing, all but matmuls, everything."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto is splash on TPU, cudnn on GPU, and xla elsewhere or where these do not apply."""
+    """auto: splash on TPU, cudnn on GPU, xla elsewhere and for models that these cannot compute."""
 
     def __post_init__(self):
         check(self)
@@ -72,8 +72,13 @@ class EdgeConfig(RecipeConfig):
         shardings = over and partial(tree_shardings, mesh=over)
         return partial(load, dtype=self.dtype, shardings=shardings)
 
-    def execution(self, mesh: Mesh) -> Execution:
-        """How forward passes run."""
+    def execution(self, mesh: Mesh, *models: DecoderConfig) -> Execution:
+        """How forward passes of the models run.
+
+        Raises UserError where the kernel that was asked for cannot compute their attention.
+        """
+        for model in models:
+            kernel_of(self.attention, mesh, model, self.dtype)
         return execution_over(mesh, self.attention, self.remat, self.mesh.mode)
 
     def answered(self, length: int) -> int:

@@ -118,7 +118,7 @@ def experiment(
         mesh,
         data,
         init=lambda: (init_lora(key, shapes, config.rank, layers), {}),
-        loss=lora_loss(config, edge.config, execution=config.execution(mesh)),
+        loss=lora_loss(config, edge.config, execution=config.execution(mesh, edge.config)),
         frozen={"edge": edge.params},
         answerer=answerer,
         release=release,

@@ -118,7 +118,7 @@ def experiment(
             spec,
             microbatches=config.microbatches,
             answer_length=config.answer_length,
-            execution=config.execution(mesh),
+            execution=config.execution(mesh, cloud.config, edge.config),
         ),
         frozen={"cloud": cloud.params, "edge": edge.params},
         answerer=answerer,

@@ -25,7 +25,8 @@ def hidden_states(params: Params, config: DecoderConfig, tokens) -> list[jax.Arr
     ropes = decoder.rope_of_layers(config, tokens.shape[1])
     layers = unstack(params["layers"], config.num_hidden_layers)
     for layer, rope, window in zip(layers, ropes, config.windows, strict=True):
-        state, _ = Block(config).apply({"params": layer}, states[-1], None, None, rope, window)
+        block = Block(config, windows=(window,))
+        state, _ = block.apply({"params": layer}, states[-1], None, None, rope)
         states.append(state)
     return [*states[:-1], decoder.final_norm(params, config, states[-1])]
 

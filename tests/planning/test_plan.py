@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lorax_gen import cli
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.errors import UserError
 from lorax_gen.mesh.chips import peak_flops
-from lorax_gen.mesh.sharding import MeshConfig
+from lorax_gen.mesh.kernels import make_attention
+from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.models import presets
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.planning import memory, plan, topology
@@ -166,6 +169,22 @@ def test_what_saves_memory_is_estimated_to(paper, less):
     assert after["memory"]["needed"] < before["memory"]["needed"]
 
 
+@pytest.mark.parametrize("edge", ["tinyllama_1b", "gemma2_2b"])
+def test_flash_is_estimated_for_what_the_kernel_computes(paper, edge):
+    """All that cuDNN lacks here is the soft-cap of Gemma 2, which XLA then computes."""
+    few = change(paper, edge=edge, prompts=8, queries_per_prompt=8, remat="none")
+    layer = {
+        name: plan.make_plan(change(few, attention=name), "gpu:8")["memory"]["parts"]["layer"]
+        for name in ("auto", "xla")
+    }
+    report = plan.make_plan(few, "gpu:8")["attention"]
+    assert report["cloud"] == {"kernel": "cudnn", "reason": None}
+    capped = edge == "gemma2_2b"
+    reason = "cudnn has no soft-cap" if capped else None
+    assert report["edge"] == {"kernel": "xla" if capped else "cudnn", "reason": reason}
+    assert (layer["auto"] == layer["xla"]) == capped
+
+
 def test_the_advice_is_followed_until_it_fits(paper):
     config = change(paper, dtype="float32", remat="none", attention="xla", mesh=MeshConfig(data=-1))
     steps = [
@@ -278,6 +297,29 @@ def test_a_tpu_is_compiled_for(config, libtpu):
     assert report["collectives"]
 
 
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(64, {}), (80, {}), (128, {"windows": (100,)}), (256, {"windows": (100, None)})],
+    ids=["64", "80", "128-window", "256-cap-windows"],
+)
+def test_splash_compiles_for_a_tpu_with_its_backward_pass(size, options, libtpu):
+    _, devices = topology.find_devices("v5e:2x2")
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), devices)
+    rows = NamedSharding(mesh, P("data"))
+    attention = make_attention("splash", mesh)
+    if len(options.get("windows", ())) > 1:
+        options |= {"which": jnp.int32(0), "softcap": 50.0}
+
+    def total(q, k):
+        return attention(q, k, k, scale=0.1, **options).astype(jnp.float32).sum()
+
+    q, k = (
+        jax.ShapeDtypeStruct((2, 300, heads, size), jnp.bfloat16, sharding=rows) for heads in (4, 2)
+    )
+    program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(q, k).compile().as_text()
+    assert "tpu_custom_call" in program
+
+
 def test_an_int8_cloud_is_sent_in_half_the_bytes(config, libtpu):
     config = change(config, prompts=4, mesh=MeshConfig(data=1, fsdp=-1), dtype="bfloat16")
     whole, half = (
@@ -319,6 +361,7 @@ def test_the_command_prints_tables_and_writes_json(call, tmp_path):
     assert code == 0
     for words in ("fits", "estimated", "arguments", "all-gather", "FLOPs", "qwen2_1_5b"):
         assert words in out
+    assert "kernels: cloud cudnn, edge cudnn" in out
     report = json.loads(path.read_text())
     assert report["fits"] and report["models"]["edge"]["parameters"] == 1_543_714_304
     assert call("paper", "--topology", "gpu:8", "--output", path)[0] == 2  # nothing is overwritten
@@ -344,6 +387,10 @@ def test_what_does_not_fit_ends_with_1_and_says_what_to_change(call):
         (("paper", "--topology", "gpu:8", "--mesh.mode", "pmap"), "mesh.mode=jit only"),
         (("paper", "--topology", "gpu:8", "--edge", "org/name"), "no model org/name.*tinyllama_1b"),
         (("paper", "--topology", "gpu:8", "--utilisation", "0"), "utilisation is 0"),
+        (
+            ("paper", "--topology", "gpu:8", "--edge", "gemma2_2b", "--attention", "cudnn"),
+            "attention=cudnn has no soft-cap; choose attention=auto or xla",
+        ),
         (("world-lora", "--topology", "gpu:8"), "for GPUs only the generator's step is"),
         (("papr",), "did you mean paper"),
     ],
