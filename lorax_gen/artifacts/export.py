@@ -32,7 +32,12 @@ from lorax_gen.frames import PLAIN, SLOT, Frame, read_frame
 from lorax_gen.hub import is_hub_name, public_name
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.decoder import Params
-from lorax_gen.models.huggingface import PROVENANCE, save_model, stored_frame
+from lorax_gen.models.huggingface import (
+    PROVENANCE,
+    save_model,
+    stored_frame,
+    stored_in_context,
+)
 from lorax_gen.models.model import Model
 from lorax_gen.tensors import named_leaves
 
@@ -49,7 +54,8 @@ def lora_of(
     artifact: TaskCard | Tree | str | AnyPath, edge: Model, generator: Generator | None = None
 ) -> tuple[Tree, dict[str, Any], TaskCard | None]:
     """The LoRA tree of a card, a tree, or the card or PEFT adapter at a path; its provenance; and
-    the card, if any. Provenance holds its frame, if it has one.
+    the card, if any. Provenance holds its frame, if it has one, and `in_context` where it was
+    trained on questions after their prompts.
 
     Args:
       generator: the one that a card was made with; adapters need none.
@@ -58,7 +64,9 @@ def lora_of(
     """
     if isinstance(artifact, str | os.PathLike):
         if is_adapter(artifact):
-            provenance = {"edge": describe(edge), "adapter": to_path(artifact).name}
+            provenance: dict[str, Any] = {"edge": describe(edge), "adapter": to_path(artifact).name}
+            if stored_in_context(to_path(artifact)):
+                provenance["in_context"] = True
             tree, frame = load_adapter(artifact, edge.config), stored_frame(to_path(artifact))
             return tree, provenance | framed(edge.frame if frame == PLAIN else frame), None
         artifact = load_card(artifact)

@@ -104,8 +104,10 @@ def identify(model: Model, *, reads: bool) -> Identity:
     return model.__dict__[key]
 
 
-def check_same(role: str, trained: Identity, given: Identity, way_out: str) -> None:
-    """Raises UserError where the model given for a role is not the one of training.
+def check_same(
+    role: str, trained: Identity, given: Identity, way_out: str, what: str = "the generator"
+) -> None:
+    """Raises UserError where the model given for a role is not the one `what` was trained with.
 
     Kernels in int8 have other numbers, so with these on either side only the other parameters are
     compared.
@@ -115,17 +117,17 @@ def check_same(role: str, trained: Identity, given: Identity, way_out: str) -> N
     ours, theirs = getattr(trained, kind), getattr(given, kind)
     if ours != theirs:
         raise UserError(
-            f"the generator was trained with the {role} model {trained.name!r} ({ours}), the given "
-            f"one is {given.name!r} ({theirs}): pass that {role} model, or {way_out}"
+            f"{what} was trained with the {role} model {trained.name!r} ({ours}), the given one is "
+            f"{given.name!r} ({theirs}): pass that {role} model, or {way_out}"
         )
     if trained.tokenizer is not None and (trained.bos, trained.tokenizer) != (
         given.bos,
         given.tokenizer,
     ):
-        what = "another tokenizer" if trained.bos == given.bos else f"bos={given.bos}"
+        other = "another tokenizer" if trained.bos == given.bos else f"bos={given.bos}"
         raise UserError(
-            f"the given {role} model {given.name!r} has {what}, but the generator was trained with "
-            f"that of {trained.name!r}: pass that {role} model, or {way_out}"
+            f"the given {role} model {given.name!r} has {other}, but {what} was trained with that "
+            f"of {trained.name!r}: pass that {role} model, or {way_out}"
         )
 
 

@@ -1,6 +1,7 @@
 """Where the generator, cloud and edge of an artifact are, from the names that it holds.
 
-A card names its generator and models, a generator its models, a PEFT adapter its edge. A name is
+A card names its generator and models, a generator or a baseline its models, a PEFT adapter its
+edge. A name is
 tried as `load_model` does, as a directory and then as a shipped model, and beside the artifact. The
 config of the run that released a generator is asked last. Nothing is guessed:
 whoever loads what is found compares fingerprints.
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from lorax_gen import assets, documents
+from lorax_gen.artifacts.baseline import load_baseline
 from lorax_gen.artifacts.card import load_card
 from lorax_gen.artifacts.export import is_adapter
 from lorax_gen.artifacts.identity import Identities
@@ -89,6 +91,25 @@ def find_system(
             )
             raise UserError(f"{artifact} {what}; give it as {role} (--{role})")
     return Found(**found)
+
+
+def find_models(baseline: AnyName, *, need: Sequence[str] = ("edge",)) -> dict[str, AnyName]:
+    """The models of a baseline, by their roles, where they are found.
+
+    Raises UserError where one of `need` is not.
+    """
+    loaded, found = load_baseline(baseline), dict[str, AnyName]()
+    for role, identity in (("edge", loaded.edge), ("cloud", loaded.cloud)):
+        where = identity and _find(identity.name, baseline)
+        if where:
+            found[role] = where
+        elif role in need:
+            name = identity and identity.name
+            raise UserError(
+                f"{baseline} names the {role} {name!r}, which is neither here nor beside it; give "
+                f"it as {role} (--{role})"
+            )
+    return found
 
 
 def _names_of_card(card: AnyName) -> dict[str, str]:

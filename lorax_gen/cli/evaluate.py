@@ -18,9 +18,11 @@ from lorax_gen.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from lorax_gen.artifacts.baseline import Baseline
     from lorax_gen.artifacts.generator import Generator
-    from lorax_gen.evaluation.answerers import System
+    from lorax_gen.evaluation.answerers import Answerer, System
     from lorax_gen.frames import Frame
+    from lorax_gen.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Evaluate:
     Modes: plain (the edge reads only the question), icl (the prompt before it: solved shots, or the
     full instruction), lora_gen (only the question, with the LoRA generated from the prompt) and its
     controls shuffled (another task's prompt), empty and random; cloud_icl (icl by the cloud model);
-    with --card, card; with --lora, lora.
+    with --card, card; with --lora, lora. Each --baseline adds a mode called as its method.
 
     Examples:
       lorax-gen evaluate
@@ -66,6 +68,9 @@ class Evaluate:
     lora: str | None = None
     """A PEFT adapter for all tasks, merged into the edge for mode lora; for world with the shipped
     edge, default the shipped one."""
+    baseline: Annotated[tuple[tuple[UserPath, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Released baselines that are no adapters of PEFT (loramoe, mixlora ...), each a mode of its
+    own; several of one method are called METHOD:DIRECTORY."""
     shots: Count = 5
     """Solved examples in a prompt, for modes with a prompt."""
     limit: Size | None = None
@@ -128,7 +133,13 @@ class Evaluate:
                 raise UserError(
                     f"--{part} is given, but --modes has no {part}; add it, or leave --{part} out"
                 )
+        for path in self.baselines:
+            require_baseline(path)
         return evaluate_world(self) if world else evaluate_real(self)
+
+    @property
+    def baselines(self) -> list[files.AnyPath]:
+        return [path for paths in self.baseline for path in paths]
 
     @property
     def card_names(self) -> dict[str, files.AnyPath]:
@@ -140,6 +151,17 @@ class Evaluate:
                 raise UserError(f"two cards are called {name}; rename one")
             found[name] = path
         return found
+
+
+def require_baseline(path: files.AnyPath) -> None:
+    """Raises UserError where a path is no baseline, and says what it is."""
+    from lorax_gen.artifacts.baseline import is_baseline
+    from lorax_gen.artifacts.export import is_adapter
+
+    if is_adapter(path):
+        raise UserError(f"{path} is a PEFT adapter; give it as --lora")
+    if not is_baseline(path):
+        raise UserError(f"{path} has no baseline.json; give the directory that training released")
 
 
 def is_report(path: files.AnyPath) -> bool:
@@ -157,9 +179,10 @@ Models = dict[str, str | files.AnyPath | None]  # by role: generator, cloud, edg
 
 
 def models_of(command: Evaluate) -> Models:
-    """The generator, the cloud and the edge by role: the given ones, and those that the cards and
-    the generator name. Where nothing at all is given they are the shipped ones."""
-    from lorax_gen.artifacts.lookup import SHIPPED, find_system
+    """The generator, the cloud and the edge by role: the given ones, and those that the cards, the
+    generator or else the baselines name. Where nothing at all is given they are the shipped ones.
+    """
+    from lorax_gen.artifacts.lookup import SHIPPED, find_models, find_system
 
     cards = command.card_names.values()
     given: dict[str, Any] = {
@@ -167,6 +190,11 @@ def models_of(command: Evaluate) -> Models:
         "cloud": command.cloud,
         "edge": command.edge,
     }
+    for path in command.baselines if not cards and command.generator is None else ():
+        for role, name in find_models(
+            path, need=("edge",) if given["edge"] is None else ()
+        ).items():
+            given[role] = given[role] or name
     if not cards and command.generator is None:
         ours = all(given[role] in (None, SHIPPED[role]) for role in ("cloud", "edge"))
         return {**given, **SHIPPED} if ours else {**given, "edge": given["edge"] or SHIPPED["edge"]}
@@ -215,6 +243,7 @@ def load_system(
     Raises UserError where cards have different frames, and no option says which to use.
     """
     import lorax_gen
+    from lorax_gen.artifacts.baseline import load_baseline
     from lorax_gen.artifacts.export import is_adapter, lora_of
     from lorax_gen.evaluation.answerers import ANSWERERS, System
     from lorax_gen.frames import read_frame
@@ -234,28 +263,57 @@ def load_system(
     bos = {"tokenizer": None, "yes": True, "no": False}[command.bos]
     assert models["edge"] is not None
     edge, lora, loras = load(models["edge"], bos=bos), None, {}
-    frames = [edge.frame]
+    frames, in_context = [edge.frame], set()
     if command.lora is not None and "lora" in needed:
         lora, provenance, _ = lora_of(assets.resolve(command.lora), edge)
         frames.append(read_frame(provenance.get("frame", {})))
+        in_context |= {"lora"} if provenance.get("in_context") else set()
+    several = len(command.card_names) > 1
     if any(name.startswith("card") for name in names):
         for name, path in command.card_names.items():
             own = None if is_adapter(path) else generator()
             loras[name], provenance, _ = lora_of(path, edge, own)
             frames.append(read_frame(provenance.get("frame", {})))
+            if provenance.get("in_context"):
+                in_context.add(f"card:{name}" if several else "card")
     if command.generator is not None or "generator" in needed:
         frames.append(generator().frame)
-    cloud = models["cloud"] if "cloud" in needed else None
-    several = len(loras) > 1
+    baselines = [load_baseline(path) for path in command.baselines]
+    frames += [baseline.frame for baseline in baselines]
+    reads = "cloud" in needed or any(baseline.cloud is not None for baseline in baselines)
+    name = models["cloud"] if reads else None
+    cloud = None if name is None else load(name, in_int8=command.cloud_int8)
     return System(
         edge,
-        None if cloud is None else load(cloud, in_int8=command.cloud_int8),
+        cloud,
         generator() if "generator" in needed else None,
         lora=lora,
         card=None if several else next(iter(loras.values()), None),
         cards=loras if several else {},
         frame=frame_of(command, frames, edge.tokenizer),
+        others=answerers_of(command, baselines, edge, cloud),
+        in_context=in_context,
     )
+
+
+def answerers_of(
+    command: Evaluate, baselines: Sequence[Baseline], edge: Model, cloud: Model | None
+) -> dict[str, Answerer]:
+    """The answerers of baselines by their names: that of the method or, of several of one method,
+    `METHOD:DIRECTORY`."""
+    from lorax_gen.recipes.registry import answerer_of
+
+    methods, found = [baseline.method for baseline in baselines], dict[str, Any]()
+    for path, baseline in zip(command.baselines, baselines, strict=True):
+        made = answerer_of(baseline, edge, cloud)
+        if methods.count(baseline.method) > 1:
+            own = path.parent.name if path.name.startswith("released") else path.name
+            name = f"{baseline.method}:{own or path.name}"
+            made = dataclasses.replace(made, name=name, label=f"{made.label} ({own or path.name})")
+        if made.name in found:
+            raise UserError(f"two baselines are called {made.name}; rename a directory")
+        found[made.name] = made
+    return found
 
 
 def frame_of(command: Evaluate, frames: Sequence[Frame], tokenizer: Any) -> Frame:
@@ -291,10 +349,11 @@ def evaluate_world(command: Evaluate) -> int:
         command = dataclasses.replace(command, lora="world/lora")
     names = modes_of(command, models, world.NAMES)
     mesh = serving_mesh(command.fsdp, command.tensor)
+    system = load_system(command, models, names, mesh)
     report = world.evaluate_world(
-        load_system(command, models, names, mesh),
+        system,
         WorldConfig(),
-        names,
+        [*names, *system.others],
         split=command.split,
         questions=command.questions,
         seed=command.seed or 0,
@@ -334,6 +393,7 @@ def evaluate_real(command: Evaluate) -> int:
     )
     mesh = serving_mesh(command.fsdp, command.tensor)
     system = load_system(command, models, modes, mesh)
+    modes = [*modes, *system.others]
     options = {
         "seed": command.seed,
         "run_dir": command.run_dir,

@@ -4,7 +4,8 @@ An answerer is a model, what it reads of a question, and how it is specialised:
 
     plain        the edge, the question alone
     icl          the edge, the question after the prompt
-    lora, card   as `plain`, with a LoRA of all tasks or of one merged
+    lora, card   as `plain`, with a LoRA of all tasks or of one merged; as `icl` where it was
+                 trained so
     cloud_icl    the cloud, the question after the prompt
     lora_gen     the edge, the question alone; the prompt goes to the cloud, which generates the
                  LoRA that the edge answers with
@@ -21,7 +22,7 @@ A new baseline is an `Answerer`, or a subclass with its own `specialise`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -35,7 +36,7 @@ from lorax_gen.frames import PLAIN, Frame
 from lorax_gen.inference.cards import TOKENS_PER_BATCH, gates_of_prompts
 from lorax_gen.mesh import hosts
 from lorax_gen.method.lora import Tree
-from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.adapter import Adapter, LowRank
 from lorax_gen.models.model import Model
 from lorax_gen.system import gated_pool
 from lorax_gen.tensors import tree_hash
@@ -69,6 +70,11 @@ class Prompt:
     truncated: int = 0
 
 
+def no_macs(tokens: int) -> Macs:
+    """Of an adapter that is merged, or of none."""
+    return Macs()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answerer:
     """A model that answers questions, specialised by its context or by a fixed adapter.
@@ -78,6 +84,7 @@ class Answerer:
       in_context: whether the prompt is in its own context.
       adapter: for all questions, where it is not merged.
       max_length: most tokens that it reads; None: as many as it has positions.
+      adapter_macs: what an adapter that is not merged adds to the reading of so many tokens.
     """
 
     name: str
@@ -86,6 +93,7 @@ class Answerer:
     in_context: bool = False
     adapter: Adapter | None = None
     max_length: int | None = None
+    adapter_macs: Callable[[int], Macs] = no_macs
 
     @property
     def reads_prompts(self) -> bool:
@@ -118,7 +126,8 @@ class Answerer:
 
     def macs(self, context_tokens: int) -> Macs:
         """Of the model that reads a context, up to the first token of an answer."""
-        return prefill_macs(self.model.config, context_tokens, logits=1)
+        own = prefill_macs(self.model.config, context_tokens, logits=1)
+        return own + self.adapter_macs(context_tokens)
 
     def prompt_macs(self, prompt_tokens: int) -> Macs:
         """Of specialising it, once for each prompt."""
@@ -136,6 +145,8 @@ class Answerer:
         }
         if self.adapter is not None:
             found["adapter"] = tree_hash({"shared": self.adapter.shared})
+            if self.adapter.apply != LowRank():
+                found["apply"] = repr(self.adapter.apply)
         return found
 
 
@@ -250,6 +261,9 @@ class System:
         nothing is compiled again.
       max_length: most tokens that the edge, or the cloud, reads; None: as many as it has positions.
       frame: how the edge reads an input, for evaluations that put it into one.
+      others: answerers made elsewhere, such as those of released baselines, by their names.
+      in_context: those of `lora`, `card` and `card:NAME` whose LoRA was trained on questions after
+        their prompts, and which read them so.
     """
 
     edge: Model
@@ -260,12 +274,17 @@ class System:
     max_length: int | None = None
     cards: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
     frame: Frame = PLAIN
+    others: Mapping[str, Answerer] = dataclasses.field(default_factory=dict)
+    in_context: Collection[str] = ()
 
     def check(self, name: str) -> None:
         """Raises UserError where `answerer` would: before anything else is computed."""
+        if name in self.others:
+            return
         kind, mark, card = name.partition(":")
         if kind not in ANSWERERS or (mark and kind != "card"):
-            raise UserError(f"unknown mode {name!r}; choose one of {', '.join(ANSWERERS)}")
+            known = ", ".join([*ANSWERERS, *self.others])
+            raise UserError(f"unknown mode {name!r}; choose one of {known}")
         if mark and card not in self.cards:
             there = f"there are {', '.join(self.cards)}" if self.cards else "none is given"
             raise UserError(f"mode {name} needs a card of that name; {there}")
@@ -273,27 +292,35 @@ class System:
         if any(getattr(self, part) is None for part in needs):
             raise UserError(f"mode {name} needs {' and '.join(PARTS[part] for part in needs)}")
 
+    def reads_prompts(self, name: str) -> bool:
+        """Whether the answers of the answerer of this name depend on a question's prompt."""
+        own = self.others.get(name)
+        return name in (*PROMPTED, *self.in_context) or (own is not None and own.reads_prompts)
+
     def answerer(self, name: str, seed: int = 0) -> Answerer:
-        """The answerer of a name of `ANSWERERS`, or of `card:NAME`.
+        """The answerer of a name of `ANSWERERS`, of `card:NAME`, or of `others`.
 
         Raises UserError where the name is unknown, or the system lacks a part that it needs.
         """
         self.check(name)
-        kind, _, card = name.partition(":")
         options: dict[str, Any] = {"max_length": self.max_length}
+        if name in self.others:
+            return dataclasses.replace(self.others[name], **options)
+        kind, _, card = name.partition(":")
+        own: dict[str, Any] = {"in_context": name in self.in_context, **options}
         if card:
-            return Answerer(name, card, self.edge.merged(self.cards[card]), **options)
+            return Answerer(name, card, self.edge.merged(self.cards[card]), **own)
         label, needs = ANSWERERS[kind]
         parts: dict[str, Any] = {part: getattr(self, part) for part in needs}
         if name in ("lora", "card"):
-            return Answerer(name, label, self.edge.merged(parts[name]), **options)
+            return Answerer(name, label, self.edge.merged(parts[name]), **own)
         if name == "cloud_icl":
             return Answerer(name, label, parts["cloud"], in_context=True, **options)
         if name in ("plain", "icl"):
             return Answerer(name, label, self.edge, in_context=name == "icl", **options)
-        own = LoraGen("lora_gen", ANSWERERS["lora_gen"][0], self.edge, **parts, **options)
+        made = LoraGen("lora_gen", ANSWERERS["lora_gen"][0], self.edge, **parts, **options)
         which = next((each for each in CONTROLS if each == name), None)
-        return own if which is None else control(own, which, seed)
+        return made if which is None else control(made, which, seed)
 
 
 PARTS = {

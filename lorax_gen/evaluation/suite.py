@@ -28,7 +28,7 @@ from lorax_gen.data.own_tasks import RowTask, load_row_tasks
 from lorax_gen.data.questions import Question
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.agent import SCORES, AgentCases, evaluate_agent
-from lorax_gen.evaluation.answerers import PROMPTED, Answerer, System
+from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.benchmark import BenchmarkCases, Result, evaluate_benchmark
 from lorax_gen.evaluation.floors import FLOORS, floors
 from lorax_gen.evaluation.metrics import arithmetic_mean
@@ -129,7 +129,8 @@ def evaluate_suite(
             cases[task.name] = RowCases(asked, frame, shots)
         else:
             questions = load_questions(task, "test", directory)[:limit]
-            train = load_shots(task, directory) if shots and set(PROMPTED) & set(names) else ()
+            prompted = shots and any(map(system.reads_prompts, names))
+            train = load_shots(task, directory) if prompted else ()
             other = other_of(task, directory) if "shuffled" in names else None
             cases[task.name] = BenchmarkCases(task, questions, train, shots, seed, other, frame)
     settings: dict[str, Any] = {"shots": shots, "seed": seed, "limit": limit}

@@ -158,6 +158,16 @@ def stored_frame(directory: AnyPath) -> Frame:
     return read_frame(provenance.get("frame", {}), f"{path}: frame")
 
 
+def stored_in_context(directory: AnyPath) -> bool:
+    """Whether the provenance of an adapter says that it was trained on questions after prompts.
+
+    Raises UserError where it is damaged.
+    """
+    path = directory / PROVENANCE
+    provenance = documents.read_json(path) if path.is_file() else {}
+    return documents.convert(provenance.get("in_context", False), bool, f"{path}: in_context")
+
+
 def read_stop_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
     """The tokens that end a text.
 

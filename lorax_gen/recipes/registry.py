@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 from lorax_gen import config as configs
 from lorax_gen import documents, files
+from lorax_gen.artifacts.baseline import Baseline
 from lorax_gen.errors import UserError
+from lorax_gen.evaluation.answerers import Answerer
+from lorax_gen.models.model import Model
 from lorax_gen.recipes import lora, lora_gen, pretrain
 from lorax_gen.training.experiment import Experiment
 
@@ -24,6 +27,9 @@ class Recipe(NamedTuple):
     config: type
     experiment: Callable[..., Experiment]
     """`experiment(config, load=load_model, devices=None)`; see `recipes.base`."""
+    answerer: Callable[[Baseline, Model, Model | None], Answerer] | None = None
+    """`answerer(baseline, edge, cloud)`, of what the recipe releases as an `artifacts.baseline`.
+    None: it releases something else."""
 
 
 RECIPES = {
@@ -31,6 +37,23 @@ RECIPES = {
     "lora": Recipe(lora.LoraConfig, lora.experiment),
     "pretrain": Recipe(pretrain.PretrainConfig, pretrain.experiment),
 }
+
+
+def answerer_of(baseline: Baseline, edge: Model, cloud: Model | None = None) -> Answerer:
+    """The answerer of a released baseline, named like its method.
+
+    Raises UserError where its models are others, a needed cloud is missing, or no recipe of this
+    version has its method.
+    """
+    recipe = RECIPES.get(baseline.method)
+    if recipe is None or recipe.answerer is None:
+        known = ", ".join(name for name, own in RECIPES.items() if own.answerer is not None)
+        raise UserError(
+            f"the baseline {baseline.name!r} is of method {baseline.method!r}; this version of "
+            f"lorax-gen knows {known}"
+        )
+    baseline.check_models(edge, cloud)
+    return recipe.answerer(baseline, edge, cloud)
 
 
 def recipe_of(config: Any) -> Recipe:
