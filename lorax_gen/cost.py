@@ -26,8 +26,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lorax_gen.baselines.loramoe import LoraMoeConfig
+from lorax_gen.baselines.mixlora import MixLoraConfig
 from lorax_gen.method.generator import GeneratorConfig
 from lorax_gen.method.lora import count_params
+from lorax_gen.models.config import MLP_KERNELS
 from lorax_gen.models.decoder import DecoderConfig, abstract_params, kernel_shapes
 from lorax_gen.system import GeneratorSpec
 
@@ -119,7 +122,6 @@ def prefill_macs(
     if causal:
         last = cached + tokens
         pairs = sum(_seen(last, window) - _seen(cached, window) for window in config.windows)
-    low_rank = (rank * sum(shapes[name]) for name, rank in (lora or {}).items())
     projection = config.hidden_size * (config.word_embed_proj_dim or 0)
     per_token = layers * sum(d_in * d_out for d_in, d_out in shapes.values()) + projection
     per_logits = config.embedding_size * config.vocab_size + projection
@@ -127,7 +129,7 @@ def prefill_macs(
         kernels=tokens * per_token,
         attention=2 * config.num_attention_heads * config.head_dim * pairs,
         head=(tokens if logits is None else logits) * per_logits,
-        lora=tokens * layers * sum(low_rank),
+        lora=lora_macs(config, tokens, lora or {}).lora,
     )
 
 
@@ -210,6 +212,51 @@ def merge_macs(config: DecoderConfig, lora: Ranks) -> Macs:
     return Macs(lora=config.num_hidden_layers * layer)
 
 
+# --- adapters that are not merged ----------------------------------------------------------------
+
+
+def no_macs(tokens: int) -> Macs:
+    """Of an adapter that is merged, or of none."""
+    return Macs()
+
+
+def lora_macs(config: DecoderConfig, tokens: int, ranks: Ranks) -> Macs:
+    """What LoRAs add to a forward pass over T tokens: T L R (D_in + D_out) summed over kernels."""
+    shapes = kernel_shapes(config)
+    layer = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    return Macs(lora=tokens * config.num_hidden_layers * layer)
+
+
+def loramoe_macs(config: DecoderConfig, tokens: int, moe: LoraMoeConfig) -> Macs:
+    """What LoRAMoE adds: T L N (D_in + R (D_in + D_out)) summed over feed-forward kernels, the
+    routers and all experts."""
+    shapes = [shape for name, shape in kernel_shapes(config).items() if name in MLP_KERNELS]
+    expert = sum(d_in + moe.rank * (d_in + d_out) for d_in, d_out in shapes)
+    return Macs(lora=tokens * config.num_hidden_layers * moe.n_experts * expert)
+
+
+def mixlora_macs(config: DecoderConfig, tokens: int, mix: MixLoraConfig) -> Macs:
+    """What MixLoRA adds, as `baselines.mixlora` computes it.
+
+        router         T L D N
+        experts        T L N R (D + K F) for each feed-forward kernel: the factors of N experts at
+                       once, on the K hidden vectors of a token
+        attention      `lora_macs` of q, k, v and o
+
+    The frozen network is that of the model, once for each token. A router that sent tokens to their
+    K experts alone would need K instead of N at D and 1 instead of N at F; for ranks this small
+    one wide product of all is the faster one.
+    """
+    shapes, n = kernel_shapes(config), mix.n_experts
+    kernels = sum(name in MLP_KERNELS for name in shapes)
+    wide = config.hidden_size + mix.top_k * config.intermediate_size
+    layer = config.hidden_size * n + kernels * n * mix.rank * wide
+    attention = {name: mix.rank for name in shapes if name not in MLP_KERNELS}
+    return Macs(lora=tokens * config.num_hidden_layers * layer) + lora_macs(
+        config, tokens, attention
+    )
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -219,19 +266,24 @@ def tuning_step_macs(
     length: int,
     lora: Ranks | None = None,
     *,
+    adapter: Callable[[int], Macs] | None = None,
     answered: int | None = None,
     remat: str = "none",
     causal: bool = False,
 ) -> Macs:
-    """A training step of `lora` on frozen weights, or of the weights themselves without a LoRA.
+    """A training step of `lora` or of an `adapter` on frozen weights, or of the weights themselves
+    without either.
 
     Args:
       length: tokens per row of the batch; the model reads all but the last.
+      adapter: what an adapter adds to a forward pass over so many tokens.
       answered: positions of a row that go through the head; None: all that the model reads.
       remat: "none" counts useful work only, the numerator of the model FLOPs utilisation (MFU).
     """
     forward = prefill_macs(config, length - 1, rows, logits=answered, causal=causal, lora=lora)
-    return forward.training(frozen=bool(lora), remat=remat)
+    if adapter is not None:
+        forward += rows * adapter(length - 1)
+    return forward.training(frozen=bool(lora) or adapter is not None, remat=remat)
 
 
 def train_step_macs(

@@ -74,6 +74,11 @@ class Frame:
             return self.wrap(f"{prompt}{BETWEEN}{text}")
         return f"{prompt}{BETWEEN}{self.wrap(text)}"
 
+    def after(self, prompt: str, wrapped: str) -> str:
+        """`prompted`, from an input that is in its frame already."""
+        before = self.template.partition(SLOT)[0] if self.turn else ""
+        return f"{before}{prompt}{BETWEEN}{wrapped.removeprefix(before)}"
+
     def shot(self, text: str, output: str) -> str:
         """A solved example in a prompt; the marks of a chat are not for the model that reads it."""
         return "".join((IO if self.turn else self).pair(text, output))

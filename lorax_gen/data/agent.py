@@ -137,6 +137,7 @@ class AgentSource:
             instruction=item.prompt,
             shots=(),
             questions=tuple((other.request, other.output) for other in asked),
+            join=lambda episode, request: f"{episode.prompt}{CUT}{request}",
         )
 
     def texts(self) -> Iterator[str]:

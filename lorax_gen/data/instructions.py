@@ -169,6 +169,7 @@ class NaturalSource:
             instruction=task.definition,
             shots=tuple(solved[:shots]),
             questions=tuple(self._question(task, i, rng) for i in asked),
+            join=lambda episode, question: self.frame.after(episode.prompt, question),
         )
 
     def pairs(self) -> Iterator[tuple[tuple[str, ...], str]]:

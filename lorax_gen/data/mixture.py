@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from lorax_gen.data.sources import Episode, Source
+from lorax_gen.data.tasks import in_groups
 from lorax_gen.data.tokens import Batch, Encoder, answer_batch, pad_rows
 from lorax_gen.data.unseen import refuse_name, refuse_unseen
 from lorax_gen.errors import UserError
@@ -33,6 +34,8 @@ class Sample:
     rows: Rows
     """For each question: token ids, and the index where the answer begins. Where its task has fewer
     questions than a prompt has rows, the others are an end of text, on which there is no loss."""
+    source: str = ""
+    """Name of its source."""
 
 
 class Mixture:
@@ -57,6 +60,11 @@ class Mixture:
         each.
       question_buckets: the same for questions.
       unseen: texts of unseen benchmarks; a source that contains one is refused.
+      in_context: without a model that reads prompts, questions are after their prompts: rows have
+        up to prompt_length + question_length tokens, and a bucket of each prompt bucket with
+        question_length.
+      groups: sources or tasks, as glob patterns, whose rows `group: [B]` marks in a batch; none: it
+        is left out.
 
     Raises UserError where a source is, or contains, an unseen benchmark; where all sources together
     have a single task; and where a number is out of range.
@@ -81,6 +89,8 @@ class Mixture:
         question_buckets: Sequence[int] = (),
         min_shots: int | None = None,
         unseen: Sequence[str] = (),
+        in_context: bool = False,
+        groups: Sequence[str] = (),
     ):
         self.sources, self.cloud, self.edge = tuple(sources), cloud_encoder, edge_encoder
         self.seed, self.prompts, self.queries = seed, prompts, queries
@@ -91,6 +101,9 @@ class Mixture:
         self.question_buckets = _checked_buckets(
             "question_buckets", question_buckets, question_length
         )
+        self.in_context, self.groups = in_context and cloud_encoder is None, tuple(groups)
+        if self.in_context:  # what a row holds beside the question
+            self.question_buckets = tuple(size + question_length for size in self.buckets)
         self._check(weights, unseen)
         self.counts: Counter[str] = Counter()
         self.copies = [int(weight) for weight in weights]
@@ -122,6 +135,10 @@ class Mixture:
             self.full_sequence,
             self.answer_length,
         )
+        if self.groups:
+            names = [(sample.source, sample.task) for sample in samples for _ in sample.rows]
+            marked = [any(in_groups(name, self.groups) for name in pair) for pair in names]
+            questions["group"] = np.array(marked)
         if self.cloud is None:
             return questions
         prompts = [sample.prompt for sample in samples]
@@ -183,13 +200,14 @@ class Mixture:
             rng = self._rng(position, purpose + attempt)
             if attempt:
                 index = int(rng.integers(len(source)))
-            shots = int(rng.integers(self.min_shots, self.shots + 1)) if self.cloud else 0
+            prompted = self.cloud is not None or self.in_context
+            shots = int(rng.integers(self.min_shots, self.shots + 1)) if prompted else 0
             episode = source.episode(index, rng, shots, self.queries)
             sample = self._fit(episode)
             if sample is not None:
                 self.counts["shots_missing"] += shots - len(episode.shots)
                 self.counts["questions_missing"] += self.queries - len(episode.questions)
-                return sample
+                return dataclasses.replace(sample, source=source.name)
         raise UserError(
             f"{ATTEMPTS} samples of {source.name} in a row are too long for prompt_length="
             f"{self.buckets[-1]}, question_length={self.question_length} and answer_length="
@@ -224,17 +242,32 @@ class Mixture:
         marked = [len(ids) - (1 if self.full_sequence else max(1, start)) for ids, start in rows]
         if self.answer_length is not None and max(marked) > self.answer_length:
             return self._dropped("answer")
-        if self.cloud is None:
+        if self.cloud is None and not self.in_context:
             return Sample(episode.task, [], rows)
-        prompt, left_out = self._prompt(episode, self.cloud), 0
-        while prompt is None and episode.shots:
+        found, left_out = self._prompted(episode, rows), 0
+        while found is None and episode.shots:
             episode, left_out = episode.without_last_shot(), left_out + 1
-            prompt = self._prompt(episode, self.cloud)
-        if prompt is None:
+            found = self._prompted(episode, rows)
+        if found is None:
             return self._dropped("prompt")
         self.counts["shots_left_out"] += left_out
         self.counts["prompts_shortened"] += bool(left_out)
-        return Sample(episode.task, prompt, rows)
+        return found
+
+    def _prompted(self, episode: Episode, rows: Rows) -> Sample | None:
+        """The sample with its prompt, which the cloud reads or each row begins with; None if that
+        is longer than fits."""
+        if self.cloud is not None:
+            prompt = self._prompt(episode, self.cloud)
+            return None if prompt is None else Sample(episode.task, prompt, rows)
+        longest, asked = self.question_buckets[-1], len(episode.questions)
+        texts = [(episode.join(episode, text), answer) for text, answer in episode.questions]
+        if any(surely_longer("".join(pair), longest, self.edge.tokenizer) for pair in texts):
+            return None
+        joined = [self.edge.joined(*pair) for pair in texts]
+        if any(len(ids) > longest for ids, _ in joined):
+            return None
+        return Sample(episode.task, [], joined + rows[asked:])
 
     def _prompt(self, episode: Episode, cloud: Encoder) -> list[int] | None:
         """The ids of a prompt; None if there are more than fit."""

@@ -282,6 +282,7 @@ class RowSource:
             questions=tuple(
                 self.frame.pair(item.input, self._output(item, rng)) for item in questions
             ),
+            join=lambda episode, question: self.frame.after(episode.prompt, question),
         )
 
     def pairs(self) -> Iterator[tuple[tuple[str, ...], str]]:

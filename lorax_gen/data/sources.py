@@ -6,7 +6,7 @@ A `Source` turns data into episodes; `mixture.Mixture` draws batches from severa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from lorax_gen.data.benchmarks import Benchmark
 from lorax_gen.data.questions import Question
 from lorax_gen.data.unseen import refuse_name
 from lorax_gen.errors import UserError
-from lorax_gen.frames import BETWEEN
+from lorax_gen.frames import BETWEEN, PLAIN
 
 Pair = tuple[str, str]
 
@@ -32,6 +32,11 @@ class Episode:
     """Solved examples after it; the last ones are dropped first where a prompt is too long."""
     questions: tuple[Pair, ...]
     """`(input, answer)`, the answer with its leading separator."""
+    join: Callable[[Episode, str], str] = lambda episode, question: PLAIN.after(
+        episode.prompt, question
+    )
+    """`join(episode, input)`: what a model reads that has the prompt in its own context, the text
+    that evaluation gives it."""
 
     @property
     def prompt(self) -> str:
@@ -99,10 +104,17 @@ class QuestionSource:
             instruction=self.benchmark.description,
             shots=tuple("".join(pair) for pair in solved if pair[0] not in contexts)[:shots],
             questions=tuple(questions),
+            join=after_shots,
         )
 
     def texts(self) -> Iterator[str]:
         return (self.benchmark.solved(question) for question in self.train)
+
+
+def after_shots(episode: Episode, question: str) -> str:
+    """A benchmark's question after solved shots, without the description, as in
+    lm-evaluation-harness."""
+    return BETWEEN.join([*episode.shots, question])
 
 
 def draw(rng: np.random.Generator, size: int, count: int) -> list[int]:

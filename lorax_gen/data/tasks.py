@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,6 +51,11 @@ class Task:
         """`count` different questions, or all of them where there are fewer."""
         chosen = rng.permutation(len(self.questions))[:count]
         return [self.questions[i] for i in chosen]
+
+
+def in_groups(name: str, groups: Sequence[str]) -> bool:
+    """Whether the name of a task, a family or a source fits one of the glob patterns."""
+    return any(fnmatch.fnmatchcase(name, group) for group in groups)
 
 
 def behind_prompt(question: str) -> str:

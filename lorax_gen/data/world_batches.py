@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorax_gen.data.tasks import Task
+from lorax_gen.data.tasks import Task, behind_prompt, in_groups
 from lorax_gen.data.tokens import Batch, Encoder, pad_rows, prompt_batch, question_batch
 from lorax_gen.data.world import Piece, World, exercise, lesson
 
@@ -67,12 +67,34 @@ def tuning_batch(
     question_length: int,
     full_sequence: bool = False,
     answer_length: int | None = None,
+    prompt_length: int | None = None,
+    max_shots: int = 0,
+    groups: Sequence[str] = (),
 ) -> Batch:
-    """Training batch of a model that reads no prompts: B bare questions of mixed tasks."""
+    """Training batch of one model: B questions of mixed tasks.
+
+    Args:
+      prompt_length: questions are after a prompt of up to so many tokens, as a model reads them
+        that has the prompt in its context; None: bare.
+      groups: families, as glob patterns, whose rows `group: [B]` marks; none: it is left out.
+    """
     rng = np.random.default_rng([seed, step])
     drawn = mixed_tasks(rng, tasks, rows)
     questions = [task.questions[rng.integers(len(task.questions))] for task in drawn]
-    return question_batch(edge, questions, question_length, full_sequence, answer_length)
+    length = question_length
+    if prompt_length is not None:
+        length += prompt_length
+        shots = rng.integers(0, max_shots + 1, rows)
+        prompts = [task.prompt(rng, int(k)) for task, k in zip(drawn, shots, strict=True)]
+        prompt_batch(edge, prompts, prompt_length)  # raises where one is longer
+        questions = [
+            (f"{prompt} {behind_prompt(question)}", answer)
+            for prompt, (question, answer) in zip(prompts, questions, strict=True)
+        ]
+    batch = question_batch(edge, questions, length, full_sequence, answer_length)
+    if groups:
+        batch["group"] = np.array([in_groups(task.family, groups) for task in drawn])
+    return batch
 
 
 def document_batch(encoder: Encoder, documents: Sequence[Sequence[Piece]], length: int) -> Batch:

@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.cost import Macs, generator_macs, prefill_macs
+from lorax_gen.cost import Macs, generator_macs, no_macs, prefill_macs
 from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.frames import PLAIN, Frame
@@ -68,11 +68,6 @@ class Prompt:
 
     ids: Ids
     truncated: int = 0
-
-
-def no_macs(tokens: int) -> Macs:
-    """Of an adapter that is merged, or of none."""
-    return Macs()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

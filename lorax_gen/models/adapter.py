@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,22 @@ Array = jax.Array
 Tree = Mapping[str, Any]
 Delta = Callable[[str, Array], "Array | None"]
 """`(kernel name, its input [B, T, D]) -> what is added to its output [B, T, F]`, or None."""
+
+
+class Mlp(NamedTuple):
+    """The frozen feed-forward network of a layer, as a function and in its two parts.
+
+    Attributes:
+      inner: `inner(x, delta)`, `[B, T, D] -> [B, T, F]`: act(gate x) * up x, or act(up x). A delta
+        with further leading axes gives them to the result.
+      down: `down(h, delta)`, `[B, T, F] -> [B, T, D]`.
+    """
+
+    inner: Callable[[Array, Delta], Array]
+    down: Callable[[Array, Delta], Array]
+
+    def __call__(self, x: Array, delta: Delta) -> Array:
+        return self.down(self.inner(x, delta), delta)
 
 
 class Apply:
@@ -48,15 +64,16 @@ class Apply:
     def feed_forward(
         self,
         x: Array,
-        mlp: Callable[[Array, Delta], Array],
+        mlp: Mlp,
         shared: Tree,
         rows: Tree,
         key: Array | None,
     ) -> tuple[Array, dict[str, Array]]:
-        """The feed-forward network's output `[B, T, D]`, and auxiliary losses of the layer by name.
+        """The feed-forward network's output `[B, T, D]`, and auxiliary values of the layer by name,
+        such as losses.
 
         Args:
-          mlp: `mlp(x, delta)`, the frozen network with `delta` added at its kernels. It may be
+          mlp: `mlp(x, delta)` is the frozen network with `delta` added at its kernels. It may be
             called several times, as in a mixture whose experts are full networks.
         """
         return mlp(x, lambda name, h: self.kernel(name, h, shared, rows, key)), {}
@@ -100,9 +117,7 @@ class Adapter:
         """See `Apply.kernel`; for an adapter sliced to one layer."""
         return self.apply.kernel(name, x, self.shared, self.rows, key)
 
-    def feed_forward(
-        self, x: Array, mlp: Callable[[Array, Delta], Array], key: Array | None
-    ) -> tuple[Array, dict[str, Array]]:
+    def feed_forward(self, x: Array, mlp: Mlp, key: Array | None) -> tuple[Array, dict[str, Array]]:
         """See `Apply.feed_forward`; for an adapter sliced to one layer."""
         return self.apply.feed_forward(x, mlp, self.shared, self.rows, key)
 

@@ -143,6 +143,9 @@ class DecoderConfig:
         return tuple(kind == "sliding_attention" for kind in types)
 
 
+MLP_KERNELS = ("gate", "up", "down")  # of the feed-forward network; a plain one has no gate
+
+
 def kernel_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """`{name: (d_in, d_out)}` of one layer's kernels: what a LoRA of this decoder can sit on."""
     d, f = config.hidden_size, config.intermediate_size

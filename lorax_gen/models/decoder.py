@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from lorax_gen.errors import UserError
 from lorax_gen.models import int8
-from lorax_gen.models.adapter import Adapter, Delta
+from lorax_gen.models.adapter import Adapter, Delta, Mlp
 from lorax_gen.models.attention import Windows, attend, softcapped, visible, window_of, within
 from lorax_gen.models.config import ACTIVATIONS, DecoderConfig, kernel_shapes
 from lorax_gen.models.rope import Tables, rope_tables, rotate
@@ -107,7 +107,7 @@ class Block(nn.Module):
         mask=None,
         which=None,
     ):
-        """`x: [B, T, D]` -> (`[B, T, D]`, (cache, auxiliary losses of the adapter)).
+        """`x: [B, T, D]` -> (`[B, T, D]`, (cache, auxiliary values of the adapter)).
 
         `rope` is the layer's of `rope_of_layers`, or with `which`, its kind of layer, that entry of
         stacked ones. With a cache `{'k','v': [B, S, K, E]}`, new
@@ -156,12 +156,12 @@ class Block(nn.Module):
         gate = self.linear("gate") if config.mlp == "gated" else None
         up, down, act = self.linear("up"), self.linear("down"), ACTIVATIONS[config.hidden_act]
 
-        def mlp(h: Array, delta: Delta) -> Array:
+        def inner(h: Array, delta: Delta) -> Array:
             if gate is None:
-                return down(act(up(h, delta)), delta)
-            return down(act(gate(h, delta)) * up(h, delta), delta)
+                return act(up(h, delta))
+            return act(gate(h, delta)) * up(h, delta)
 
-        h, aux = adapter.feed_forward(h, mlp, key)
+        h, aux = adapter.feed_forward(h, Mlp(inner, down), key)
         x = x + (norm(self, "mlp_post_norm", h) if config.post_norms else h)
         x = x if before else norm(self, "mlp_norm", x)
         return self.execution.constrain(x), (cache, aux)
@@ -392,7 +392,7 @@ def hidden_and_aux(
     execution: Execution = Execution(),
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
-    """`hidden_states`, and the adapter's auxiliary losses by name, `[L]` each."""
+    """`hidden_states`, and the adapter's auxiliary values by name, `[L, ...]` each."""
     found: Any = Decoder(config, execution).apply({"params": params}, tokens, **options)
     return found
 

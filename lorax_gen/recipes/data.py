@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,29 +34,37 @@ def open_data(
     samples: int,
     queries: int = 1,
     full_sequence: bool = False,
+    in_context: bool = False,
+    groups: Sequence[str] = (),
 ) -> Data:
     """The data that a config names; for abstract models only the shapes of a batch.
 
     A batch holds `tokens` and `answer: [B, T]`, questions for the edge model; with a `reader` also
-    `prompt: [P, T]` and `prompt_lengths: [P]`, where row b belongs to prompt b // Q.
+    `prompt: [P, T]` and `prompt_lengths: [P]`, where row b belongs to prompt b // Q; with `groups`
+    also `group: [B]` bool.
 
     Args:
       reader: the model that reads prompts; None: a batch has questions only.
       samples: P prompts, with Q = `queries` questions each; without a reader B questions.
       full_sequence: the loss is on all tokens of a row, not only on its answer.
+      in_context: the edge reads a question after its prompt: a row has up to `data.prompt_length` +
+        `data.question_length` tokens.
+      groups: families of the world, or sources or tasks of a mixture, as glob patterns; `group`
+        marks their rows.
 
     Raises UserError where the data cannot be opened, or a batch could hold what a model cannot read
     when it is used.
     """
     data, prompted = config.data, reader is not None
-    check_models(data, edge, reader)
-    shapes = batch_shapes(data, samples, queries, prompted)
+    check_models(data, edge, reader, in_context)
+    shapes = batch_shapes(data, samples, queries, prompted, in_context, bool(groups))
     if edge.is_abstract:
         return Data(shapes, closed, closed)
     over, to_edge = config.over(mesh), Encoder.of(edge)
     to_reader = Encoder.of(reader) if reader is not None else None
     options: dict[str, Any] = {"prompts": samples, "queries": queries, "seed": config.run.seed}
     options |= {"answer_length": config.answer_length, "full_sequence": full_sequence}
+    options |= {"in_context": in_context, "groups": groups}
     if isinstance(data, WorldConfig):
         quiz = WorldQuiz(data.world(), data.families)
         batch = world_batches(data, to_reader, to_edge, **options)
@@ -63,16 +72,23 @@ def open_data(
     opened = data.open(edge.tokenizer)
     warn_without_texts(opened.guard)
     mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
-    evaluate = mixture_metrics(data, opened, over, data.evaluate_shots if prompted else 0)
+    shots = data.evaluate_shots if prompted or in_context else 0
+    evaluate = mixture_metrics(data, opened, over, shots)
     return Data(shapes, mixture.batch, evaluate, lambda: mixture.counts, opened.frame)
 
 
 def check_models(
-    data: WorldConfig | MixtureConfig, edge: Model, reader: Model | None = None
+    data: WorldConfig | MixtureConfig,
+    edge: Model,
+    reader: Model | None = None,
+    in_context: bool = False,
 ) -> None:
     """Raises UserError where the models cannot read rows of the config's lengths when they are
     used, an end of text is missing, or the data are a world whose words they do not have."""
-    check_positions("data.question_length", data.question_length, edge.config, "the edge model")
+    key, longest = "data.question_length", data.question_length
+    if in_context:
+        key, longest = f"data.prompt_length + {key}", data.prompt_length + longest
+    check_positions(key, longest, edge.config, "the edge model")
     if reader is not None:
         meta = edge.config.num_hidden_layers
         longest = data.prompt_length
@@ -116,14 +132,22 @@ def needs_end_of_text(model: Model, role: str, why: str) -> None:
 
 
 def batch_shapes(
-    data: WorldConfig | MixtureConfig, samples: int, queries: int, prompted: bool
+    data: WorldConfig | MixtureConfig,
+    samples: int,
+    queries: int,
+    prompted: bool,
+    in_context: bool = False,
+    grouped: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch that `open_data` makes, as shapes and dtypes."""
-    rows = samples * queries, data.question_length
+    before = data.prompt_length if in_context else 0
+    rows = samples * queries, before + data.question_length
     shapes = {
         "tokens": jax.ShapeDtypeStruct(rows, np.int32),
         "answer": jax.ShapeDtypeStruct(rows, np.bool_),
     }
+    if grouped:
+        shapes["group"] = jax.ShapeDtypeStruct(rows[:1], np.bool_)
     if not prompted:
         return shapes
     return shapes | {
@@ -143,11 +167,23 @@ def world_batches(
     """Batches of the embedded world's seen tasks, as a function of the step."""
     seen = [task for task in data.world().select("seen") if task.family in data.families]
     options |= {"question_length": data.question_length}
+    in_context, groups = options.pop("in_context", False), options.pop("groups", ())
+    prompts = {"prompt_length": data.prompt_length, "max_shots": data.max_shots}
     if reader is None:
         rows = options.pop("prompts") * options.pop("queries")
+        options |= {"groups": check_groups(groups, data.families)}
+        options |= prompts if in_context else {}
         return lambda step: tuning_batch(seen, edge, step=step, rows=rows, **options)
-    options |= {"prompt_length": data.prompt_length, "max_shots": data.max_shots}
+    options |= prompts
     return lambda step: generator_batch(seen, reader, edge, step=step, **options)
+
+
+def check_groups(groups: Sequence[str], families: Sequence[str]) -> Sequence[str]:
+    """The groups; raises UserError for one that is no family of the run."""
+    for group in groups:
+        if not fnmatch.filter(families, group):
+            raise UserError(f"no family is called {group}; the run has {', '.join(families)}")
+    return groups
 
 
 def warn_without_texts(guard: Guard) -> None:

@@ -1,45 +1,42 @@
 """The paper's first baseline: one LoRA on the edge model, fine-tuned on all seen tasks.
 
-It reads no prompt: it learns what the tasks have in common and cannot know which task a question
-is from. Rank 8 on all seven kernels agrees best with the paper's numbers (Table 13). It is merged
-after training and released as a PEFT adapter.
+By default it reads no prompt: it learns what the tasks have in common and cannot know which task a
+question is from. Rank 8 on all seven kernels agrees best with the paper's numbers (Table 13). It is
+merged after training and released as a PEFT adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from lorax_gen.artifacts.peft import save_adapter
-from lorax_gen.config import BelowOne, Positive, Size
-from lorax_gen.cost import tuning_step_macs
+from lorax_gen.config import Positive, Size
+from lorax_gen.cost import lora_macs
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation.answerers import Answerer
-from lorax_gen.mesh.sharding import make_mesh
+from lorax_gen.frames import Frame
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.adapter import Adapter, LowRank
-from lorax_gen.models.decoder import DecoderConfig, kernel_shapes
+from lorax_gen.models.decoder import Array, DecoderConfig, kernel_shapes
 from lorax_gen.models.huggingface import load_model
-from lorax_gen.recipes.base import EdgeConfig, Load, assemble
-from lorax_gen.recipes.data import open_data
+from lorax_gen.models.model import Model
+from lorax_gen.recipes.base import Load
+from lorax_gen.recipes.tuning import Tuned, TuningConfig, tune, tuning_loss
 from lorax_gen.training.experiment import Experiment
-from lorax_gen.training.state import State
-from lorax_gen.training.step import Batch, Loss, answer_loss
+from lorax_gen.training.step import Loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(EdgeConfig):
-    """Fine-tune one LoRA on the edge model, on all seen tasks and without their prompts."""
+class LoraConfig(TuningConfig):
+    """Fine-tune one LoRA on the edge model, on all seen tasks."""
 
     rank: Size = 8
     alpha: Positive = 8.0
-    dropout: BelowOne = 0.05
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    batch_size: Size = 128
-    """Questions per batch, of mixed tasks."""
 
     @property
     def scale(self) -> float:
@@ -47,35 +44,31 @@ class LoraConfig(EdgeConfig):
         return self.alpha / self.rank
 
 
+def lora_adapter(
+    config: LoraConfig, params: Tree, real: Array | None = None, dropout: float = 0.0
+) -> Adapter:
+    """See `recipes.tuning.Tuned`."""
+    return Adapter(scaled(params, config.scale), apply=LowRank(dropout))
+
+
 def lora_loss(config: LoraConfig, decoder_config: DecoderConfig, **options: Any) -> Loss:
     """L_LM of the frozen edge with the trained LoRA; `frozen` is `{'edge': params}`.
 
-    `options` are those of `decoder.hidden_states`.
+    `options` are those of `recipes.tuning.tuning_loss`.
     """
-
-    def loss(params, stats, frozen, batch, key, axis_name):
-        lora = scaled(params, config.scale)
-        lm, accuracy = answer_loss(
-            frozen["edge"],
-            decoder_config,
-            batch,
-            adapter=Adapter(lora, apply=LowRank(config.dropout)),
-            dropout_key=key,
-            answer_length=config.answer_length,
-            axis_name=axis_name,
-            **options,
-        )
-        return lm, (stats, {"loss_lm": lm, "accuracy/batch": accuracy})
-
-    return loss
+    options = {"dropout": config.dropout, "answer_length": config.answer_length, **options}
+    return tuning_loss(decoder_config, partial(lora_adapter, config), **options)
 
 
 def experiment(
     config: LoraConfig, load: Load = load_model, devices: list | None = None
 ) -> Experiment:
-    """Assembles the run; see `recipes.base` and `training.loop.fit`."""
-    mesh = make_mesh(config.mesh, devices)
-    edge = config.loader(mesh, load)(config.edge)
+    """Assembles the run; see `recipes.tuning`."""
+    return tune(config, load, devices, partial(tuned, config), partial(release, config))
+
+
+def tuned(config: LoraConfig, edge: Model) -> Tuned:
+    """Raises UserError where the edge lacks a target."""
     shapes = kernel_shapes(edge.config)
     for name in config.targets:
         if name not in shapes:
@@ -84,43 +77,30 @@ def experiment(
             )
     shapes = {name: shapes[name] for name in config.targets}
     key, layers = jax.random.key(config.run.seed), edge.config.num_hidden_layers
+    return Tuned(
+        "lora",
+        "edge + one LoRA",
+        lambda: init_lora(key, shapes, config.rank, layers),
+        partial(lora_adapter, config),
+        macs=lambda tokens: lora_macs(edge.config, tokens, dict.fromkeys(shapes, config.rank)),
+    )
 
-    data = open_data(config, mesh, edge, samples=config.batch_size)
 
-    def tree(state: State) -> Tree:
-        return scaled(state["params"], config.scale)
-
-    def answerer(state: State) -> Answerer:
-        return Answerer("lora", "edge + one LoRA", edge, adapter=Adapter(tree(state)))
-
-    def release(state: State, directory: Path, provenance: dict[str, Any]) -> None:
-        save_adapter(
-            directory,
-            tree(state),
-            edge.config,
-            base_model=edge.name,
-            provenance=provenance,
-            frame=data.frame,
-        )
-
-    def work(batch: Batch) -> dict[str, int]:
-        rows, length = batch["tokens"].shape
-        ranks, answered = dict.fromkeys(config.targets, config.rank), config.answered(length)
-        macs = [
-            tuning_step_macs(edge.config, rows, length, ranks, answered=answered, remat=remat)
-            for remat in ("none", config.remat)
-        ]
-        useful, executed = (each.flops for each in macs)
-        return {"examples": rows, "tokens": rows * length, "flops": useful, "executed": executed}
-
-    return assemble(
-        config,
-        mesh,
-        data,
-        init=lambda: (init_lora(key, shapes, config.rank, layers), {}),
-        loss=lora_loss(config, edge.config, execution=config.execution(mesh, edge.config)),
-        frozen={"edge": edge.params},
-        answerer=answerer,
-        release=release,
-        work=work,
+def release(
+    config: LoraConfig,
+    params: Tree,
+    edge: Model,
+    frame: Frame,
+    directory: Path,
+    provenance: dict[str, Any],
+) -> None:
+    """Writes the PEFT adapter; its provenance says if questions are read after their prompts."""
+    in_context = {"in_context": True} if config.in_context else {}
+    save_adapter(
+        directory,
+        scaled(params, config.scale),
+        edge.config,
+        base_model=edge.name,
+        provenance=provenance | in_context,
+        frame=frame,
     )

@@ -20,8 +20,8 @@ from lorax_gen.models.huggingface import load_reader
 from lorax_gen.models.model import Model
 from lorax_gen.recipes.base import RecipeConfig
 from lorax_gen.recipes.data import check_models, warn_without_texts, world_batches
-from lorax_gen.recipes.lora import LoraConfig
 from lorax_gen.recipes.lora_gen import LoraGenConfig
+from lorax_gen.recipes.tuning import TuningConfig
 
 MOST_BATCHES = 100  # of an epoch that is surveyed
 
@@ -74,14 +74,15 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
 
     Raises UserError as `recipes.data.open_data`, and where the recipe has no `data`.
     """
-    if not isinstance(config, LoraGenConfig | LoraConfig):
+    if not isinstance(config, LoraGenConfig | TuningConfig):
         raise UserError(
             "method pretrain makes its documents from the embedded world and has no data; name a "
-            "config of lora_gen or lora"
+            "config of lora_gen or of a baseline"
         )
     edge = load(config.edge)
     cloud = load(config.cloud) if isinstance(config, LoraGenConfig) else None
-    check_models(config.data, edge, cloud)
+    in_context = isinstance(config, TuningConfig) and config.in_context
+    check_models(config.data, edge, cloud, in_context)
     data, to_edge = config.data, Encoder.of(edge)
     to_cloud = None if cloud is None else Encoder.of(cloud)
     options: dict[str, Any] = {"seed": config.run.seed, "answer_length": config.answer_length}
@@ -89,7 +90,7 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
         options |= {"prompts": config.prompts, "queries": config.queries_per_prompt}
         options |= {"full_sequence": config.loss == "sequence"}
     else:
-        options |= {"prompts": config.batch_size, "queries": 1}
+        options |= {"prompts": config.batch_size, "queries": 1, "in_context": in_context}
     if isinstance(data, WorldConfig):
         return Preview(data, to_cloud, to_edge, world_batches(data, to_cloud, to_edge, **options))
     opened = data.open(edge.tokenizer)

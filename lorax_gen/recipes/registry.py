@@ -17,7 +17,7 @@ from lorax_gen.artifacts.baseline import Baseline
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.models.model import Model
-from lorax_gen.recipes import lora, lora_gen, pretrain
+from lorax_gen.recipes import lora, lora_gen, loramoe, mixlora, pretrain
 from lorax_gen.training.experiment import Experiment
 
 SHIPPED = Path(configs.__file__).parent / "configs"
@@ -35,6 +35,8 @@ class Recipe(NamedTuple):
 RECIPES = {
     "lora_gen": Recipe(lora_gen.LoraGenConfig, lora_gen.experiment),
     "lora": Recipe(lora.LoraConfig, lora.experiment),
+    "loramoe": Recipe(loramoe.LoraMoeTraining, loramoe.experiment, loramoe.answerer),
+    "mixlora": Recipe(mixlora.MixLoraTraining, mixlora.experiment, mixlora.answerer),
     "pretrain": Recipe(pretrain.PretrainConfig, pretrain.experiment),
 }
 

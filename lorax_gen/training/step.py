@@ -75,17 +75,33 @@ def answer_nll(
 ) -> tuple[Array, Array]:
     """Negative log-likelihood `[B]` of each row's answer, and whether greedy decoding gives it.
 
+    Args:
+      batch: see `answer_loss`.
+      answer_length, chunk: see `score_answers`.
+      options: passed to `decoder.hidden_states`.
+    """
+    hidden = decoder.hidden_states(params, config, batch["tokens"][:, :-1], **options)
+    return score_answers(params, config, batch, hidden, answer_length=answer_length, chunk=chunk)
+
+
+def score_answers(
+    params: dict,
+    config: DecoderConfig,
+    batch: Batch,
+    hidden: Array,
+    *,
+    answer_length: int | None = None,
+    chunk: int = 128,
+) -> tuple[Array, Array]:
+    """`answer_nll`, from hidden states `[B, T - 1, D]`.
+
     Logits are computed for `answer_length` positions of a row, `chunk` at a time (`score_tokens`).
 
     Args:
-      batch: see `answer_loss`.
       answer_length: an upper bound on the answer tokens of a row, which the batch must keep;
         None: T.
-      options: passed to `decoder.hidden_states`.
     """
-    tokens, answer = batch["tokens"], batch["answer"][:, 1:]
-    hidden = decoder.hidden_states(params, config, tokens[:, :-1], **options)
-    targets = tokens[:, 1:]
+    targets, answer = batch["tokens"][:, 1:], batch["answer"][:, 1:]
     if answer_length is not None and answer_length < answer.shape[1]:
         # Answer positions first.
         indices = jnp.argsort(~answer, axis=1, stable=True)[:, :answer_length]
@@ -95,6 +111,14 @@ def answer_nll(
 
     loglikelihoods, greedy = score_tokens(params, config, hidden, targets, chunk=chunk)
     return -jnp.sum(loglikelihoods * answer, axis=1), jnp.all(greedy | ~answer, axis=1)
+
+
+def real_tokens(batch: Batch) -> Array:
+    """`[B, T - 1]` bool: the tokens of a batch that a model reads and that are no padding, those up
+    to the last token of the answer."""
+    answer = batch["answer"]
+    after = jnp.cumsum(answer[:, ::-1], axis=1)[:, ::-1]  # answer tokens from here on
+    return after[:, :-1] > 0
 
 
 def pretraining_loss(config: DecoderConfig, **options: Any) -> Loss:
