@@ -182,7 +182,7 @@ def check_groups(groups: Sequence[str], families: Sequence[str]) -> Sequence[str
     """The groups; raises UserError for one that is no family of the run."""
     for group in groups:
         if not fnmatch.filter(families, group):
-            raise UserError(f"no family is called {group}; the run has {', '.join(families)}")
+            raise UserError(f"no family is called {group!r}; the run has {', '.join(families)}")
     return groups
 
 

@@ -47,7 +47,10 @@ def test_the_comment_on_top_is_the_command(name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("prompts: 4", "method is None; expected one of lora_gen, lora, pretrain"),
+        (
+            "prompts: 4",
+            "method is None; expected one of lora_gen, lora, loramoe, mixlora, pretrain",
+        ),
         ("method: lorax", "method is 'lorax'; expected one of"),
         ("method: [lora]", "expected one of"),
         ("method: lora_gen\nprompt: 4", "unknown key prompt; did you mean prompts?"),
