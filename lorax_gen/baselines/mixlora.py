@@ -101,9 +101,10 @@ class MixLora(Apply):
 
     def feed_forward(self, x, mlp: Mlp, shared, rows, key):
         probabilities = token_gates(x, shared["router"])  # [B, T, N]
-        kept, chosen = jax.lax.top_k(probabilities, self.top_k)
+        chosen = largest(probabilities, self.top_k)  # [B, T, K, N]
+        kept = jnp.where(chosen, probabilities[..., None, :], 0.0).sum(-1)
         gates = (kept / kept.sum(-1, keepdims=True)).astype(x.dtype)  # [B, T, K]
-        slots = jax.nn.one_hot(chosen, probabilities.shape[-1], dtype=x.dtype)  # [B, T, K, N]
+        slots = chosen.astype(x.dtype)
         experts = jax.tree.map(lambda leaf: leaf.astype(x.dtype), shared["experts"])
 
         def dropped(h: Array, index: int) -> Array:  # attention has the indices below 4
@@ -127,8 +128,24 @@ class MixLora(Apply):
         if "real" not in rows:
             return y, {}
         real = rows["real"].astype(jnp.float32)
-        chosen = jnp.einsum("btkn,bt->n", slots.astype(jnp.float32), real)
-        return y, {"chosen": chosen, "probability": jnp.einsum("btn,bt->n", probabilities, real)}
+        counts = chosen.any(-2).astype(jnp.float32)
+        return y, {
+            "chosen": jnp.einsum("btn,bt->bn", counts, real),
+            "probability": jnp.einsum("btn,bt->bn", probabilities, real),
+        }
+
+
+def largest(values: Array, k: int) -> Array:
+    """`[..., K, N]` bool, one-hot: the K largest of `[..., N]` in order, of equal ones the first.
+
+    Not by `lax.top_k`, for which XLA would gather the rows of all devices.
+    """
+    picked = []
+    for _ in range(k):
+        one = jax.nn.one_hot(values.argmax(-1), values.shape[-1], dtype=bool)
+        picked.append(one)
+        values = jnp.where(one, -jnp.inf, values)
+    return jnp.stack(picked, -2)
 
 
 def balance_loss(aux: dict[str, Array], real: Array, axis_name: str | None = None) -> Array:
@@ -138,14 +155,15 @@ def balance_loss(aux: dict[str, Array], real: Array, axis_name: str | None = Non
     its probability: balanced the loss is K.
 
     Args:
-      aux: of the adapter, sums `[L, N]` over real tokens: `chosen`, `probability`.
+      aux: of the adapter, sums `[L, B, N]` over a row's real tokens: `chosen`, `probability`.
       real: `[B, T]` bool, as the adapter was given.
       axis_name: the mapped axis that the batch is sharded over (under pmap), else None.
 
     Returns:
       fp32 scalar, without a coefficient.
     """
-    sums = aux | {"count": real.sum().astype(jnp.float32)}
+    sums = {name: value.sum(-2) for name, value in aux.items()}  # [L, N]
+    sums["count"] = real.sum().astype(jnp.float32)
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
     f, p = (sums[name] / sums["count"] for name in ("chosen", "probability"))

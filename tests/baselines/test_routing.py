@@ -79,17 +79,26 @@ def test_mixlora_gives_a_token_two_experts_with_gates_that_sum_to_one(edge):
     s = MIX.alpha / MIX.rank
     expected, _ = run(edge, Adapter(scaled(one | params["attention"], s)))
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    np.testing.assert_allclose(aux["chosen"].sum(-1), 2 * REAL.sum())
-    np.testing.assert_allclose(aux["probability"].sum(-1), REAL.sum(), rtol=1e-5)
+    of_rows = np.tile(REAL.sum(1), (2, 1))
+    np.testing.assert_allclose(aux["chosen"].sum(-1), 2 * of_rows)
+    np.testing.assert_allclose(aux["probability"].sum(-1), of_rows, rtol=1e-5)
+    assert (aux["chosen"] <= of_rows[..., None]).all()  # two different ones
+
+
+def test_the_largest_are_those_of_top_k_equal_ones_included():
+    values = jnp.round(4 * jax.random.uniform(jax.random.key(0), (50, 6)))
+    _, indices = jax.lax.top_k(values, 3)
+    np.testing.assert_array_equal(mixlora.largest(values, 3).argmax(-1), indices)
 
 
 def test_mixloras_balance_loss_is_two_when_balanced_and_more_otherwise():
-    real, even = jnp.ones((2, 8), bool), jnp.full((1, 4), 16.0)
+    real, even = jnp.ones((2, 8), bool), jnp.full((1, 2, 4), 8.0)  # one layer, two rows
     balanced = {"chosen": even / 2, "probability": even / 4}
     np.testing.assert_allclose(balance_loss(balanced, real), 2.0)
-    uneven = jnp.array([[14.0, 10, 6, 2]])
+    uneven = jnp.array([[[8.0, 6, 2, 0], [6, 4, 4, 2]]])
     found = balance_loss({"chosen": uneven, "probability": uneven / 2}, real)
-    np.testing.assert_allclose(found, 4 * (uneven**2).sum() / 2 / 16**2, rtol=1e-6)
+    sums = np.array([14, 10, 6, 2])
+    np.testing.assert_allclose(found, 4 * (sums**2).sum() / 2 / 16**2, rtol=1e-6)
     assert found > 2
 
 

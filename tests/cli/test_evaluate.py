@@ -4,14 +4,22 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from lorax_gen.artifacts.baseline import Baseline, save_baseline
 from lorax_gen.artifacts.generator import load_generator, save_generator
+from lorax_gen.artifacts.identity import identify
+from lorax_gen.baselines.mixlora import MixLoraConfig, init_mixlora
 from lorax_gen.cli.evaluate import Evaluate, frame_of, models_of, modes_of, timing
+from lorax_gen.config import to_dict
 from lorax_gen.documents import to_yaml
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.world import NAMES
 from lorax_gen.frames import IO, PLAIN, Frame
+from lorax_gen.models.huggingface import load_model
 from tests.data import rows
 
 
@@ -128,6 +136,54 @@ def mine(tmp_path):
     (tmp_path / "mine.yaml").write_text(to_yaml(spec))
     rows.write_lines(tmp_path / "arc_easy.test.jsonl", rows.make_rows("arc_easy", 2))
     return ["mine.jsonl", "--columns", "input=word", "--shots", 0, "--timed", 0]
+
+
+def save_baseline_of(models, directory, seed, in_context):
+    """MixLoRA of the tiny edge, as if trained."""
+    edge, config = load_model(models / "edge"), MixLoraConfig(n_experts=3, rank=2)
+    shapes = jax.eval_shape(lambda: init_mixlora(jax.random.key(0), config, edge.config))
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)), shapes)
+    own = identify(edge, reads=False)
+    save_baseline(
+        directory, Baseline("mixlora", to_dict(config), params, own, in_context=in_context)
+    )
+
+
+def test_released_baselines_are_evaluated_beside_the_other_modes(call, models, mine, tmp_path):
+    for seed, name in enumerate(("bare", "prompted")):
+        (tmp_path / name).mkdir()
+        save_baseline_of(models, tmp_path / name / "released", seed, name == "prompted")
+    words = ["--edge", models / "edge", "--modes", "plain", "icl"]
+    both = ["--baseline", "bare/released", "--baseline", "prompted/released"]
+    code, out, err = call("evaluate", "--questions", 1, "--timed", 2, *words, *both,
+                          "--run-dir", "world")  # fmt: skip
+    assert (code, err) == (0, "") and "edge + MixLoRA (prompted)" in out
+    rows = json.loads((tmp_path / "world" / "report.json").read_text())["rows"]
+    bare, prompted = rows["mixlora:bare"], rows["mixlora:prompted"]
+    assert bare["context_tokens"] == rows["plain"]["context_tokens"]
+    assert prompted["context_tokens"] == rows["icl"]["context_tokens"]
+    assert bare["flops"] > rows["plain"]["flops"] and prompted["flops"] > rows["icl"]["flops"]
+    assert bare["latency_ms"]["median"] > 0
+
+    words += ["--baseline", "prompted/released", "--run-dir", "rows"]
+    code, out, err = call("evaluate", *mine, *words)  # answers are generated
+    assert (code, err) == (0, "")
+    rows = json.loads((tmp_path / "rows" / "report.json").read_text())["rows"]
+    assert list(rows) == ["plain", "icl", "mixlora"]
+    assert rows["mixlora"]["context_tokens"] == rows["icl"]["context_tokens"]
+    losses = {rows[name]["cells"]["mine/loss"]["score"] for name in rows}
+    assert len(losses) == 3
+
+
+def test_what_is_no_baseline_is_refused(refused, models, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "has no baseline.json; give the directory" in refused("evaluate", "--baseline", "empty")
+    save_baseline_of(models, tmp_path / "own", 0, in_context=False)
+    message = refused("evaluate", "--baseline", "own", "--edge", models / "edge2", "--modes", "icl")
+    assert "the mixlora baseline was trained with the edge model" in message
+    words = ["--edge", models / "edge", "--baseline", "own", "own"]
+    assert "two baselines are called mixlora:own" in refused("evaluate", *words)
 
 
 def test_a_file_of_rows_is_evaluated_beside_benchmarks(call, models, mine, tmp_path):
