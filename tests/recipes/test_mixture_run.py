@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from lorax_gen import cli, load_generator
+from lorax_gen.artifacts.baseline import load_baseline
 from lorax_gen.artifacts.peft import load_adapter
 from tests.data.rows import make_rows, write_lines
 from tests.tiny import write_system
@@ -21,6 +22,7 @@ RECIPES = {
         "generator": {"n_experts": 4, "rank": 4, "alpha": 4, "router_width": 16},
     },
     "lora": {"rank": 2, "batch_size": 4},
+    "mixlora": {"adapter": {"n_experts": 3, "rank": 2}, "batch_size": 4, "in_context": True},
 }  # fmt: skip
 RUN = {"steps": 3, "log_every": 1, "checkpoint_every": 2, "evaluate_every": 3}
 
@@ -76,6 +78,8 @@ def test_a_mixture_trains_and_what_it_trained_is_released(
     assert evaluation["accuracy/unseen"] == evaluation["accuracy/winogrande"]
     if recipe == "lora_gen":
         assert load_generator(run / "released").config.n_experts == 4
+    elif recipe == "mixlora":
+        assert load_baseline(run / "released").in_context
     else:
         lora = load_adapter(run / "released", tiny_world_system.edge.config)
         assert {pair["a"].shape[-1] for pair in lora.values()} == {2}
