@@ -19,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorax_gen.artifacts.baseline import Baseline, load_baseline, save_baseline
     from lorax_gen.artifacts.card import TaskCard, load_card, save_card
     from lorax_gen.artifacts.export import export
     from lorax_gen.artifacts.generator import Generator, load_generator, save_generator
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Imported when asked for: `import lorax_gen.method` brings jax alone.
 _MODULES = {
+    "artifacts.baseline": ("Baseline", "load_baseline", "save_baseline"),
     "artifacts.card": ("TaskCard", "load_card", "save_card"),
     "artifacts.export": ("export",),
     "artifacts.generator": ("Generator", "load_generator", "save_generator"),
@@ -76,6 +78,7 @@ __all__ = [
     "RECIPES",
     "Adapter",
     "Answerer",
+    "Baseline",
     "Generator",
     "GeneratorSpec",
     "LoraGen",
@@ -93,12 +96,14 @@ __all__ = [
     "gates_of_prompts",
     "generate_text",
     "load_adapter",
+    "load_baseline",
     "load_card",
     "load_config",
     "load_generator",
     "load_model",
     "print_report",
     "save_adapter",
+    "save_baseline",
     "save_card",
     "save_generator",
     "save_model",

@@ -243,9 +243,8 @@ def mixlora_macs(config: DecoderConfig, tokens: int, mix: MixLoraConfig) -> Macs
                        once, on the K hidden vectors of a token
         attention      `lora_macs` of q, k, v and o
 
-    The frozen network is that of the model, once for each token. A router that sent tokens to their
-    K experts alone would need K instead of N at D and 1 instead of N at F; for ranks this small
-    one wide product of all is the faster one.
+    The frozen network is that of the model, once for each token. Were tokens sorted by expert, the
+    factors of K experts would do: K R (D + F) for each kernel.
     """
     shapes, n = kernel_shapes(config), mix.n_experts
     kernels = sum(name in MLP_KERNELS for name in shapes)

@@ -19,10 +19,10 @@ from lorax_gen.cli.parse import UserPath, parse_config
 class Train:
     """Train a generator, a baseline or a language model from a config.
 
-    CONFIG is a YAML file or a shipped config: world (the generator), world-lora (the baseline),
-    world-cloud and world-edge (the language models). Any field can be overridden:
-    lorax-gen train CONFIG --help shows them. An interrupted run resumes with the same command, also
-    on another mesh. With several hosts, start the same command on each.
+    CONFIG is a YAML file or a shipped config: world (the generator), world-lora, world-loramoe and
+    world-mixlora (the baselines), world-cloud and world-edge (the language models). Any field can
+    be overridden: lorax-gen train CONFIG --help shows them. An interrupted run resumes with the
+    same command, also on another mesh. With several hosts, start the same command on each.
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
