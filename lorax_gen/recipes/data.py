@@ -13,6 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lorax_gen.data.config import Guard, MixtureConfig, WorldConfig
+from lorax_gen.data.instructions import NaturalSource
+from lorax_gen.data.own_tasks import RowSource
+from lorax_gen.data.sources import Source
 from lorax_gen.data.tokens import Batch, Encoder
 from lorax_gen.data.world import vocabulary
 from lorax_gen.data.world_batches import generator_batch, tuning_batch
@@ -71,6 +74,7 @@ def open_data(
         return Data(shapes, batch, partial(quiz.accuracy, mesh=over))
     opened = data.open(edge.tokenizer)
     warn_without_texts(opened.guard)
+    check_groups(groups, [name for source in opened.sources for name in names_of(source)])
     mixture = data.mixture(to_reader, to_edge, opened=opened, **options)
     shots = data.evaluate_shots if prompted or in_context else 0
     evaluate = mixture_metrics(data, opened, over, shots)
@@ -178,12 +182,23 @@ def world_batches(
     return lambda step: generator_batch(seen, reader, edge, step=step, **options)
 
 
-def check_groups(groups: Sequence[str], families: Sequence[str]) -> Sequence[str]:
-    """The groups; raises UserError for one that is no family of the run."""
+def check_groups(groups: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """The groups; raises UserError for one that fits none of the names of families, or of sources
+    and their tasks."""
     for group in groups:
-        if not fnmatch.filter(families, group):
-            raise UserError(f"no family is called {group!r}; the run has {', '.join(families)}")
+        if not fnmatch.filter(names, group):
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise UserError(f"no family, source or task is called {group!r}; there are {shown}")
     return groups
+
+
+def names_of(source: Source) -> list[str]:
+    """The name of a source, and those of its tasks where they have some."""
+    if isinstance(source, RowSource):
+        return [source.name, *(task.name for task in source.row_tasks)]
+    if isinstance(source, NaturalSource):
+        return [source.name, *dict.fromkeys(task.name for task, _ in source.samples)]
+    return [source.name]
 
 
 def warn_without_texts(guard: Guard) -> None:

@@ -18,6 +18,7 @@ from lorax_gen.baselines.mixlora import MixLoraConfig
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
+from lorax_gen.evaluation.answerers import System
 from lorax_gen.mesh import sharding
 from lorax_gen.mesh.sharding import MeshConfig
 from lorax_gen.models.huggingface import load_model
@@ -176,8 +177,11 @@ def test_in_context_is_kept_in_the_adapter_and_read_in_evaluation(make, edge_dir
         made = RECIPES["lora"].experiment(config)
         params, _ = made.init()
         made.release({"params": params}, tmp_path / str(in_context), {})
-        _, provenance, _ = lora_of(tmp_path / str(in_context), edge)
+        tree, provenance, _ = lora_of(tmp_path / str(in_context), edge)
         assert provenance.get("in_context", False) is in_context
+        system = System(edge, lora=tree, in_context=("lora",) if in_context else ())
+        assert system.answerer("lora").in_context is in_context
+        assert system.reads_prompts("lora") is in_context
 
 
 def test_prompts_and_questions_must_fit_the_edge_together(make):
@@ -187,7 +191,7 @@ def test_prompts_and_questions_must_fit_the_edge_together(make):
 
 
 def test_a_group_that_is_no_family_is_refused(make):
-    with pytest.raises(UserError, match="no family is called 'nosuch'"):
+    with pytest.raises(UserError, match="no family, source or task is called 'nosuch'; there are"):
         RECIPES["loramoe"].experiment(make("loramoe", balance_tasks=("nosuch",)))
 
 
