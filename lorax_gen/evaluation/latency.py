@@ -16,7 +16,7 @@ import numpy as np
 
 from lorax_gen.data.tokens import bucket, pad_rows
 from lorax_gen.errors import UserError
-from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.adapter import Adapter, prefix_length
 from lorax_gen.models.decoding import generate_tokens
 from lorax_gen.models.model import Model
 
@@ -57,14 +57,16 @@ def measure_latency(
     Args:
       questions: token ids, each question of at least one.
       new_tokens: length of an answer; a stop token ends it earlier.
-      adapter: see `models.adapter`; its `rows`, if any, hold one row, used for every question.
+      adapter: see `models.adapter`; its `rows` and its `prefix`, if any, hold one row, used for
+        every question.
 
     Raises UserError where there is no question, or one with its answer exceeds the positions.
     """
     if not questions:
         raise UserError("no question to time; give at least one")
     answer = answerer(model, new_tokens, adapter)
-    rows = [padded(model, ids, new_tokens) for ids in questions]
+    before = prefix_length(adapter)
+    rows = [padded(model, ids, new_tokens, before) for ids in questions]
     for row in {tokens.shape: (tokens, lengths) for tokens, lengths in rows}.values():
         answer(*row)
     times = []
@@ -82,7 +84,7 @@ def peak_memory(
 
     Raises UserError where that exceeds the positions of the model.
     """
-    question = padded(model, [0] * tokens, new_tokens)
+    question = padded(model, [0] * tokens, new_tokens, prefix_length(adapter))
     device = jax.local_devices()[0]
     if "peak_bytes_in_use" in (device.memory_stats() or {}):
         answerer(model, new_tokens, adapter)(*question)
@@ -123,13 +125,16 @@ def answerer(
     return answer
 
 
-def padded(model: Model, ids: Sequence[int], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """A question as `[1, T]` int32, T one of a few sizes, and its length `[1]`."""
-    room = model.config.max_position_embeddings - new_tokens
+def padded(
+    model: Model, ids: Sequence[int], new_tokens: int, before: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A question as `[1, T]` int32, T one of a few sizes, and its length `[1]`; `before` are the
+    positions of a prefix."""
+    room = model.config.max_position_embeddings - new_tokens - before
     if not 0 < len(ids) <= room:
         raise UserError(
             f"a question of {len(ids)} tokens and {new_tokens} new ones: expected at least one "
-            f"token, and {room + new_tokens} in all, the positions of the model"
+            f"token, and {room + new_tokens} in all, the positions that the model has for them"
         )
     length = min(bucket(len(ids), SMALLEST), room)
     return pad_rows([ids], length, 0, "a question"), np.array([len(ids)], np.int32)

@@ -32,7 +32,7 @@ from lorax_gen.mesh.sharding import (
     tree_shardings,
 )
 from lorax_gen.models import decoder
-from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.adapter import Adapter, prefix_length
 from lorax_gen.models.attention import visible
 from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params
 from lorax_gen.models.model import Model
@@ -227,9 +227,10 @@ def score_items(
     """Scores of items, in their order.
 
     Args:
-      adapter: see `models.adapter`; its rows `[L, N, ...]`, one per item, may stay on the host.
+      adapter: see `models.adapter`; its rows `[L, N, ...]` and its prefix `[N, S, D]`, one per
+        item, may stay on the host.
       max_length: tokens that the model reads of a choice, at most; longer ones are truncated on the
-        left. None: the model's number of positions.
+        left. None: the model's number of positions, less those of the prefix.
       tokens_per_batch: B T at most, unless a single row is longer.
       longest_row: choices that do not fit into a row of this length get one row each; None:
         `tokens_per_batch`.
@@ -244,10 +245,14 @@ def score_items(
     continuation is longer than `max_length`, `max_length` exceeds the model's positions, or a token
     is not in the model's vocabulary.
     """
-    positions = model.config.max_position_embeddings
+    before = prefix_length(adapter)
+    positions = model.config.max_position_embeddings - before
     limit = positions if max_length is None else max_length
     if not 0 < limit <= positions:
-        raise UserError(f"max_length={limit}: choose from 1 to the model's {positions} positions")
+        after = f" after a prefix of {before}" if before else ""
+        raise UserError(
+            f"max_length={limit}: choose from 1 to the model's {positions} positions{after}"
+        )
     for context, continuation in (pair for item in items for pair in item.choices):
         check_ids([*context, *continuation], model.config.vocab_size, model.tokenizer)
     results = [Pending(item, item.name or f"item {i}", limit) for i, item in enumerate(items)]
@@ -285,7 +290,7 @@ def score_items(
             progress(len(done))
 
     pending, asked = None, set(chosen)
-    for batch in needed(make_batches(rows, tokens_per_batch, shards), asked):
+    for batch in needed(make_batches(rows, tokens_per_batch, shards, before), asked):
         found = dispatch(batch)
         if pending is not None:  # one batch late: the device never waits for the host
             read(*pending)

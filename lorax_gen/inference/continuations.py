@@ -13,7 +13,7 @@ from lorax_gen.data.tokens import bucket
 from lorax_gen.errors import UserError
 from lorax_gen.inference.generation import generate_text
 from lorax_gen.mesh.sharding import place, tree_shardings
-from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.adapter import Adapter, prefix_length
 from lorax_gen.models.model import Model
 
 TOKENS_PER_BATCH = 8192
@@ -39,7 +39,7 @@ def continue_texts(
       tokens_per_batch: rows of a batch times cache slots of a row, at most, unless a single row
         has more.
       most_rows: rows of a batch, at most.
-      adapter: see `models.adapter`; its rows are one per text.
+      adapter: see `models.adapter`; its rows, and its prefix, are one per text.
       wanted: indices of the rows to continue; None: all. Batches are made of all rows, and those
         with a wanted one are computed, so that a continuation does not depend on it.
       on_batch: called with the indices and continuations of each finished batch.
@@ -52,7 +52,13 @@ def continue_texts(
         params = place(model.params, tree_shardings(model.params, mesh))
         model = dataclasses.replace(model, params=params)
     for number, indices in enumerate(
-        batches([len(row) for row in rows], max_new_tokens, tokens_per_batch, most_rows)
+        batches(
+            [len(row) for row in rows],
+            max_new_tokens,
+            tokens_per_batch,
+            most_rows,
+            before=prefix_length(adapter),
+        )
     ):
         if asked.isdisjoint(indices):
             continue
@@ -73,13 +79,19 @@ def continue_texts(
 
 
 def batches(
-    lengths: Sequence[int], new_tokens: int, tokens_per_batch: int, most_rows: int | None = None
+    lengths: Sequence[int],
+    new_tokens: int,
+    tokens_per_batch: int,
+    most_rows: int | None = None,
+    *,
+    before: int = 0,
 ) -> Iterator[list[int]]:
-    """Indices of rows by falling length, in batches of a power of two; the last may be smaller."""
+    """Indices of rows by falling length, in batches of a power of two; the last may be smaller.
+    `before` are the slots of a prefix."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        slots = bucket(lengths[order[start]]) + bucket(new_tokens)
+        slots = before + bucket(lengths[order[start]]) + bucket(new_tokens)
         count = max(tokens_per_batch // slots, 1)
         count = 1 << (min(count, most_rows or count).bit_length() - 1)
         yield order[start : start + count]

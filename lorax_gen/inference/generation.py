@@ -20,7 +20,7 @@ from lorax_gen.inference.stopping import Decoder, finished_text, settled_text
 from lorax_gen.mesh import hosts
 from lorax_gen.mesh.sharding import keep_decoding, place_adapter, put_batch, row_shards
 from lorax_gen.models import decoding
-from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.adapter import Adapter, prefix_length
 from lorax_gen.models.decoder import Execution
 from lorax_gen.models.decoding import Sampling
 from lorax_gen.models.model import Model
@@ -77,7 +77,7 @@ def stream_text(
       seed: of sampling; row i uses the same random numbers in all calls with one seed.
       stop: strings that end a continuation and are removed from it; so do the model's `stop_ids`.
         They may be, or contain, special tokens; see `inference.stopping`.
-      adapter: see `models.adapter`; its rows are one per text.
+      adapter: see `models.adapter`; its rows, and its prefix, are one per text.
       chat: texts are user turns in the tokenizer's chat template, after `system`.
       in_context: continuations begin with the space that some tokenizers leave out before the first
         word, so that text + continuation is what the model has read and written.
@@ -95,7 +95,8 @@ def stream_text(
     if not texts:
         return
     rows = [encoded(model, text, chat, system) for text in texts]
-    check_rows(rows, texts, max_new_tokens, model)
+    before = prefix_length(adapter)
+    check_rows(rows, texts, max_new_tokens, model, before)
     shards = 1 if mesh is None else row_shards(mesh)
     count = bucket(-(-len(rows) // shards), 1) * shards
     rows += [rows[-1]] * (count - len(rows))
@@ -114,7 +115,7 @@ def stream_text(
     if mesh is not None:
         shared["adapter"] = place_adapter(shared["adapter"], mesh)
         shared["execution"] = Execution(constrain=keep_decoding(mesh))
-    slots = tokens.shape[1] + bucket(max_new_tokens)
+    slots = before + tokens.shape[1] + bucket(max_new_tokens)
     state = prefill(params, config, *put((tokens, lengths)), slots=slots, **shared)
     ids = np.asarray(hosts.gather(state.token))[:, None]
     decoders = [Decoder.of(model, row if in_context else ()) for row in rows]
@@ -180,15 +181,20 @@ def check_options(
 
 
 def check_rows(
-    rows: Sequence[Sequence[int]], texts: Sequence[Any], max_new_tokens: int, model: Model
+    rows: Sequence[Sequence[int]],
+    texts: Sequence[Any],
+    max_new_tokens: int,
+    model: Model,
+    before: int = 0,
 ) -> None:
     limit = model.config.max_position_embeddings
     for row, text in zip(rows, texts, strict=True):
         if not row:
             raise UserError(f"the text {text!r} has no tokens to continue; write some")
         check_ids(row, model.config.vocab_size, model.tokenizer)
-        if len(row) + max_new_tokens > limit:
+        if before + len(row) + max_new_tokens > limit:
+            prefix = f"a prefix of {before}, " if before else ""
             raise UserError(
-                f"a text of {len(row)} tokens and {max_new_tokens} new ones are more than the "
-                f"{limit} positions of the model; reduce either"
+                f"{prefix}a text of {len(row)} tokens and {max_new_tokens} new ones are more than "
+                f"the {limit} positions of the model; reduce either"
             )

@@ -151,13 +151,14 @@ class RowBatch:
 
 
 def make_batches(
-    rows: Sequence[PackedRow], tokens_per_batch: int, shards: int = 1
+    rows: Sequence[PackedRow], tokens_per_batch: int, shards: int = 1, before: int = 0
 ) -> list[RowBatch]:
-    """All rows in batches of few shapes, the longest first, so that one too large fails at once."""
+    """All rows in batches of few shapes, the longest first, so that one too large fails at once.
+    `before` are the positions of a prefix, which count as tokens of every row."""
     lengths = np.array([len(row.tokens) for row in rows])
     counts = np.array([len(row.targets) for row in rows])
     batches = []
-    for length, share, parts in deal(lengths, counts, tokens_per_batch, shards):
+    for length, share, parts in deal(lengths, counts, tokens_per_batch, shards, before):
         predictions = max(int(counts[group].sum()) for groups in parts for group in groups)
         for groups in parts:
             own = tuple(tuple(rows[i] for i in group) for group in groups)
@@ -175,18 +176,23 @@ def needed(batches: Sequence[RowBatch], wanted: Collection[int]) -> list[RowBatc
 
 
 def deal(
-    lengths: np.ndarray, weights: np.ndarray, tokens_per_batch: int, shards: int = 1
+    lengths: np.ndarray,
+    weights: np.ndarray,
+    tokens_per_batch: int,
+    shards: int = 1,
+    before: int = 0,
 ) -> Iterator[tuple[int, int, list[list[np.ndarray]]]]:
     """Assigns rows to batches: yields `(length, share, parts)`, the longest first.
 
     `parts` are the batches whose rows are padded to `length`, one of `padded_lengths`. Each lists
-    the row indices of every shard: at most `share` of them, of about equal total weight.
+    the row indices of every shard: at most `share` of them, of about equal total weight. `before`
+    are further tokens of every row.
     """
     sizes = [0, *padded_lengths(lengths, tokens_per_batch)]
     for shorter, length in reversed(list(itertools.pairwise(sizes))):
         chosen = np.flatnonzero((lengths > shorter) & (lengths <= length))
         chosen = chosen[np.argsort(-weights[chosen], kind="stable")]
-        most = max(tokens_per_batch // length // shards, 1)  # rows of a shard
+        most = max(tokens_per_batch // (before + length) // shards, 1)  # rows of a shard
         count = -(-len(chosen) // (most * shards))
         groups = [chosen[i :: count * shards] for i in range(count * shards)]
         yield length, len(groups[0]), [groups[i::count] for i in range(count)]

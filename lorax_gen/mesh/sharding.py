@@ -207,13 +207,15 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def place_adapter(adapter: Adapter | None, mesh: Mesh) -> Adapter | None:
-    """Places an adapter on the devices, `shared` sharded like weights, `rows` like the batch."""
+    """Places an adapter on the devices, `shared` sharded like weights, `rows` and `prefix` like the
+    batch."""
     if adapter is None:
         return None
     by_row = NamedSharding(mesh, P(None, BATCH_AXES))
+    prefix = None if adapter.prefix is None else NamedSharding(mesh, P(BATCH_AXES))
     shared = tree_shardings(adapter.shared, mesh)
     rows = jax.tree.map(lambda _: by_row, adapter.rows)
-    return place(adapter, dataclasses.replace(adapter, shared=shared, rows=rows))
+    return place(adapter, dataclasses.replace(adapter, shared=shared, rows=rows, prefix=prefix))
 
 
 def jit_step(train_step: Callable, state: Any, mesh: Mesh) -> jax.stages.Wrapped:

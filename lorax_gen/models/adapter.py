@@ -5,12 +5,13 @@ An adapter is two trees and the function that applies them:
     shared    [L, ...]       one for the entire batch; sharded like the weights
     rows      [L, B, ...]    one for each row, sharded like the batch; [L, P, ...] with B = P Q is
                              one for each Q consecutive rows
+    prefix    [B, S, D]      embeddings before the tokens of each row, a soft prompt; or None
     apply     static and hashable: what is added at a kernel, what the feed-forward network becomes
 
-The decoder scans both trees together with its layers and calls `apply` with the slices of one
-layer. The default is the LoRA of eq. 1: `Adapter(shared=tree)` for all rows, `Adapter(rows=tree)`
-for one LoRA per row. A subclass of `Apply` implements any other adapter, such as gates over a pool
-of experts or a mixture that routes tokens.
+The decoder scans `shared` and `rows` together with its layers and calls `apply` with the slices of
+one layer. The default is the LoRA of eq. 1: `Adapter(shared=tree)` for all rows,
+`Adapter(rows=tree)` for one LoRA per row. A subclass of `Apply` implements any other adapter, such
+as gates over a pool of experts or a mixture that routes tokens.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Adapter:
     shared: Tree = dataclasses.field(default_factory=dict)
     rows: Tree = dataclasses.field(default_factory=dict)
     apply: Apply = dataclasses.field(default=LowRank(), metadata={"static": True})
+    prefix: Any = None
 
     def kernel(self, name: str, x: Array, key: Array | None) -> Array | None:
         """See `Apply.kernel`; for an adapter sliced to one layer."""
@@ -123,4 +125,25 @@ class Adapter:
 
     def take_rows(self, indices: Any) -> Adapter:
         """The adapter of the rows at `indices`, which may repeat."""
-        return dataclasses.replace(self, rows=jax.tree.map(lambda x: x[:, indices], self.rows))
+        rows = jax.tree.map(lambda x: x[:, indices], self.rows)
+        prefix = None if self.prefix is None else self.prefix[indices]
+        return dataclasses.replace(self, rows=rows, prefix=prefix)
+
+
+def prefix_length(adapter: Adapter | None) -> int:
+    """Positions S of a row that an adapter's prefix takes."""
+    return 0 if adapter is None or adapter.prefix is None else adapter.prefix.shape[1]
+
+
+def without_prefix(
+    adapter: Adapter | None, prefix: Array | None = None
+) -> tuple[Adapter | None, Array | None]:
+    """What the layers apply, and the embeddings before each row: the adapter's own, or `prefix`.
+
+    Raises ValueError where both are given.
+    """
+    if adapter is None or adapter.prefix is None:
+        return adapter, prefix
+    if prefix is not None:
+        raise ValueError("the adapter has a prefix of its own; give one of the two")
+    return dataclasses.replace(adapter, prefix=None), adapter.prefix

@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from lorax_gen.errors import UserError
 from lorax_gen.models import int8
-from lorax_gen.models.adapter import Adapter, Delta, Mlp
+from lorax_gen.models.adapter import Adapter, Delta, Mlp, without_prefix
 from lorax_gen.models.attention import Windows, attend, softcapped, visible, window_of, within
 from lorax_gen.models.config import ACTIVATIONS, DecoderConfig, kernel_shapes
 from lorax_gen.models.rope import Tables, rope_tables, rotate
@@ -365,7 +365,7 @@ def hidden_states(
 
     Args:
       prefix: `[B, S, D]`, embeddings that stand before every row and are seen by all of it, such as
-        a soft prompt; no states of it are returned.
+        a soft prompt; no states of it are returned. An adapter may bring its own instead.
       adapter: see `models.adapter`.
       dropout_key: of the adapter's dropout; None: none.
       execution: see `Execution`.
@@ -389,10 +389,14 @@ def hidden_and_aux(
     config: DecoderConfig,
     tokens: Array | None = None,
     *,
+    prefix: Array | None = None,
+    adapter: Adapter | None = None,
     execution: Execution = Execution(),
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """`hidden_states`, and the adapter's auxiliary values by name, `[L, ...]` each."""
+    adapter, prefix = without_prefix(adapter, prefix)
+    options |= {"adapter": adapter, "prefix": prefix}
     found: Any = Decoder(config, execution).apply({"params": params}, tokens, **options)
     return found
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_gen.errors import UserError
-from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.adapter import Adapter, prefix_length, without_prefix
 from lorax_gen.models.attention import within
 from lorax_gen.models.decoder import (
     Array,
@@ -159,6 +159,7 @@ def prefill(
       execution: decoding uses only its `constrain`.
     """
     batch, _ = tokens.shape
+    adapter, prefix = without_prefix(adapter, prefix)
     before = 0 if prefix is None else prefix.shape[1]
     cache = init_cache(config, batch, slots, params["embed"].dtype)
     # Padding fills cache slots too, but a row's new tokens overwrite them before any query attends
@@ -188,6 +189,7 @@ def advance(
 
     Finished rows repeat their last token, up to `steps` tokens.
     """
+    adapter, _ = without_prefix(adapter)  # it is in the cache
 
     if steps == 0:
         return state, jnp.zeros((state.token.shape[0], 0), jnp.int32)
@@ -256,7 +258,8 @@ def generate_tokens(
     """
     options: dict[str, Any]
     options = {"stop_ids": stop_ids, "sampling": sampling, "key": key, "adapter": adapter}
-    slots = tokens.shape[1] + max_new_tokens + (0 if prefix is None else prefix.shape[1])
+    slots = tokens.shape[1] + max_new_tokens + prefix_length(adapter)
+    slots += 0 if prefix is None else prefix.shape[1]
     state = prefill(params, config, tokens, lengths, slots=slots, prefix=prefix, **options)
     first = state.token[:, None]
     _, rest = advance(params, config, state, steps=max_new_tokens - 1, **options)

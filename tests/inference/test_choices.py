@@ -204,6 +204,31 @@ def test_a_lora_for_all_items_scores_as_the_merged_model_does(specialised):
     np.testing.assert_allclose(loglikelihoods(found), loglikelihoods(expected), atol=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
+def test_a_prefix_of_an_item_scores_it_as_its_tokens_would(model, sizes):
+    """The embeddings of some tokens, before each item, and the tokens themselves."""
+    items, mesh = make_items(12), sizes and make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+    before = np.random.default_rng(1).integers(0, V, (12, 5))
+    adapter = Adapter(prefix=np.asarray(decoder.embed(model.params, model.config, before)))
+    found = score_items(model, items, adapter=adapter, tokens_per_batch=256, mesh=mesh)
+    written = [
+        ChoiceItem(tuple(([*own.tolist(), *context], choice) for context, choice in item.choices))
+        for own, item in zip(before, items, strict=True)
+    ]
+    assert_as_alone(model, written, found)
+    assert found[0].context_tokens == max(len(context) for context, _ in items[0].choices)
+
+
+def test_a_prefix_takes_positions_of_the_model(model):
+    most = model.config.max_position_embeddings - 5
+    item = ChoiceItem((([1] * (most + 4), [2, 3]),))
+    adapter = Adapter(prefix=np.zeros((1, 5, model.config.hidden_size), np.float32))
+    (scores,) = score_items(model, [item], adapter=adapter)
+    assert scores.truncated == 5  # most are read, the one after them is predicted
+    with pytest.raises(UserError, match=f"choose from 1 to the model's {most} positions after a"):
+        score_items(model, [item], adapter=adapter, max_length=most + 1)
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_a_mesh_changes_no_score(specialised, sizes):
     edge, generator, items, gates = specialised

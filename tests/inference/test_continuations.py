@@ -11,6 +11,7 @@ from lorax_gen.inference.continuations import batches, continue_texts, room_for
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.method import lora_from_gates
 from lorax_gen.models.adapter import Adapter
+from lorax_gen.models.decoder import embed
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,27 @@ def test_each_row_is_continued_as_if_alone_with_its_own_lora(tiny_world_system, 
     for row, each, text in zip(rows, gates, texts, strict=True):
         lora = lora_from_gates(pool, each, config)
         assert generate_text(edge, [row], max_new_tokens=4, adapter=Adapter(lora)) == [text]
+
+
+@pytest.mark.parametrize("sizes", [None, (4, 2, 1)])
+def test_a_row_after_a_prefix_is_continued_as_after_its_tokens(edge, sizes):
+    rows, before = random_rows([3, 40, 7, 20, 5]), random_rows([6] * 5, seed=1)
+    mesh = sizes and make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+    options = {"max_new_tokens": 12, "tokens_per_batch": 2 * (64 + 32)}
+    prefix = np.asarray(embed(edge.params, edge.config, np.array(before)))
+    found = continue_texts(edge, rows, adapter=Adapter(prefix=prefix), mesh=mesh, **options)
+    written = [[*own, *row] for own, row in zip(before, rows, strict=True)]
+    assert found == continue_texts(edge, written, **options)
+    assert found != continue_texts(edge, rows, **options)
+
+
+def test_a_prefix_takes_positions_and_room_of_a_batch(edge):
+    most = edge.config.max_position_embeddings
+    prefix = np.zeros((1, 6, edge.config.hidden_size), np.float32)
+    with pytest.raises(UserError, match=f"a prefix of 6, a text of {most - 8} tokens and 3 new"):
+        generate_text(edge, [[5] * (most - 8)], max_new_tokens=3, adapter=Adapter(prefix=prefix))
+    assert [len(each) for each in batches([8] * 4, 8, 4 * 64)] == [4]
+    assert [len(each) for each in batches([8] * 4, 8, 4 * 64, before=64)] == [2, 2]
 
 
 def test_no_two_batches_draw_the_same(edge):

@@ -230,3 +230,20 @@ def test_texts_that_share_a_row_all_see_the_prefix(params, tokens):
     found = hidden(params, row, prefix=prefix, positions=positions, mask=mask)
     for part, text in ((found[:, :2], first), (found[:, 2:], second)):
         np.testing.assert_allclose(part, hidden(params, text, prefix=prefix), atol=1e-5)
+
+
+def test_a_prefix_of_the_adapter_is_one_of_the_forward_pass(tiny_world_system):
+    edge = tiny_world_system.edge
+    tokens = jnp.arange(4, 16, dtype=jnp.int32).reshape(2, 6)
+    prefix = jax.random.normal(jax.random.key(0), (2, 3, edge.config.hidden_size))
+    run = jax.jit(decoder.hidden_states, static_argnums=1)
+    expected = run(edge.params, edge.config, tokens, prefix=prefix)
+    own = Adapter(prefix=prefix)
+    found = run(edge.params, edge.config, tokens, adapter=own)
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(expected - run(edge.params, edge.config, tokens)).max() > 0.1
+    chosen = run(edge.params, edge.config, tokens[:1], adapter=own.take_rows(np.array([1])))
+    swapped = run(edge.params, edge.config, tokens[:1], prefix=prefix[1:])
+    np.testing.assert_array_equal(chosen, swapped)
+    with pytest.raises(ValueError, match="a prefix of its own"):
+        decoder.hidden_states(edge.params, edge.config, tokens, adapter=own, prefix=prefix)
