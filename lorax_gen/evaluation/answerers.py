@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from jax.sharding import Mesh
@@ -33,7 +33,8 @@ from lorax_gen.cost import Macs, generator_macs, no_macs, prefill_macs
 from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.frames import PLAIN, Frame
-from lorax_gen.inference.cards import TOKENS_PER_BATCH, gates_of_prompts
+from lorax_gen.inference.cards import gates_of_prompts
+from lorax_gen.inference.choices import TOKENS_PER_BATCH
 from lorax_gen.mesh import hosts
 from lorax_gen.method.lora import Tree
 from lorax_gen.models.adapter import Adapter, LowRank
@@ -95,6 +96,12 @@ class Answerer:
         """Whether its answers depend on the prompt, in its context or otherwise."""
         return self.in_context
 
+    @property
+    def serving_adapter(self) -> Adapter | None:
+        """What one question is answered with where latency and memory are measured: without what
+        is merged for serving."""
+        return self.adapter
+
     def contexts(self, cases: Cases) -> list[tuple[str, ...]]:
         """What the answering model reads before its answers."""
         return cases.prompted() if self.in_context else cases.bare()
@@ -146,8 +153,8 @@ class Answerer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LoraGen(Answerer):
-    """The edge with the LoRA that a generator makes from each question's prompt.
+class CloudAnswerer(Answerer):
+    """The edge, specialised by what the cloud reads; a subclass has its own `specialise`.
 
     Attributes:
       which: what the cloud reads; None: the question's own prompt. See `control`.
@@ -155,7 +162,6 @@ class LoraGen(Answerer):
     """
 
     cloud: Model = dataclasses.field(kw_only=True)
-    generator: Generator = dataclasses.field(kw_only=True)
     which: Control | None = None
     seed: int = 0
 
@@ -184,6 +190,20 @@ class LoraGen(Answerer):
             rows = [random_ids(self.cloud, ids, rng) for ids, rng in zip(rows, rngs, strict=True)]
         return [Prompt(ids[-self.room :], max(len(ids) - self.room, 0)) for ids in rows]
 
+    def identity(self) -> dict[str, Any]:
+        found = super().identity() | {"cloud": identity(self.cloud), "which": self.which}
+        return found | ({"random_seed": self.seed} if self.which == "random" else {})
+
+
+Reading = TypeVar("Reading", bound=CloudAnswerer)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraGen(CloudAnswerer):
+    """The edge with the LoRA that a generator makes from each question's prompt."""
+
+    generator: Generator = dataclasses.field(kw_only=True)
+
     def specialise(
         self,
         prompts: Sequence[Prompt],
@@ -196,7 +216,7 @@ class LoraGen(Answerer):
         """The adapter with one row per prompt; the cloud reads each distinct prompt once.
 
         Args:
-          wanted: see `gates_of_prompts`; other rows are not to be used.
+          wanted: see `read_prompts`; other rows are not to be used.
         """
         gates = gates_of_prompts(
             [prompt.ids for prompt in prompts],
@@ -215,15 +235,10 @@ class LoraGen(Answerer):
         return generator_macs(spec, prompt_tokens)
 
     def identity(self) -> dict[str, Any]:
-        found = super().identity() | {
-            "cloud": identity(self.cloud),
-            "generator": self.generator.fingerprint,
-            "which": self.which,
-        }
-        return found | ({"random_seed": self.seed} if self.which == "random" else {})
+        return super().identity() | {"generator": self.generator.fingerprint}
 
 
-def control(answerer: LoraGen, which: Control, seed: int = 0) -> LoraGen:
+def control(answerer: Reading, which: Control, seed: int = 0) -> Reading:
     """The answerer with a cloud that reads something else than the question's own prompt."""
     label = ANSWERERS[which][0]
     return dataclasses.replace(answerer, name=which, label=label, which=which, seed=seed)

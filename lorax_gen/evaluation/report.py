@@ -40,6 +40,7 @@ from lorax_gen.evaluation.latency import measure_latency, peak_memory
 from lorax_gen.evaluation.metrics import arithmetic_mean, harmonic_mean, standard_error
 from lorax_gen.files import AnyPath
 from lorax_gen.mesh import hosts
+from lorax_gen.models.adapter import prefix_length
 
 Report = dict[str, Any]
 Cell = dict[str, Any]
@@ -124,8 +125,8 @@ def serving_cost(answerer: Answerer, texts: Sequence[str]) -> Cell:
     """
     if not texts:
         return {}
-    model, adapter = answerer.model, answerer.adapter
-    room = model.config.max_position_embeddings - 1
+    model, adapter = answerer.model, answerer.serving_adapter
+    room = model.config.max_position_embeddings - 1 - prefix_length(adapter)
     rows = [ids for text in texts if (ids := model.encode(text)[-room:])]
     latency = measure_latency(model, rows, adapter=adapter)
     memory = peak_memory(model, max(map(len, rows)), adapter=adapter)

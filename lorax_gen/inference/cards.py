@@ -1,31 +1,21 @@
-"""Prompts to gates to task cards, which specialise an edge model.
-
-The cloud reads each distinct prompt once, in batches of few shapes, over a mesh if one is given.
-"""
+"""Prompts to gates to task cards, which specialise an edge model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lorax_gen.artifacts.card import TaskCard, make_card
 from lorax_gen.artifacts.generator import Generator
-from lorax_gen.data.tokens import Encoder, bucket, pad_rows
+from lorax_gen.data.tokens import Encoder
 from lorax_gen.errors import UserError
-from lorax_gen.inference.choices import TOKENS_PER_BATCH
-from lorax_gen.inference.packing import deal
-from lorax_gen.mesh import hosts
-from lorax_gen.mesh.kernels import execution_over
-from lorax_gen.mesh.sharding import place, put_batch, row_shards, tree_shardings
-from lorax_gen.models.decoder import DecoderConfig, Execution
+from lorax_gen.inference.reading import read_prompts
+from lorax_gen.models.decoder import Array, Execution
 from lorax_gen.models.model import Model
 from lorax_gen.prompts import check_size
 from lorax_gen.system import prompt_gates
-from lorax_gen.tokenizers import check_ids
 
 Ids = Sequence[int]
 
@@ -35,85 +25,32 @@ def gates_of_prompts(
     cloud: Model,
     edge: Model,
     generator: Generator,
-    *,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    wanted: Sequence[int] | None = None,
-    mesh: Mesh | None = None,
-    progress: Callable[[int], object] = lambda prompts: None,
+    **options: Any,
 ) -> np.ndarray:
     """Gates `[P, L, N]` fp32 of prompts, token ids of the cloud's tokenizer.
 
-    The cloud reads each distinct prompt once. Apart from the gates, memory does not grow with the
-    number of prompts.
+    The cloud reads each distinct prompt once.
 
     Args:
-      tokens_per_batch: rows times padded length of a batch, at most.
-      wanted: indices of the prompts to read; None: all. Batches are made of all prompts, and those
-        with a wanted one are read, so that gates do not depend on it. Those of others may be zero.
-      mesh: prompts are sharded over its batch axes, weights as in training; None: no mesh.
-      progress: called with the number of prompts finished since the last call.
+      options: `tokens_per_batch`, `wanted`, `mesh` and `progress` of `reading.read_prompts`.
 
     Raises UserError if a model is not the one that the generator was trained with, or a token is
     not in the cloud's vocabulary.
     """
     spec = generator.spec(cloud, edge)
-    shape = spec.edge.num_hidden_layers, generator.config.n_experts
-    if not len(prompts):
-        return np.zeros((0, *shape), np.float32)
-    distinct = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = list(distinct)
-    for ids in rows:
-        check_ids(ids, cloud.config.vocab_size, cloud.tokenizer)
-    index = np.array([distinct[tuple(ids)] for ids in prompts])
-    asked = index if wanted is None else index[np.array(wanted, int)]
-    weights, shards, execution = (generator.params, generator.stats, cloud.params), 1, Execution()
-    if mesh is not None:
-        shards, execution = row_shards(mesh), execution_over(mesh)
-        weights = place(weights, tree_shardings(weights, mesh))
-    found = np.zeros((len(rows), *shape), np.float32)
 
-    def read(chosen: np.ndarray, gates: jax.Array) -> None:
-        found[chosen] = np.asarray(hosts.gather(gates))[: len(chosen)]
-        progress(int(np.isin(asked, chosen).sum()))
+    def read(weights: Any, prompt: Array, lengths: Array, execution: Execution) -> Array:
+        return prompt_gates(*weights, spec, prompt, lengths, execution=execution)
 
-    pending = None
-    lengths = padded_lengths_of(rows, spec.cloud, spec.edge, tokens_per_batch)
-    for length, share, parts in deal(lengths, lengths, tokens_per_batch, shards):
-        for groups in parts:
-            chosen = np.concatenate(groups)
-            if not np.isin(asked, chosen).any():
-                continue
-            own = [rows[i] for i in chosen]
-            own += [()] * (share * shards - len(own))
-            batch = {
-                "prompt": pad_rows(own, length, 0, "a prompt"),
-                "lengths": np.array([len(row) for row in own], np.int32),
-            }
-            batch = jax.device_put(batch) if mesh is None else put_batch(batch, mesh)
-            gates = prompt_gates(
-                *weights, spec, batch["prompt"], batch["lengths"], execution=execution
-            )
-            if pending is not None:  # one batch late: the device never waits for the host
-                read(*pending)
-            pending = chosen, gates
-    if pending is not None:
-        read(*pending)
-    return found[index]
-
-
-def padded_lengths_of(
-    rows: Sequence[Ids], cloud: DecoderConfig, edge: DecoderConfig, tokens_per_batch: int
-) -> np.ndarray:
-    """Lengths by which `deal` assigns prompts to batches.
-
-    Prompts that fit into one batch are padded to one of a handful of lengths, so that calls with
-    one prompt each compile few programs. More prompts keep their lengths, and `deal` pads them.
-    """
-    lengths = np.array([max(len(ids), 1) for ids in rows])
-    if lengths.sum() > tokens_per_batch:
-        return lengths
-    room = cloud.max_position_embeddings - edge.num_hidden_layers
-    return np.array([max(min(bucket(n), room), n) for n in lengths])
+    return read_prompts(
+        prompts,
+        cloud,
+        read,
+        (generator.params, generator.stats, cloud.params),
+        (spec.edge.num_hidden_layers, generator.config.n_experts),
+        room=spec.cloud.max_position_embeddings - spec.edge.num_hidden_layers,
+        **options,
+    )
 
 
 @overload

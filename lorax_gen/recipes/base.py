@@ -86,6 +86,31 @@ class EdgeConfig(RecipeConfig):
         return min(self.answer_length or length, length - 1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptedConfig(EdgeConfig):
+    """Fields of recipes that read a prompt once for several questions."""
+
+    prompts: Size = 32
+    """Prompts per batch; each batch mixes tasks."""
+    queries_per_prompt: Size = 4
+    """Questions per prompt, which is read once for all of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CloudConfig(PromptedConfig):
+    """Fields of recipes in which a frozen cloud model reads the prompts."""
+
+    cloud: str = "world/cloud"
+    """Cloud model: a model directory, or the name of a shipped one."""
+    cloud_int8: bool = False
+    """Keep the cloud model's kernels in int8, half the bytes of bfloat16 (pip install
+    'lorax-gen[int8]')."""
+    loss: Literal["answer", "sequence"] = "answer"
+    """L_LM on the answer's tokens, or on the full sequence that the edge model reads."""
+    microbatches: Size = 1
+    """Parts of a batch that run in sequence to save memory; the gradients are the same."""
+
+
 class Data(NamedTuple):
     """Training batches and evaluation of a run; `recipes.data` opens it.
 

@@ -88,12 +88,13 @@ def check_models(
     in_context: bool = False,
 ) -> None:
     """Raises UserError where the models cannot read rows of the config's lengths when they are
-    used, an end of text is missing, or the data are a world whose words they do not have."""
+    used, an end of text is missing, or the data are a world whose words they do not have. An edge
+    that reads prompts itself reads them in a way of its recipe, which checks their length."""
     key, longest = "data.question_length", data.question_length
     if in_context:
         key, longest = f"data.prompt_length + {key}", data.prompt_length + longest
     check_positions(key, longest, edge.config, "the edge model")
-    if reader is not None:
+    if reader is not None and reader is not edge:
         meta = edge.config.num_hidden_layers
         longest = data.prompt_length
         check_positions("data.prompt_length", longest, reader.config, "the cloud model", meta)

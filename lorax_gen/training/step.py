@@ -13,7 +13,7 @@ neither constants of the program nor part of the state.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,19 +139,61 @@ def pretraining_loss(config: DecoderConfig, **options: Any) -> Loss:
     return loss
 
 
-def generator_loss(
+class Routed(NamedTuple):
+    """What meta states become, before the edge reads its questions.
+
+    Attributes:
+      gates: `[P, L, N]`, of which each prompt's LoRA is composed.
+      loss: added to L_LM; None: nothing.
+      stats, metrics: see `Loss`.
+    """
+
+    gates: Array
+    stats: Any
+    loss: Array | None
+    metrics: dict[str, Array]
+
+
+Route = Callable[..., Routed]
+"""`route(params, stats, states, key, axis_name)` of meta states `[P, L, D]`."""
+
+
+def generator_loss(spec: GeneratorSpec, **options: Any) -> Loss:
+    """Eq. 10: L = L_LM + L_cv; see `prompted_loss` for the batch and the options."""
+    config = spec.generator
+
+    def route(params, stats, states, key, axis_name):
+        gates, stats = generator.gates_from_states(
+            params, stats, states, config, train=True, key=key, axis_name=axis_name
+        )
+        cv = balance.balance_loss(gates, config.balance_coefficient, axis_name)
+        metrics = {
+            "loss_cv": cv,
+            "gate_entropy": balance.gate_entropy(gates),
+            "gate_distance": balance.gate_distance(gates, axis_name),
+            "expert_load": balance.expert_load(gates),
+        }
+        return Routed(gates, stats, cv, metrics)
+
+    return prompted_loss(spec, route, **options)
+
+
+def prompted_loss(
     spec: GeneratorSpec,
+    route: Route,
     *,
     microbatches: int = 1,
     answer_length: int | None = None,
     execution: Execution = Execution(),
 ) -> Loss:
-    """Eq. 10: L = L_LM + L_cv. `frozen` is `{'cloud': params, 'edge': params}`.
+    """L_LM of the edge with the LoRA of each question's prompt, which the cloud reads. `frozen` is
+    `{'cloud': params, 'edge': params}`.
 
     The batch holds `prompt: [P, T]`, `prompt_lengths: [P]` and `tokens`, `answer: [P * Q, T']`;
     row b of the latter belongs to prompt b // Q.
 
     Args:
+      route: from meta states to gates over `params["pool"]`.
       microbatches: parts of the batch that pass through the cloud, and then through the edge, in
         sequence, each recomputed in the backward pass. The router, its BatchNorm and eq. 9 still
         see the full batch, so the gradients are those of the full batch.
@@ -161,7 +203,7 @@ def generator_loss(
     config = spec.generator
 
     def loss(params, stats, frozen, batch, key, axis_name):
-        dropout_key, gumbel_key = jax.random.split(key)
+        dropout_key, route_key = jax.random.split(key)
         prompts = {name: batch[name] for name in ("prompt", "prompt_lengths")}
         questions = {name: batch[name] for name in ("tokens", "answer")}
 
@@ -189,21 +231,14 @@ def generator_loss(
             )
 
         states = in_parts(read, prompts, microbatches, dropout_key)
-        gates, stats = generator.gates_from_states(
-            params, stats, states, config, train=True, key=gumbel_key, axis_name=axis_name
+        routed = route(params, stats, states, route_key, axis_name)
+        nll, correct = in_parts(
+            answer, {**questions, "gates": routed.gates}, microbatches, dropout_key
         )
-        nll, correct = in_parts(answer, {**questions, "gates": gates}, microbatches, dropout_key)
         lm = nll.sum() / answer_count(batch, axis_name)
-        cv = balance.balance_loss(gates, config.balance_coefficient, axis_name)
-        metrics = {
-            "loss_lm": lm,
-            "loss_cv": cv,
-            "accuracy/batch": correct.mean(),
-            "gate_entropy": balance.gate_entropy(gates),
-            "gate_distance": balance.gate_distance(gates, axis_name),
-            "expert_load": balance.expert_load(gates),
-        }
-        return lm + cv, (stats, metrics)
+        metrics = {"loss_lm": lm, "accuracy/batch": correct.mean(), **routed.metrics}
+        total = lm if routed.loss is None else lm + routed.loss
+        return total, (routed.stats, metrics)
 
     return loss
 
