@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lorax_gen.baselines.autocompressor import CompressorConfig
 from lorax_gen.baselines.loramoe import LoraMoeConfig
 from lorax_gen.baselines.mixlora import MixLoraConfig
 from lorax_gen.method.generator import GeneratorConfig
@@ -178,7 +179,12 @@ def generated_ranks(generator: GeneratorConfig) -> dict[str, int]:
 
 
 def generator_macs(
-    spec: GeneratorSpec, prompt_length: int, prompts: int = 1, *, causal: bool = False
+    spec: GeneratorSpec,
+    prompt_length: int,
+    prompts: int = 1,
+    *,
+    causal: bool = False,
+    router: int | None = None,
 ) -> Macs:
     """A LoRA for each of P prompts of T tokens: the cloud with its own LoRA, the router, and eq. 8.
 
@@ -186,6 +192,9 @@ def generator_macs(
     router      P L M (D + N), D that of the cloud
     factors     P L N R (D_in + D_out), summed over targets: all N gates, including zeros
     products    P L R D_out per expert kept: gates into B; indexing experts needs no products
+
+    Args:
+      router: what stands in place of the router's M (D + N).
     """
     generator, layers = spec.generator, spec.edge.num_hidden_layers
     cloud = prefill_macs(
@@ -196,7 +205,8 @@ def generator_macs(
         causal=causal,
         lora=dict.fromkeys(generator.cloud_targets, generator.cloud_rank),
     )
-    router = generator.router_width * (spec.cloud.hidden_size + generator.n_experts)
+    if router is None:
+        router = generator.router_width * (spec.cloud.hidden_size + generator.n_experts)
     shapes, ranks = kernel_shapes(spec.edge), generated_ranks(generator).items()
     if generator.composition == "factors":
         pool = generator.n_experts * sum(rank * sum(shapes[name]) for name, rank in ranks)
@@ -205,11 +215,56 @@ def generator_macs(
     return cloud + Macs(generator=prompts * layers * (router + pool))
 
 
+def direct_router(spec: GeneratorSpec) -> int:
+    """`router` of direct generation: D H, from a meta state to its units; the network's last layer
+    counts as `factors` of H + 1 experts."""
+    return spec.cloud.hidden_size * (spec.generator.n_experts - 1)
+
+
 def merge_macs(config: DecoderConfig, lora: Ranks) -> Macs:
     """Eq. 1, once per task: L R D_in D_out, summed over the kernels of a LoRA."""
     shapes = kernel_shapes(config)
     layer = sum(rank * shapes[name][0] * shapes[name][1] for name, rank in lora.items())
     return Macs(lora=config.num_hidden_layers * layer)
+
+
+# --- prompts that are compressed -----------------------------------------------------------------
+
+
+def compressor_ranks(compressor: CompressorConfig) -> dict[str, int]:
+    """Ranks of the LoRA that a compressor reads and answers with."""
+    return dict.fromkeys(compressor.targets, compressor.rank)
+
+
+def compress_macs(
+    config: DecoderConfig,
+    compressor: CompressorConfig,
+    prompt_length: int,
+    prompts: int = 1,
+    *,
+    head: bool = False,
+    **options: Any,
+) -> Macs:
+    """A soft prompt for each of P prompts of T tokens: `prefill_macs` of each segment, after the
+    soft prompt of those before it (segment s: s K vectors) and before K summary tokens.
+
+    Args:
+      head: the prompt's tokens go through the head, as in training on them.
+      options: `causal` and `lora` of `prefill_macs`.
+    """
+    total, count, k = Macs(), compressor.segments, compressor.vectors
+    for s in range(count):
+        own = prompt_length * (s + 1) // count - prompt_length * s // count
+        tokens = s * k + own + k
+        total += prefill_macs(config, tokens, prompts, logits=own if head else 0, **options)
+    return total
+
+
+def compressed_macs(
+    config: DecoderConfig, compressor: CompressorConfig, tokens: int, **options: Any
+) -> Macs:
+    """A question of T tokens after a soft prompt, read with it: `prefill_macs` of S K + T."""
+    return prefill_macs(config, compressor.length + tokens, **options)
 
 
 # --- adapters that are not merged ----------------------------------------------------------------
@@ -295,13 +350,15 @@ def train_step_macs(
     answered: int | None = None,
     remat: str = "none",
     causal: bool = False,
+    router: int | None = None,
 ) -> Macs:
     """A training step of LoRA-Gen: P prompts, and P Q rows of the edge with their prompt's LoRA.
 
     Both models are frozen, so their kernels count twice; the cloud's LoRA, the router, the pool and
-    the generated LoRA count three times. See `tuning_step_macs` for the other arguments.
+    the generated LoRA count three times. See `generator_macs` for `router`, `tuning_step_macs` for
+    the other arguments.
     """
-    reading = generator_macs(spec, prompt_length, prompts, causal=causal)
+    reading = generator_macs(spec, prompt_length, prompts, causal=causal, router=router)
     return reading.training(frozen=True, remat=remat) + tuning_step_macs(
         spec.edge,
         prompts * queries,
@@ -311,3 +368,30 @@ def train_step_macs(
         remat=remat,
         causal=causal,
     )
+
+
+def compressor_step_macs(
+    config: DecoderConfig,
+    compressor: CompressorConfig,
+    *,
+    prompts: int,
+    queries: int,
+    prompt_length: int,
+    length: int,
+    head: bool,
+    answered: int | None = None,
+    remat: str = "none",
+    causal: bool = False,
+) -> Macs:
+    """A training step of a compressor: P prompts, and P Q questions after their soft prompts.
+
+    As if no gradient were stopped between sub-steps; see `compress_macs` and `tuning_step_macs` for
+    the arguments.
+    """
+    options: dict[str, Any] = {"causal": causal, "lora": compressor_ranks(compressor)}
+    reading = compress_macs(config, compressor, prompt_length, prompts, head=head, **options)
+    rows, answered = prompts * queries, length - 1 if answered is None else answered
+    answering = compressed_macs(
+        config, compressor, length - 1, batch=rows, logits=answered, **options
+    )
+    return (reading + answering).training(frozen=True, remat=remat)

@@ -118,7 +118,8 @@ def show_sample(console: Console, preview: Preview, title: str, read: Read) -> N
     console.print(Text(printable(title), style="bold"))
     if preview.cloud is not None:
         text = preview.cloud.tokenizer.decode(read.prompt, clean_up_tokenization_spaces=False)
-        console.print(Text(f"  the cloud reads {len(read.prompt)} tokens", style="dim"))
+        reader = "edge compresses" if preview.compresses else "cloud reads"
+        console.print(Text(f"  the {reader} {len(read.prompt)} tokens", style="dim"))
         console.print(indented(Text(printable(text))))
     for before, after in read.questions[:QUESTIONS]:
         total = len(before) + len(after)

@@ -18,9 +18,9 @@ from lorax_gen.data.tokens import Batch, Encoder
 from lorax_gen.errors import UserError
 from lorax_gen.models.huggingface import load_reader
 from lorax_gen.models.model import Model
-from lorax_gen.recipes.base import RecipeConfig
+from lorax_gen.recipes.autocompressor import AutoCompressorConfig, check_room
+from lorax_gen.recipes.base import CloudConfig, PromptedConfig, RecipeConfig
 from lorax_gen.recipes.data import check_models, warn_without_texts, world_batches
-from lorax_gen.recipes.lora_gen import LoraGenConfig
 from lorax_gen.recipes.tuning import TuningConfig
 
 MOST_BATCHES = 100  # of an epoch that is surveyed
@@ -38,7 +38,8 @@ class Preview(NamedTuple):
     """The data of a run.
 
     Attributes:
-      cloud: the encoder of the model that reads prompts; None: the recipe has none.
+      cloud: the encoder of the model that reads prompts; None: the recipe has none. An edge that
+        compresses prompts itself has this place (`compresses`).
       batch: the batch of a step, as in training.
       mixed: None where the data are the embedded world.
     """
@@ -48,6 +49,7 @@ class Preview(NamedTuple):
     edge: Encoder
     batch: Callable[[int], Batch]
     mixed: Mixed | None = None
+    compresses: bool = False
 
     @property
     def batches_per_epoch(self) -> int | None:
@@ -74,29 +76,36 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
 
     Raises UserError as `recipes.data.open_data`, and where the recipe has no `data`.
     """
-    if not isinstance(config, LoraGenConfig | TuningConfig):
+    if not isinstance(config, PromptedConfig | TuningConfig):
         raise UserError(
             "method pretrain makes its documents from the embedded world and has no data; name a "
             "config of lora_gen or of a baseline"
         )
     edge = load(config.edge)
-    cloud = load(config.cloud) if isinstance(config, LoraGenConfig) else None
+    cloud = edge if isinstance(config, PromptedConfig) else None  # an edge that reads them itself
+    if isinstance(config, CloudConfig):
+        cloud = load(config.cloud)
+    if compresses := isinstance(config, AutoCompressorConfig):
+        check_room(config, edge)
     in_context = isinstance(config, TuningConfig) and config.in_context
     check_models(config.data, edge, cloud, in_context)
     data, to_edge = config.data, Encoder.of(edge)
     to_cloud = None if cloud is None else Encoder.of(cloud)
     options: dict[str, Any] = {"seed": config.run.seed, "answer_length": config.answer_length}
-    if isinstance(config, LoraGenConfig):
-        options |= {"prompts": config.prompts, "queries": config.queries_per_prompt}
+    if isinstance(config, CloudConfig):
         options |= {"full_sequence": config.loss == "sequence"}
+    if isinstance(config, PromptedConfig):
+        options |= {"prompts": config.prompts, "queries": config.queries_per_prompt}
     else:
         options |= {"prompts": config.batch_size, "queries": 1, "in_context": in_context}
     if isinstance(data, WorldConfig):
-        return Preview(data, to_cloud, to_edge, world_batches(data, to_cloud, to_edge, **options))
+        batch = world_batches(data, to_cloud, to_edge, **options)
+        return Preview(data, to_cloud, to_edge, batch, compresses=compresses)
     opened = data.open(edge.tokenizer)
     warn_without_texts(opened.guard)
     mixture = data.mixture(to_cloud, to_edge, opened=opened, **options)
-    return Preview(data, to_cloud, to_edge, mixture.batch, Mixed(data, opened, mixture))
+    mixed = Mixed(data, opened, mixture)
+    return Preview(data, to_cloud, to_edge, mixture.batch, mixed, compresses)
 
 
 def read_batch(batch: Batch) -> Iterator[Read]:

@@ -17,7 +17,15 @@ from lorax_gen.artifacts.baseline import Baseline
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation.answerers import Answerer
 from lorax_gen.models.model import Model
-from lorax_gen.recipes import lora, lora_gen, loramoe, mixlora, pretrain
+from lorax_gen.recipes import (
+    autocompressor,
+    direct,
+    lora,
+    lora_gen,
+    loramoe,
+    mixlora,
+    pretrain,
+)
 from lorax_gen.training.experiment import Experiment
 
 SHIPPED = Path(configs.__file__).parent / "configs"
@@ -37,6 +45,10 @@ RECIPES = {
     "lora": Recipe(lora.LoraConfig, lora.experiment),
     "loramoe": Recipe(loramoe.LoraMoeTraining, loramoe.experiment, loramoe.answerer),
     "mixlora": Recipe(mixlora.MixLoraTraining, mixlora.experiment, mixlora.answerer),
+    "autocompressor": Recipe(
+        autocompressor.AutoCompressorConfig, autocompressor.experiment, autocompressor.answerer
+    ),
+    "direct": Recipe(direct.DirectTraining, direct.experiment, direct.answerer),
     "pretrain": Recipe(pretrain.PretrainConfig, pretrain.experiment),
 }
 

@@ -56,9 +56,11 @@ def change(config, **fields):
         ("world", {"prompts": 8, "queries_per_prompt": 2}),
         ("world", {"prompts": 8, "queries_per_prompt": 2, "cloud_int8": True}),
         ("world-lora", {}),
+        ("world-autocompressor", {}),
+        ("world-direct", {"prompts": 8, "queries_per_prompt": 2}),
         ("world-edge", {}),
     ],
-    ids=["lora_gen", "lora_gen-int8", "lora", "pretrain"],
+    ids=["lora_gen", "lora_gen-int8", "lora", "autocompressor", "direct", "pretrain"],
 )
 def test_the_plan_has_the_shapes_of_the_run(name, fields):
     config = dataclasses.replace(load_config(name)[1], mesh=MESH, **fields)
@@ -76,7 +78,7 @@ def test_the_plan_has_the_shapes_of_the_run(name, fields):
     assert places == jax.tree.map(lambda leaf: leaf.sharding, experiment.frozen)
 
 
-@pytest.mark.parametrize("name", ["world-lora", "world-edge"])
+@pytest.mark.parametrize("name", ["world-lora", "world-autocompressor", "world-edge"])
 def test_the_step_of_every_recipe_is_compiled(name):
     config = dataclasses.replace(load_config(name)[1], mesh=MESH)
     step = plan.abstract_step(config, jax.devices())

@@ -23,7 +23,13 @@ RECIPES = {
     },
     "lora": {"rank": 2, "batch_size": 4},
     "mixlora": {"adapter": {"n_experts": 3, "rank": 2}, "batch_size": 4, "in_context": True},
+    "autocompressor": {
+        "prompts": 4, "queries_per_prompt": 1,
+        "compressor": {"vectors": 4, "segments": 3, "rank": 2},
+    },
+    "direct": {"prompts": 4, "queries_per_prompt": 1, "generator": {"units": 4, "rank": 2}},
 }  # fmt: skip
+PROMPTED = ("lora_gen", "direct")  # whose prompts the cloud reads
 RUN = {"steps": 3, "log_every": 1, "checkpoint_every": 2, "evaluate_every": 3}
 
 
@@ -41,7 +47,7 @@ def train(tiny_world_system, tmp_path, capsys):
     write_lines(data / "alpaca.jsonl", triples)
 
     def train(recipe, run=None, **changes):
-        cloud = {"cloud": str(models / "cloud")} if recipe == "lora_gen" else {}
+        cloud = {"cloud": str(models / "cloud")} if recipe in PROMPTED else {}
         values = {
             "method": recipe, **cloud, "edge": str(models / "edge"), **RECIPES[recipe],
             "data": DATA | {"directory": str(data)} | changes, "run": RUN | (run or {}),
@@ -78,8 +84,9 @@ def test_a_mixture_trains_and_what_it_trained_is_released(
     assert evaluation["accuracy/unseen"] == evaluation["accuracy/winogrande"]
     if recipe == "lora_gen":
         assert load_generator(run / "released").config.n_experts == 4
-    elif recipe == "mixlora":
-        assert load_baseline(run / "released").in_context
+    elif recipe != "lora":
+        made = load_baseline(run / "released")
+        assert (made.method, made.in_context) == (recipe, recipe == "mixlora")
     else:
         lora = load_adapter(run / "released", tiny_world_system.edge.config)
         assert {pair["a"].shape[-1] for pair in lora.values()} == {2}

@@ -49,7 +49,7 @@ def test_the_comment_on_top_is_the_command(name):
     [
         (
             "prompts: 4",
-            "method is None; expected one of lora_gen, lora, loramoe, mixlora, pretrain",
+            "method is None; expected one of lora_gen, lora, ",
         ),
         ("method: lorax", "method is 'lorax'; expected one of"),
         ("method: [lora]", "expected one of"),
