@@ -24,6 +24,7 @@ from lorax_gen.cli import (
     export,
     generate,
     lm_eval,
+    lorahub,
     plan,
     specialize,
     train,
@@ -45,6 +46,7 @@ COMMANDS = {
     "verify": verify.Verify,
     "evaluate": evaluate.Evaluate,
     "lm-eval": lm_eval.LmEval,
+    "lorahub": lorahub.LoraHub,
 }
 # Commands whose options depend on the config that is their first argument.
 PASSED_ON: dict[str, Callable[[str, list[str]], int]]
