@@ -251,8 +251,8 @@ def main(options: Options) -> None:
                     {"phase": phase, "batch": batch, "prompt": length, "floors": floors,
                      "medians": medians, "seconds": times, "same_tokens": same}
                 )  # fmt: skip
-    title = f"{options.model.name} on {device.device_kind}, ms"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    console.print(f"{options.model.name} on {device.device_kind}, ms")
+    table = Table(box=box.MARKDOWN)
     columns = ("", "batch", "prompt", "dtype", "floor", "ours", "torch", "ratio")
     for name in (*columns, "llama.cpp", "ratio"):
         table.add_column(name, justify="left" if name in ("", "dtype") else "right")
