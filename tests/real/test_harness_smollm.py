@@ -23,8 +23,7 @@ COUNT = int(os.environ.get("ITEMS", 4))
 SMOLLM = Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct"
 DIRECTORY = Path(os.environ.get("MODEL", SMOLLM))
 TASKS = ("arc_easy", "boolq", "hellaswag", "piqa")
-# Of a log-likelihood, in nats: sums of up to a hundred tokens' in float32, from -5 to -500.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-3  # of a log-likelihood, in nats: the sum of up to 150 tokens', down to -500
 
 if "MODEL" not in os.environ and not SMOLLM.is_dir():
     pytest.skip("SmolLM2 is not there; fetch it: make smollm", allow_module_level=True)
@@ -40,7 +39,9 @@ def files(shared_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(files):
-    return torch_harness(DIRECTORY, files, batch_size=4)
+    # torch's log_softmax over 49,152 words in float32 is off by 8e-6 a token, all in one direction:
+    # 1.2e-3 on a choice of 149 tokens, where ours is 7e-6 from a model in float64.
+    return torch_harness(DIRECTORY, files, batch_size=4, softmax_dtype="float64")
 
 
 @pytest.fixture(scope="module")
