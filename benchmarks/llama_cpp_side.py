@@ -31,6 +31,7 @@ class Server:
     def __init__(self, path: str, cache: str, threads: int):
         options = api.llama_model_default_params()
         options.n_gpu_layers = 0
+        options.use_extra_bufts = False  # its AMX kernels end the process at Q4_1 (0.3.36)
         self.model = api.llama_model_load_from_file(path.encode(), options)
         self.words = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
         self.cache, self.threads, self.contexts = CACHE[cache], threads, {}

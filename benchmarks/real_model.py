@@ -116,7 +116,10 @@ def llama_cpp_side(python: Path, file: Path, cache: str, options: Options, stack
         asked = {"tokens": tokens.tolist(), "new": options.new_tokens}
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
-        found = json.loads(process.stdout.readline())
+        answer = process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"llama.cpp ended at {file.name}, {tokens.shape} tokens")
+        found = json.loads(answer)
         return found["prefill"], found["decode"], np.array(found["tokens"])
 
     return run
