@@ -25,6 +25,7 @@ from lorax_gen.cli import (
     generate,
     lm_eval,
     plan,
+    report,
     specialize,
     train,
     verify,
@@ -44,6 +45,7 @@ COMMANDS = {
     "convert": convert.Convert,
     "verify": verify.Verify,
     "evaluate": evaluate.Evaluate,
+    "report": report.Report,
     "lm-eval": lm_eval.LmEval,
 }
 # Commands whose options depend on the config that is their first argument.

@@ -6,4 +6,5 @@ pretrain   a language model of the embedded world
 base       what all recipes share
 data       training batches and evaluations of a recipe
 registry   recipes by name, and their config files
+report     the page of runs and evaluations; gates: what a run's generator gives to its prompts
 """
