@@ -1,4 +1,4 @@
-"""What eq. 8 sums, of which the paper gives the figure and the equation: A and B each, or products A B.
+"""What eq. 8 sums: A and B each, as Figure 3 draws it, or products A B.
 
     python experiments/composition.py
 
