@@ -13,7 +13,7 @@ from lorax_gen.artifacts.generator import Generator, load_generator
 from lorax_gen.artifacts.peft import load_adapter
 from lorax_gen.data.config import WorldConfig
 from lorax_gen.errors import UserError
-from lorax_gen.evaluation import pictures
+from lorax_gen.evaluation import gate_pictures, pictures
 from lorax_gen.evaluation.answerers import System
 from lorax_gen.evaluation.report import save_report
 from lorax_gen.evaluation.tables import print_report, progress
@@ -89,4 +89,4 @@ def draw_gates(
     cards = specialize(prompts, cloud, edge, generator)
     gates = np.stack([card.dense_gates(generator.config.n_experts) for card in cards])
     names, families = [task.name for task in chosen], [task.family for task in chosen]
-    pictures.draw_gates(gates, names, families, path)
+    gate_pictures.draw_gates(gates, names, families, path)

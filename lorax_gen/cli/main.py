@@ -26,6 +26,7 @@ from lorax_gen.cli import (
     lm_eval,
     lorahub,
     plan,
+    report,
     specialize,
     train,
     verify,
@@ -45,6 +46,7 @@ COMMANDS = {
     "convert": convert.Convert,
     "verify": verify.Verify,
     "evaluate": evaluate.Evaluate,
+    "report": report.Report,
     "lm-eval": lm_eval.LmEval,
     "lorahub": lorahub.LoraHub,
 }

@@ -10,7 +10,8 @@ rows            one answerer on rows of own tasks, and what answers without a mo
 suite           several answerers on several benchmarks and files of rows
 report          the report: answerers by tasks, and the cost of a question
 tables          reports on the terminal
-pictures        figures of reports, gates and training runs
+pictures        figures of reports and training runs; gate_pictures: of gates; style: what all share
+page            reports as one HTML page; paper: the numbers of the paper that stand beside them
 metrics         accuracies, standard errors, means
 latency         seconds and bytes of one question at a time
 progress        a bar for each part of an evaluation

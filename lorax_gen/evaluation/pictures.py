@@ -1,9 +1,4 @@
-"""Figures of a report, of the gates and of a training run, as PNG files.
-
-They are drawn from plain values, without pyplot's global state. Backgrounds are light and opaque,
-so that a figure looks the same on a light and on a dark page. Colours are those of Okabe and Ito
-(jfly.uni-koeln.de/color), which colour-blind readers can distinguish.
-"""
+"""Figures of a report and of a training run, as PNG files; see `evaluation.style`."""
 
 from __future__ import annotations
 
@@ -12,16 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-from lorax_gen.files import AnyPath, replaced_file
-
-INK, FAINT, RULE = "#1f2328", "#59636e", "#d8dee4"
-VERMILION = "#d55e00"
+from lorax_gen.evaluation.style import (
+    COLORS,
+    FAINT,
+    INK,
+    LEGEND,
+    RULE,
+    VERMILION,
+    new_figure,
+    percent_axis,
+    style_axes,
+    write_png,
+)
+from lorax_gen.files import AnyPath
 
 CONTROL: dict[str, Any] = {"facecolor": "#fbe3d3", "edgecolor": VERMILION, "hatch": "/////"}
 # The style of each answerer's bars; all others are drawn as controls.
@@ -32,27 +34,17 @@ LOOKS: dict[str, dict[str, Any]] = {
     "cloud_icl": {"color": "#0072b2"},
     "lora_gen": {"color": VERMILION},
 }
-FAMILY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LONGEST_NAMED = 40  # names of more tasks than this would be too small to read
-PANELS_PER_ROW = 6
 
 
 def draw_accuracy(report: dict[str, Any], path: AnyPath) -> None:
     """Bars of each answerer's accuracy per family and on average, from `world.evaluate_world`."""
-    _write(_figure_accuracy(report), path)
+    write_png(_figure_accuracy(report), path)
 
 
-def draw_gates(
-    gates: np.ndarray, names: Sequence[str], groups: Sequence[str], path: AnyPath
-) -> None:
-    """Heat maps of tasks x experts, one per edge layer, with the tasks of a family together.
-
-    Args:
-      gates: `[tasks, L, N]`, each in 0..1.
-      names: the tasks' names; drawn where there are at most `LONGEST_NAMED`.
-      groups: the family of each task.
-    """
-    _write(_figure_gates(gates, names, groups), path)
+def draw_tradeoff(report: dict[str, Any], path: AnyPath) -> None:
+    """Each answerer's average score against the latency of a question, as in Figure 1 of the paper;
+    of a report whose rows have both."""
+    write_png(_figure_tradeoff(report), path)
 
 
 def draw_training(rows: Sequence[dict[str, Any]], path: AnyPath) -> None:
@@ -60,7 +52,7 @@ def draw_training(rows: Sequence[dict[str, Any]], path: AnyPath) -> None:
 
     A row is skipped where it lacks the value drawn, and so is a curve that no row has.
     """
-    _write(_figure_training(rows), path)
+    write_png(_figure_training(rows), path)
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -75,9 +67,9 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
     centres = np.arange(groups) + 0.2 * (np.arange(groups) == len(families))
     width = 0.84 / len(report["rows"])
 
-    figure = _figure(2.1 * groups + 0.8, 5.6)
+    figure = new_figure(2.1 * groups + 0.8, 5.6)
     split = report["settings"]["split"]
-    axes = _axes(figure.subplots(), f"Accuracy on {split} tasks, by family")
+    axes = style_axes(figure.subplots(), f"Accuracy on {split} tasks, by family")
     for i, (name, row) in enumerate(report["rows"].items()):
         who = row["label"].replace("  ", "LoRA-Gen, ")  # controls are indented under it in tables
         label = f"{who} ({round(row['context_tokens'], 1):g})"
@@ -100,67 +92,50 @@ def _figure_accuracy(report: dict[str, Any]) -> Figure:
     axes.set_xticks(centres, [*ticks, "mean\nof the families"])
     axes.tick_params("x", length=0)
     axes.set_xlim(centres[0] - 0.55, centres[-1] + 0.55)
-    _percent(axes)
+    percent_axis(axes)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(handles)), key=lambda i: labels[i].startswith("chance"))
     legend = figure.legend(
         [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center",
-        ncols=3, title="Who answers (context tokens per question)", **_LEGEND,
+        ncols=3, title="Who answers (context tokens per question)", **LEGEND,
     )  # fmt: skip
     legend.get_title().set(fontsize=10, fontweight="bold", color=INK)
     return figure
 
 
-def _figure_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]) -> Figure:
-    tasks, layers, experts = gates.shape
-    families = list(dict.fromkeys(groups))
-    order = sorted(range(tasks), key=lambda i: families.index(groups[i]))
-    sizes = [sum(group == family for group in groups) for family in families]
-    ends = np.cumsum(sizes)
-    middles = ends - np.asarray(sizes) / 2 - 0.5
-    named = tasks <= LONGEST_NAMED
-    columns = min(layers, PANELS_PER_ROW)
-    lines = -(-layers // columns)
-
-    height = max(2.6, tasks * (0.19 if named else 0.05))
-    width = columns * max(1.6, 0.09 * experts) + (3.4 if named else 1.8)
-    figure = _figure(max(width, 7.5), lines * (height + 0.6) + 0.8)
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    for layer, axes in itertools.zip_longest(range(layers), grid.flat):
-        if layer is None:
-            axes.set_visible(False)
-            continue
-        image = axes.imshow(
-            gates[order, layer], cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none"
-        )
-        axes.hlines(ends[:-1] - 0.5, -0.5, experts - 0.5, colors=INK, linewidth=1)
-        axes.set_title(f"layer {layer}", fontsize=11, color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.tick_params(labelsize=10, colors=INK, length=0)
-        axes.tick_params("x", labelbottom=True)  # where no panel stands below, too
-        axes.spines[:].set_color(FAINT)
-        if named:
-            axes.set_yticks(range(tasks), [names[i] for i in order], fontsize=8)
-        else:
-            axes.set_yticks(middles, families, fontsize=11)
-        if named and layer % columns == columns - 1:
-            right = axes.secondary_yaxis("right")
-            right.set_yticks(middles, families, fontsize=11, color=INK)
-            right.tick_params(length=0)
-    bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.01, aspect=30)
-    bar.set_label("gate: weight of the expert", fontsize=11, color=INK)
-    bar.ax.tick_params(labelsize=10, colors=INK)
-    bar.outline.set_edgecolor(FAINT)
-    figure.supxlabel("expert", fontsize=11, color=INK)
-    figure.suptitle("The experts that each task's prompt chooses, by edge layer", **_TITLE)
+def _figure_tradeoff(report: dict[str, Any]) -> Figure:
+    rows = {
+        name: row
+        for name, row in report["rows"].items()
+        if "latency_ms" in row and row.get("average") is not None
+    }
+    figure = new_figure(8.5, 5.6)
+    axes = style_axes(figure.subplots(), "Score against latency")
+    axes.grid(axis="x", color=RULE, linewidth=0.8)
+    others = itertools.product("^sDvPX", COLORS)  # for those without a look of their own
+    for name, row in rows.items():
+        marker, color = ("o", LOOKS[name]["color"]) if name in LOOKS else next(others)
+        axes.scatter(
+            row["latency_ms"]["median"], row["average"], s=130 if name == "lora_gen" else 60,
+            color=color, marker=marker, edgecolor=INK, linewidth=0.6, zorder=3, clip_on=False,
+            label=f"{row['label'].strip()} ({row['context_tokens']:.0f} tokens)",
+        )  # fmt: skip
+    percent_axis(axes)
+    axes.set_xlim(0, 1.1 * max((row["latency_ms"]["median"] for row in rows.values()), default=1))
+    axes.set_xlabel("median latency of a question's first token, ms", fontsize=11, color=INK)
+    axes.set_ylabel("mean score", fontsize=11, color=INK)
+    legend = figure.legend(
+        loc="outside lower center", ncols=2, title="Who answers (context tokens)", **LEGEND
+    )
+    legend.get_title().set(fontsize=10, fontweight="bold", color=INK)
     return figure
 
 
 def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
-    figure = _figure(12, 4.8)
+    figure = new_figure(12, 4.8)
     left, right = figure.subplots(1, 2)
 
-    _axes(left, "Training loss")
+    style_axes(left, "Training loss")
     steps, rates = _series(rows, "learning_rate")
     if steps:
         shade = left.twinx()  # drawn below the losses; its scale is in the label
@@ -175,7 +150,7 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
     has_lm = any("loss_lm" in row for row in rows)
     for key, label, color in (
         ("loss_lm" if has_lm else "loss", "$L_{LM}$, answer tokens" if has_lm else "loss", INK),
-        ("loss_cv", "$L_{cv}$, balance of the experts", FAMILY_COLORS[4]),
+        ("loss_cv", "$L_{cv}$, balance of the experts", COLORS[4]),
     ):
         steps, values = _series(rows, key)
         if any(value > 0 for value in values):  # a log axis cannot show a loss of 0
@@ -183,16 +158,16 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
             left.set_yscale("log")
     left.set_ylabel("loss", fontsize=11, color=INK)
     handles = [axes.get_legend_handles_labels()[0] for axes in figure.axes]
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), **_LEGEND}
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), **LEGEND}
     if any(handles):
         left.legend(handles=list(itertools.chain(*handles)), ncols=2, **below)
 
-    _axes(right, "Accuracy on seen and unseen tasks")
+    style_axes(right, "Accuracy on seen and unseen tasks")
     prefix = "accuracy/unseen/"
     families = dict.fromkeys(
         key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix)
     )
-    looks = {f"/{f}": (f, c, 1.4) for f, c in zip(families, itertools.cycle(FAMILY_COLORS))}
+    looks = {f"/{f}": (f, c, 1.4) for f, c in zip(families, itertools.cycle(COLORS))}
     looks[""] = ("mean", INK, 2.2)
     splits: dict[str, Any] = {"unseen": "-", "seen": (0, (4, 2))}
     lines = [
@@ -211,7 +186,7 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
     else:
         note = {"ha": "center", "fontsize": 11, "color": FAINT}
         right.text(0.5, 0.5, "no evaluation yet", transform=right.transAxes, **note)
-    _percent(right)
+    percent_axis(right)
     last = max((row["step"] for row in rows), default=1)
     for axes in (left, right):
         axes.set_xlim(0, last)
@@ -220,41 +195,7 @@ def _figure_training(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-# --- shared style -------------------------------------------------------------------------------
-
-_TITLE: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "color": INK}
-_LEGEND: dict[str, Any] = {"fontsize": 10, "frameon": False, "labelcolor": INK}
-
-
-def _figure(width: float, height: float) -> Figure:
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches, at the edges too
-    return Figure(figsize=(width, height), facecolor="white", layout=layout)
-
-
-def _axes(axes: Axes, title: str) -> Axes:
-    axes.set_title(title, loc="left", pad=12, **_TITLE)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(labelsize=11, colors=INK)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return axes
-
-
-def _percent(axes: Axes) -> None:
-    """An axis of shares, with room above 100 % for the label of a full bar."""
-    axes.set_ylim(0, 1.06)
-    axes.set_yticks(np.linspace(0, 1, 6))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
 def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of the rows that have the key."""
     have = [row for row in rows if key in row]
     return [row["step"] for row in have], [row[key] for row in have]
-
-
-def _write(figure: Figure, path: AnyPath) -> None:
-    """Writes a complete PNG or none."""
-    with replaced_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)

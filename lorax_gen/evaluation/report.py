@@ -2,7 +2,7 @@
 
     {
       "format": "lorax-gen report 1",
-      "kind": "benchmarks", "gpt4tools" or "world",
+      "kind": "benchmarks", "gpt4tools", "world" or "experiment",
       "edge", "cloud": names of the models, "device", "versions",
       "settings": what the numbers depend on besides the models: shots, limit, split, seed ...
       "columns": {task: {"title", "n", and where known "chance", "tasks"}}; a file of rows has a
@@ -17,6 +17,10 @@
           "memory_measured",
           and further counts of the kind}},
     }
+
+An experiment has variants for answerers, a cell's "n" is the number of seeds, its "stderr" is over
+seeds, and it has "title" and, of trained variants, "training": {"parameters", "flops", "steps",
+"seconds"}; "paper" names the table of the paper that it stands beside.
 
 Scores are shares, but for a loss. A column's standard error is that of its items: sample
 deviation / sqrt(n).

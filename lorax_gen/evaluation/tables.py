@@ -46,32 +46,51 @@ LOOKS = {
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Answerers by tasks, a table for each file of rows, then the cost of a question for each
-    answerer, and what was truncated."""
+    """Its tables, and below them its notes."""
     console = console or Console(highlight=False)
-    columns, rows = report["columns"], report["rows"]
-    files = dict.fromkeys(column["file"] for column in columns.values() if "file" in column)
+    *scores, cost = tables_of(report)
+    for table in scores:
+        console.print(table, "", sep="\n")
+    console.print(cost)
+    for note in notes_of(report):
+        console.print(note, markup=False)
+
+
+def tables_of(report: Report) -> list[Table]:
+    """Answerers by tasks, a table for each file of rows, and last the cost of a question."""
+    columns = report["columns"]
     benchmarks = {name: column for name, column in columns.items() if "file" not in column}
-    if benchmarks:
-        console.print(score_table(report, benchmarks), "", sep="\n")
+    if report["kind"] == "experiment":
+        return [experiment_table(report), experiment_cost_table(report)]
+    tables = [score_table(report, benchmarks)] if benchmarks else []
     normalised = {
         name: own
         for name, own in benchmarks.items()
         if (name in BENCHMARKS and BENCHMARKS[name].per_character) or own.get("per_character")
     }
-    if normalised:
-        console.print(norm_table(report, normalised), "", sep="\n")
-    for file in files:
+    tables += [norm_table(report, normalised)] if normalised else []
+    for file in files_of(report):
         own = {name: column for name, column in columns.items() if column.get("file") == file}
-        console.print(file_table(report, file, own), "", sep="\n")
-    console.print(cost_table(report))
+        tables.append(file_table(report, file, own))
+    return [*tables, cost_table(report)]
+
+
+def files_of(report: Report) -> list[str]:
+    """The files of rows among its columns."""
+    columns = report["columns"].values()
+    return list(dict.fromkeys(column["file"] for column in columns if "file" in column))
+
+
+def notes_of(report: Report) -> list[str]:
+    """The frame, compression, and what was truncated or left out, a sentence each."""
+    columns, rows, notes = report["columns"], report["rows"], []
     if "frame" in report["settings"]:
         frame = Frame(**report["settings"]["frame"])
         which = "inputs" if frame.benchmarks else "inputs of rows"
-        console.print(f"{which} are read in the frame {frame.template!r}", markup=False)
+        notes.append(f"{which} are read in the frame {frame.template!r}")
     for row in rows.values():
         if "compression" in row:
-            console.print(
+            notes.append(
                 f"{row['label'].strip()}: {row['compression']:.1f} x fewer tokens; "
                 f"the edge sees {row['edge_sees']}"
             )
@@ -82,15 +101,16 @@ def print_report(report: Report, console: Console | None = None) -> None:
             (row.get("cut_prompts", sum(c.get("prompts_truncated", 0) for c in cells)), "prompts"),
         ):
             if count:
-                console.print(
+                notes.append(
                     f"{name}: {count} {what} too long for the model were truncated on the left"
                 )
-    for file in files:
+    for file in files_of(report):
         left_out = next(c["left_out"] for c in columns.values() if c.get("file") == file)
         if left_out:
-            console.print(
+            notes.append(
                 f"{file}: {left_out} rows without an instruction or an output were left out"
             )
+    return notes + list(report["settings"].get("notes", ()))
 
 
 def score_table(report: Report, columns: Columns) -> Table:
@@ -175,6 +195,50 @@ def cost_table(report: Report) -> Table:
             f"{row['context_tokens']:.1f}",
             *(own if timed else ()),
             *(f"{row[name] / 1e9:.3g}" for name in ("flops", "cloud_flops")),
+        )
+    return table
+
+
+def experiment_table(report: Report) -> Table:
+    """Variants by columns, means over seeds with their standard errors."""
+    columns, seeds = report["columns"], report["settings"]["seeds"]
+    many = f"mean and standard error of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    table = make_table(f"{report['title']} ({many})", [own["title"] for own in columns.values()])
+    for name, row in report["rows"].items():
+        cells = (row["cells"].get(column) for column in columns)
+        table.add_row(row["label"], *map(mean_and_error, cells), style=STYLES.get(name, ""))
+    return table
+
+
+def mean_and_error(cell: Cell | None) -> str:
+    """Shares, as `0.903 ± 0.012`; without an error where there is a single seed."""
+    if cell is None:
+        return "-"
+    error = f" ± {cell['stderr']:.3f}" if cell["n"] > 1 else ""
+    return f"{cell['score']:.3f}{error}"
+
+
+def experiment_cost_table(report: Report) -> Table:
+    """What a question costs each variant, and what its training did."""
+    heads = ["tokens", "ms", "GFLOPs", "trained", "train PFLOPs", "steps", "minutes"]
+    table = make_table(f"cost on {report['device']}", heads)
+    for row in report["rows"].values():
+        training = row.get("training", {})
+        table.add_row(
+            row["label"],
+            f"{row['context_tokens']:.1f}",
+            f"{row['latency_ms']['median']:.2f}" if "latency_ms" in row else "-",
+            f"{row['flops'] / 1e9:.3g}",
+            *(
+                (
+                    f"{training['parameters']:,}",
+                    f"{training['flops'] / 1e15:.3g}",
+                    f"{training['steps']:,}",
+                    f"{training['seconds'] / 60:.1f}",
+                )
+                if training
+                else ("-",) * 4
+            ),
         )
     return table
 

@@ -9,4 +9,5 @@ base       what all recipes share
 tuning     what lora, loramoe and mixlora share
 data       training batches and evaluations of a recipe
 registry   recipes by name, and their config files
+report     the page of runs and evaluations; gates: what a run's generator gives to its prompts
 """

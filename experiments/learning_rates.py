@@ -1,0 +1,24 @@
+"""Three learning rates for every baseline, one seed each: the best ones are those of Table 2.
+
+python experiments/learning_rates.py --seeds 0
+"""
+
+from common import Variant, run_experiment
+from table_2 import VARIANTS
+
+RATES = (1e-3, 3e-3, 1e-2)
+
+
+def at(variant: Variant, rate: float) -> Variant:
+    changes = {**variant.changes, "optimizer.learning_rate": rate}
+    return Variant(
+        f"{variant.name}-{rate:g}", f"{variant.label}, {rate:g}", variant.method, changes,
+        variant.steps,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    trained = [each for each in VARIANTS if each.method and each.mode is None]
+    run_experiment(
+        "learning_rates", "Learning rates", [at(each, rate) for each in trained for rate in RATES]
+    )
