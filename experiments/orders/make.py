@@ -222,9 +222,7 @@ def rows_of(
     answers = sorted({order.answer(label) for label in texts[order.source]})
     for n, answer in enumerate(answers):
         labels = [label for label in texts[order.source] if order.answer(label) == answer]
-        pools = [
-            shuffled(texts[order.source][label], seed, order.name, label) for label in labels
-        ]
+        pools = [shuffled(texts[order.source][label], seed, order.name, label) for label in labels]
         ring = [text for row in itertools.zip_longest(*pools) for text in row if text]
         own = count // len(answers)
         if len(ring) < own:
@@ -267,7 +265,9 @@ def parse(name: str) -> Order:
     """The order of a name. Raises UserError where there is none."""
     attribute, _, words = name.partition(": ")
     order = Order(attribute, tuple(words.split(", ")))
-    if attribute not in (*ATTRIBUTES, TOPIC) or len(order.words) != (4 if attribute == TOPIC else 2):
+    if attribute not in (*ATTRIBUTES, TOPIC) or len(order.words) != (
+        4 if attribute == TOPIC else 2
+    ):
         raise UserError(
             f"no order {name!r}; expected ATTRIBUTE: WORD, WORD with one of {', '.join(ATTRIBUTES)}"
             f" or {TOPIC}, which has four words"
@@ -304,9 +304,7 @@ def make(options: Options) -> dict[str, list[dict]]:
         TRAIN: [
             row
             for order in split.train
-            for row in rows_of(
-                order, train, options.rows, order.wordings()[trained], options.seed
-            )
+            for row in rows_of(order, train, options.rows, order.wordings()[trained], options.seed)
         ],
         "texts.jsonl": held(mixed[:most], trained),
         "wordings.jsonl": held(mixed[:most], kept),
