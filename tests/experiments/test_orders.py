@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lorax_gen.cli.main import run
 from lorax_gen.data.own_tasks import load_row_tasks
 from lorax_gen.errors import UserError
+from lorax_gen.models.huggingface import load_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "orders"
 HELD = ("orders", "words", "attribute")
@@ -240,3 +242,18 @@ def test_scores_are_means_over_orders_and_margins_their_differences(made, script
     assert found["own - other"]["score"] == pytest.approx(np.mean(margins))
     assert found["own - other"]["stderr"] == pytest.approx(np.std(margins, ddof=1) / 3**0.5)
     assert found["own"]["orders"] == 3
+
+
+def test_the_latest_checkpoint_of_a_run_is_the_generator_that_it_releases(scripts, tmp_path):
+    _, evaluate, _ = scripts
+    command = ["train", "own-tasks", "--run.steps", "2", "--run-dir", str(tmp_path / "run")]
+    assert run([*command, "--run.evaluate-every", "2", "--data.evaluate-questions", "2"]) == 0
+    cloud, edge = load_model("world/cloud"), load_model("world/edge")
+    found = evaluate.open_generator(tmp_path / "run", cloud, edge)
+    released = evaluate.open_generator(tmp_path / "run" / "released", cloud, edge)
+    assert found.fingerprint == released.fingerprint
+    assert found.frame == released.frame
+    (tmp_path / "none" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "none" / "config.yaml").write_text((tmp_path / "run" / "config.yaml").read_text())
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        evaluate.open_generator(tmp_path / "none", cloud, edge)
