@@ -93,6 +93,7 @@ def load_row_tasks(
         rows, file = read_rows(to_path(path)), to_path(path).name.partition(".")[0]
     wordings: dict[str, dict[str, None]] = {}
     items: dict[str, dict[Item, None]] = {}
+    kinds: dict[str, tuple[bool, str]] = {}  # of named tasks: with choices or without, where first
     empty = 0
     for location, row in rows:
         parsed = parse_row(location, row, lambda row: parse_item(row, named, file))
@@ -100,6 +101,13 @@ def load_row_tasks(
             empty += 1
             continue
         task, instructions, item = parsed
+        if row.get(named["task"]) is not None:
+            chosen, first = kinds.setdefault(task, (bool(item.choices), location))
+            if chosen != bool(item.choices):
+                raise UserError(
+                    f"{location}: task {task!r} has rows with {named['choices']} and rows without "
+                    f"(as {first.rpartition('/')[2]}); name them as two tasks"
+                )
         wordings.setdefault(task, {}).update(dict.fromkeys(instructions))
         items.setdefault(task, {})[item] = None  # a row given twice is one
     if not items:
@@ -142,11 +150,15 @@ def parse_item(
             f"no column {', '.join(wanted[:-1])} or {wanted[-1]}; it has {', '.join(row) or 'none'}"
         )
     wordings = texts_of(given, "instruction", named) if "instruction" in given else ()
+    if isinstance(given.get("instruction"), list) and not all(map(str.strip, given["instruction"])):
+        raise UserError(f"{named['instruction']} has an empty text; remove it from the list")
     text = text_of_field(given, "input", named) if "input" in given else ""
     choices, outputs = answers_of(given, named)
+    task = name_of(given, "task", "") if "task" in given else ""
+    if task and "instruction" in given and not wordings:
+        raise UserError(f"{named['instruction']} is empty: the task would have no prompt")
     if ("instruction" in given and not wordings) or not outputs:
         return None
-    task = name_of(given, "task", "") if "task" in given else ""
     if task and not text:
         raise UserError(f"{named['input']} is empty: the edge model would have nothing to read")
     if not text or (not task and not is_input(text)):  # the instruction is itself what is asked

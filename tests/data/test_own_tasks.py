@@ -194,6 +194,8 @@ def test_a_thousand_instances_of_natural_instructions_are_a_thousand_samples(tmp
         (COLOR | {"task": ["a"]}, "task should be a string or a number"),
         (COLOR | {"task": "a", "input": ""}, "input is empty: the edge model would have nothing"),
         (COLOR | {"instruction": ["a", "b"], "input": ""}, "input is empty; give an input, or one"),
+        (COLOR | {"instruction": ["a", " "]}, "instruction has an empty text; remove it"),
+        (COLOR | {"task": "color", "instruction": " "}, "instruction is empty: the task would"),
         (COLOR | {"prompt": "x"}, "prompt and input are both there; keep one"),
         (COLOR | {"messages": []}, "messages and input are both there; keep one"),
         ({"prompt": "x"}, "no column 'completion'"),
@@ -257,6 +259,17 @@ def test_a_malformed_row_is_refused_with_file_line_and_column(tmp_path, row, mes
         with pytest.raises(UserError) as error:
             load_row_tasks(path)
         assert f"mine.{file}, {location} 2: {message}" in str(error.value)
+
+
+def test_a_named_task_has_choices_in_all_of_its_rows_or_in_none(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    free = COLOR | {"task": "color"}
+    chosen = free | {"input": "sky", "output": "blue", "choices": ["red", "blue"], "answer": 1}
+    WRITERS["jsonl"](path, [free, chosen])
+    with pytest.raises(UserError, match=r"line 2: task 'color' has rows with choices and rows"):
+        load_row_tasks(path)
+    WRITERS["jsonl"](path, [free, chosen | {"task": "another"}])
+    assert [task.name for task in load_row_tasks(path)[0]] == ["another", "color"]
 
 
 @pytest.mark.parametrize("line", ["{", '{"a": 1} {}', '["instruction"]', "3", '{"input": NaN}'])
