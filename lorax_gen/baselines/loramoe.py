@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lorax_gen.config import Positive, Size, check
 from lorax_gen.method.lora import init_factors
-from lorax_gen.models.adapter import Adapter, Apply, Mlp, drop
+from lorax_gen.models.adapter import Adapter, Apply, Mlp, Tree, drop
 from lorax_gen.models.config import MLP_KERNELS, DecoderConfig, kernel_shapes
 
 Array = jax.Array
@@ -81,7 +81,9 @@ class LoraMoe(Apply):
 
     dropout: float = 0.0
 
-    def feed_forward(self, x, mlp: Mlp, shared, rows, key):
+    def feed_forward(
+        self, x: Array, mlp: Mlp, shared: Tree, rows: Tree, key: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
         sums = {}
 
         def delta(name: str, h: Array) -> Array:

@@ -26,7 +26,7 @@ from lorax_gen.baselines.loramoe import in_layers, token_gates
 from lorax_gen.config import Positive, Size, check
 from lorax_gen.errors import UserError
 from lorax_gen.method.lora import init_factors, init_lora, scaled
-from lorax_gen.models.adapter import Adapter, Apply, LowRank, Mlp, drop
+from lorax_gen.models.adapter import Adapter, Apply, LowRank, Mlp, Tree, drop
 from lorax_gen.models.config import MLP_KERNELS, DecoderConfig, kernel_shapes
 
 Array = jax.Array
@@ -99,7 +99,9 @@ class MixLora(Apply):
     def kernel(self, name, x, shared, rows, key):
         return LowRank(self.dropout).kernel(name, x, shared["attention"], {}, key)
 
-    def feed_forward(self, x, mlp: Mlp, shared, rows, key):
+    def feed_forward(
+        self, x: Array, mlp: Mlp, shared: Tree, rows: Tree, key: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
         probabilities = token_gates(x, shared["router"])  # [B, T, N]
         chosen = largest(probabilities, self.top_k)  # [B, T, K, N]
         kept = jnp.where(chosen, probabilities[..., None, :], 0.0).sum(-1)

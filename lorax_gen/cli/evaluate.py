@@ -281,8 +281,8 @@ def load_system(
     baselines = [load_baseline(path) for path in command.baselines]
     frames += [baseline.frame for baseline in baselines]
     reads = "cloud" in needed or any(baseline.cloud is not None for baseline in baselines)
-    name = models["cloud"] if reads else None
-    cloud = None if name is None else load(name, in_int8=command.cloud_int8)
+    named = models["cloud"] if reads else None
+    cloud = None if named is None else load(named, in_int8=command.cloud_int8)
     return System(
         edge,
         cloud,

@@ -198,7 +198,7 @@ def splash(
 
     time, heads = q.shape[1:3]
     padded, shards = time + -time % BLOCK, 1 if mesh is None else mesh.shape["tensor"]
-    seen = tpu.CausalMask((padded, padded))
+    seen: Any = tpu.CausalMask((padded, padded))
     if window is not None:  # others to the left, to the right
         seen = tpu.LocalMask((padded, padded), (window - 1, 0), offset=0)
     masks = tpu.MultiHeadMask([seen] * (heads // shards))

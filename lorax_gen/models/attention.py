@@ -38,7 +38,7 @@ def attend(
     if mask is None and (window is not None or softcap is not None):
         positions = jnp.arange(q.shape[1])[None]
         mask = visible(positions, positions, window)
-    if softcap is None:
+    if mask is None or softcap is None:
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, mask=mask, is_causal=mask is None, implementation="xla"
         )
