@@ -211,7 +211,7 @@ def add_rows(table: Table, row: dict) -> None:
 
 
 def main(options: Options) -> None:
-    console, device = Console(), jax.devices()[0]
+    console, device = Console(width=110), jax.devices()[0]  # a table to be copied
     if options.new_tokens % CHUNK:
         raise SystemExit(f"new tokens are a multiple of {CHUNK}, the tokens of a chunk")
     torch.set_num_threads(options.threads)
