@@ -97,4 +97,10 @@ def ng_opt(score: Score, count: int, budget: int, seed: int) -> np.ndarray:
     space = nevergrad.p.Array(init=np.zeros(count), lower=-bounds, upper=bounds)
     space.random_state.seed(seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
-    return np.asarray(optimizer.minimize(score).value)
+    try:
+        return np.asarray(optimizer.minimize(score).value)
+    except TypeError as error:  # of the quadratic models of nevergrad 1.0.12, with numpy 2.4
+        raise UserError(
+            f"nevergrad's choice for {count} LoRAs and {budget} evaluations, {optimizer.name}, "
+            f"does not run with the numpy that is installed ({error}); choose {BUDGET} evaluations"
+        ) from error
