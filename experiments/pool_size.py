@@ -1,8 +1,6 @@
 """n: how many experts the pool has, beyond the three of Table 5.
 
-    python experiments/pool_size.py
-
-README.md has what was measured.
+python experiments/pool_size.py
 """
 
 from common import Variant, run_experiment

@@ -1,8 +1,6 @@
 """What the edge layers share: nothing, the pool, the router, the meta token, all of it.
 
-    python experiments/sharing.py
-
-README.md has what was measured.
+python experiments/sharing.py
 """
 
 from common import Variant, run_experiment

@@ -2,7 +2,7 @@
 
     python experiments/table_5.py
 
-In the world with K = 4, so that all of 4 experts are kept. README.md has what was measured.
+In the world with K = 4, so that all of 4 experts are kept.
 """
 
 from common import Variant, run_experiment

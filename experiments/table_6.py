@@ -2,7 +2,7 @@
 
     python experiments/table_6.py
 
-Beside the paper's three, none at all. README.md has what was measured.
+Beside the paper's three, none at all.
 """
 
 from common import Variant, run_experiment

@@ -3,7 +3,7 @@
     python experiments/table_7.py
 
 In the world a prompt has a description, and in training up to so many examples after it; unseen
-tasks are told by the description alone. README.md has what was measured.
+tasks are told by the description alone.
 """
 
 from common import Variant, run_experiment

@@ -1,8 +1,6 @@
 """Table 8 of the paper: how logits become gates, KeepTOP-K (eq. 6-7) or Gumbel (eq. 4-5).
 
-    python experiments/table_8.py
-
-README.md has what was measured.
+python experiments/table_8.py
 """
 
 from common import Variant, run_experiment

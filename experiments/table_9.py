@@ -1,8 +1,6 @@
 """Table 9 of the paper: meta tokens and a pool, or LoRA factors directly from the meta states.
 
-    python experiments/table_9.py
-
-README.md has what was measured.
+python experiments/table_9.py
 """
 
 from common import Variant, run_experiment

@@ -38,7 +38,7 @@ class Evaluate:
     Modes: plain (the edge reads only the question), icl (the prompt before it: solved shots, or the
     full instruction), lora_gen (only the question, with the LoRA generated from the prompt) and its
     controls shuffled (another task's prompt), empty and random; cloud_icl (icl by the cloud model);
-    with --card, card; with --lora, lora. Each --baseline adds a mode called as its method.
+    with --card, card; with --lora, lora; each --baseline is a mode called as its method.
 
     Examples:
       lorax-gen evaluate
@@ -51,7 +51,7 @@ class Evaluate:
     )
     modes: tuple[str, ...] = ()
     """Modes to evaluate; default plain and icl, lora_gen with --generator or the shipped models,
-    and card and lora where they are given; for world also cloud_icl and shuffled."""
+    and card, lora and baselines where they are given; for world also cloud_icl and shuffled."""
     cloud: str | None = None
     """Cloud model: a directory or a hub name; default the one that the generator names."""
     edge: str | None = None
@@ -71,6 +71,9 @@ class Evaluate:
     baseline: Annotated[tuple[tuple[UserPath, ...], ...], tyro.conf.UseAppendAction] = ()
     """Released baselines that are no adapters of PEFT (loramoe, mixlora ...), each a mode of its
     own; several of one method are called METHOD:DIRECTORY."""
+    lorahub: tuple[UserPath, ...] = ()
+    """PEFT adapters that LoraHub sums anew for each task of the world, fitted to 5 solved examples:
+    mode lorahub. For other tasks, lorax-gen lorahub makes an adapter for --lora."""
     shots: Count = 5
     """Solved examples in a prompt, for modes with a prompt."""
     limit: Size | None = None
@@ -133,6 +136,11 @@ class Evaluate:
                 raise UserError(
                     f"--{part} is given, but --modes has no {part}; add it, or leave --{part} out"
                 )
+        if self.lorahub and not world:
+            raise UserError(
+                "--lorahub is for world; for other tasks lorax-gen lorahub makes an adapter of "
+                "solved examples, which is given as --lora"
+            )
         for path in self.baselines:
             require_baseline(path)
         return evaluate_world(self) if world else evaluate_real(self)
@@ -296,11 +304,25 @@ def load_system(
     )
 
 
+def with_others(command: Evaluate, names: list[str], system: System) -> list[str]:
+    """The modes, baselines among them: all of these unless --modes says which.
+
+    Raises UserError for one that was given and not asked for.
+    """
+    if not command.modes:
+        return [*names, *system.others]
+    if left := [name for name in system.others if name not in names]:
+        raise UserError(
+            f"a baseline is given, but --modes has no {left[0]}; add it, or leave the baseline out"
+        )
+    return names
+
+
 def answerers_of(
     command: Evaluate, baselines: Sequence[Baseline], edge: Model, cloud: Model | None
 ) -> dict[str, Answerer]:
     """The answerers of baselines by their names: that of the method or, of several of one method,
-    `METHOD:DIRECTORY`."""
+    `METHOD:DIRECTORY`; and LoraHub."""
     from lorax_gen.recipes.registry import answerer_of
 
     methods, found = [baseline.method for baseline in baselines], dict[str, Any]()
@@ -313,6 +335,12 @@ def answerers_of(
         if made.name in found:
             raise UserError(f"two baselines are called {made.name}; rename a directory")
         found[made.name] = made
+    if command.lorahub:
+        from lorax_gen.recipes.lorahub import load_loras, make_lorahub
+
+        names = [str(path) for path in command.lorahub]
+        hub = make_lorahub(edge, load_loras(command.lorahub, edge)[0], names)
+        found[hub.name] = hub
     return found
 
 
@@ -353,7 +381,7 @@ def evaluate_world(command: Evaluate) -> int:
     report = world.evaluate_world(
         system,
         WorldConfig(),
-        [*names, *system.others],
+        with_others(command, names, system),
         split=command.split,
         questions=command.questions,
         seed=command.seed or 0,
@@ -393,7 +421,7 @@ def evaluate_real(command: Evaluate) -> int:
     )
     mesh = serving_mesh(command.fsdp, command.tensor)
     system = load_system(command, models, modes, mesh)
-    modes = [*modes, *system.others]
+    modes = with_others(command, modes, system)
     options = {
         "seed": command.seed,
         "run_dir": command.run_dir,

@@ -122,6 +122,11 @@ class Answerer:
         """The adapter with one row per prompt; see `LoraGen.specialise`."""
         return self.adapter
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it is another one for each task, by `fit`."""
+        return False
+
     def fit(self, task: str, shots: Sequence[tuple[str, str]]) -> Answerer:
         """The answerer fitted to solved examples of a task; by default it stays the same."""
         return self

@@ -19,6 +19,7 @@ from lorax_gen.evaluation.report import Report, add_row, cell, new_report, servi
 from lorax_gen.files import AnyPath
 
 Pair = tuple[str, str]
+SHOTS = 5  # solved examples of a task, for answerers that are fitted to it
 NAMES = ("plain", "icl", "lora", "cloud_icl", "lora_gen", "shuffled")
 
 
@@ -28,11 +29,14 @@ class WorldCases:
 
     Attributes:
       others: for each prompt, the prompt of another task.
+      shots: for each prompt, solved examples of its task that are not asked, or all of its
+        questions where all are asked; for answerers that are fitted to a task.
     """
 
     texts: Sequence[str]
     questions: Sequence[tuple[int, Pair]]
     others: Sequence[str] = ()
+    shots: Sequence[Sequence[Pair]] = ()
 
     @property
     def answers(self) -> list[str]:
@@ -59,8 +63,31 @@ def ask_tasks(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> Wo
     prompts = [task.prompt(rng) for task in tasks]
     order = rng.permutation(len(tasks))
     others = [prompts[i] for i in order[np.argsort(np.roll(order, 1))]]
-    asked = [(i, pair) for i, task in enumerate(tasks) for pair in task.sample(rng, count)]
-    return WorldCases(prompts, asked, others)
+    drawn = [task.sample(rng, count) for task in tasks]
+    asked = [(i, pair) for i, pairs in enumerate(drawn) for pair in pairs]
+    rng, shots = np.random.default_rng(len(asked)), []
+    for task, pairs in zip(tasks, drawn, strict=True):
+        rest = [pair for pair in task.questions if pair not in pairs] or list(task.questions)
+        shots.append([rest[i] for i in rng.permutation(len(rest))[:SHOTS]])
+    return WorldCases(prompts, asked, others, shots)
+
+
+def correct_by_task(
+    answerer: Answerer, asked: WorldCases, *, mesh: Mesh | None = None
+) -> np.ndarray:
+    """`[N]` bool, see `correct_answers`; of an answerer that is fitted, by the one of each task."""
+    if not answerer.is_fitted:
+        return correct_answers(answerer, asked, asked.answers, mesh=mesh)
+    correct = np.zeros(len(asked.questions), bool)
+    prompt_of = np.array([i for i, _ in asked.questions])
+    for i, text in enumerate(asked.texts):
+        own = np.flatnonzero(prompt_of == i)
+        # A shot is a pair as the edge reads it: the answer comes with the space before it.
+        shots = [(question, f" {answer}") for question, answer in asked.shots[i]]
+        part = WorldCases([text], [(0, pair) for j, pair in asked.questions if j == i])
+        fitted = answerer.fit(text, shots)
+        correct[own] = correct_answers(fitted, part, part.answers, mesh=mesh)
+    return correct
 
 
 def evaluate_world(
@@ -103,7 +130,7 @@ def evaluate_world(
     cells: dict[str, dict[str, Any]] = {name: {} for name in names}
     for family, asked in progress(list(cases.items())):
         for answerer in answerers:
-            correct = correct_answers(answerer, asked, asked.answers, mesh=mesh)
+            correct = correct_by_task(answerer, asked, mesh=mesh)
             cells[answerer.name][family] = cell(correct)
     for answerer in answerers:
         contexts = [text for asked in cases.values() for (text,) in answerer.contexts(asked)]

@@ -44,6 +44,10 @@ class LoraHub(Answerer):
     minimise: Minimise | None = None
 
     @property
+    def is_fitted(self) -> bool:
+        return True
+
+    @property
     def lora(self) -> Tree:
         """The LoRA of the weights."""
         return combine(self.loras, self.weights)

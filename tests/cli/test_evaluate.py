@@ -154,7 +154,7 @@ def test_released_baselines_are_evaluated_beside_the_other_modes(call, models, m
     for seed, name in enumerate(("bare", "prompted")):
         (tmp_path / name).mkdir()
         save_baseline_of(models, tmp_path / name / "released", seed, name == "prompted")
-    words = ["--edge", models / "edge", "--modes", "plain", "icl"]
+    words = ["--edge", models / "edge"]
     both = ["--baseline", "bare/released", "--baseline", "prompted/released"]
     code, out, err = call("evaluate", "--questions", 1, "--timed", 2, *words, *both,
                           "--run-dir", "world")  # fmt: skip
@@ -167,6 +167,7 @@ def test_released_baselines_are_evaluated_beside_the_other_modes(call, models, m
     assert bare["latency_ms"]["median"] > 0
 
     words += ["--baseline", "prompted/released", "--run-dir", "rows"]
+    words += ["--modes", "plain", "icl", "mixlora"]
     code, out, err = call("evaluate", *mine, *words)  # answers are generated
     assert (code, err) == (0, "")
     rows = json.loads((tmp_path / "rows" / "report.json").read_text())["rows"]
@@ -180,10 +181,17 @@ def test_what_is_no_baseline_is_refused(refused, models, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "has no baseline.json; give the directory" in refused("evaluate", "--baseline", "empty")
     save_baseline_of(models, tmp_path / "own", 0, in_context=False)
-    message = refused("evaluate", "--baseline", "own", "--edge", models / "edge2", "--modes", "icl")
+    message = refused("evaluate", "--baseline", "own", "--edge", models / "edge2")
     assert "the mixlora baseline was trained with the edge model" in message
     words = ["--edge", models / "edge", "--baseline", "own", "own"]
     assert "two baselines are called mixlora:own" in refused("evaluate", *words)
+    words = ["--edge", models / "edge", "--baseline", "own", "--modes", "plain"]
+    assert "given, but --modes has no mixlora; add it" in refused("evaluate", *words)
+
+
+def test_lorahub_is_for_the_world(refused):
+    message = refused("evaluate", "boolq", "--lorahub", "a")
+    assert "--lorahub is for world; for other tasks lorax-gen lorahub makes" in message
 
 
 def test_a_file_of_rows_is_evaluated_beside_benchmarks(call, models, mine, tmp_path):

@@ -11,7 +11,7 @@ from lorax_gen.data.tasks import behind_prompt
 from lorax_gen.data.world import FAMILIES
 from lorax_gen.errors import UserError
 from lorax_gen.evaluation import world as worlds
-from lorax_gen.evaluation.answerers import System
+from lorax_gen.evaluation.answerers import Answerer, System
 from lorax_gen.evaluation.world import NAMES, WorldQuiz, evaluate_world
 from lorax_gen.method import take_example
 from tests.tiny import make_generator
@@ -179,3 +179,33 @@ def test_a_quiz_asks_every_task_and_counts_by_split_and_family(tiny_world_system
     found = quiz.shares(np.array([asked[i].family == "clock" for i, _ in cases.questions]))
     assert found["accuracy/seen/clock"] == found["accuracy/unseen/clock"] == 1.0
     assert found["accuracy/seen/grade"] == 0.0 and found["accuracy/unseen"] == 0.5
+
+
+def test_who_is_fitted_is_fitted_to_each_task_and_asked_its_questions_alone(system, calls):
+    """To solved examples of the task that are not asked."""
+    fits = []
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Fitted(Answerer):
+        is_fitted = True
+        task: str = ""
+
+        def fit(self, task, shots):
+            fits.append((task, shots))
+            return dataclasses.replace(self, task=task)
+
+    own = Fitted("fitted", "fitted", system.edge)
+    world = dataclasses.replace(system, others={"fitted": own})
+    report = evaluate(world, names=["plain", "fitted"])
+    calls = [call for call in calls if call["answerer"].name == "fitted"]
+    tasks = [task for family in DATA.families for task in DATA.world().select("unseen", family)]
+    assert len(calls) == len(fits) == len(tasks)
+    for call, (text, shots), task in zip(calls, fits, tasks, strict=True):
+        assert call["answerer"].task == text == call["cases"].texts[0]
+        known = {(question, f" {answer}") for question, answer in task.questions}
+        asked = {(question, f" {answer}") for _, (question, answer) in call["cases"].questions}
+        assert len(asked) == 3 and asked <= known and 1 <= len(shots) <= 5
+        assert set(shots) <= known - asked
+    correct = np.concatenate([call["correct"] for call in calls])
+    cells = report["rows"]["fitted"]["cells"]
+    assert sum(cell["score"] * cell["n"] for cell in cells.values()) == pytest.approx(correct.sum())
