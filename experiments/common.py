@@ -40,6 +40,8 @@ from lorax_gen.planning.plan import abstract_step
 from lorax_gen.recipes.registry import SHIPPED, load_config
 from lorax_gen.training.metrics import read_rows
 
+PIN = "import os; os.sched_setaffinity(0, {{{core}}}); "
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -270,16 +272,14 @@ def lorax_gen(words: list[str], run_dir: Path, core: int | None) -> None:
     """
     log = run_dir.with_name(f"{run_dir.name}.log")
     files.make_directory(log.parent)
-
-    def on_one_core() -> None:
-        if core is not None and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {core})
-
+    # Set within the process: JAX has threads here, beside which `preexec_fn` could lock up.
+    pin = "" if core is None or not hasattr(os, "sched_setaffinity") else PIN.format(core=core)
+    program = f"{pin}from lorax_gen.cli import main; main()"
     with log.open("ab") as out:
         out.write(f"\n$ lorax-gen {' '.join(words)}\n".encode())
         out.flush()
-        command = [sys.executable, "-m", "lorax_gen", *words]
-        done = subprocess.run(command, stdout=out, stderr=out, preexec_fn=on_one_core, check=False)
+        command = [sys.executable, "-c", program, *words]
+        done = subprocess.run(command, stdout=out, stderr=out, check=False)
     if done.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-1]
         raise UserError(f"lorax-gen {words[0]} failed, see {log}: {last}")

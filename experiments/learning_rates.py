@@ -4,7 +4,7 @@ python experiments/learning_rates.py --seeds 0
 """
 
 from common import Variant, run_experiment
-from table_2 import VARIANTS
+from table_2 import VARIANTS as METHODS
 
 RATES = (1e-3, 3e-3, 1e-2)
 
@@ -17,8 +17,9 @@ def at(variant: Variant, rate: float) -> Variant:
     )  # fmt: skip
 
 
+VARIANTS = [
+    at(each, rate) for each in METHODS if each.method and each.mode is None for rate in RATES
+]
+
 if __name__ == "__main__":
-    trained = [each for each in VARIANTS if each.method and each.mode is None]
-    run_experiment(
-        "learning_rates", "Learning rates", [at(each, rate) for each in trained for rate in RATES]
-    )
+    run_experiment("learning_rates", "Learning rates", VARIANTS)
