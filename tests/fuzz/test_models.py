@@ -138,9 +138,12 @@ def parameter(params: dict, key: str, has_post_norms: bool) -> np.ndarray:
             "model.embed_positions.weight": "positions",
             "model.final_layer_norm.weight": "final_norm",
             "model.final_layer_norm.bias": "final_norm_bias",
+            "model.project_in.weight": "project_in",
+            "model.project_out.weight": "project_out",
         }
     if key in top:
-        return np.asarray(params[top[key]])
+        ours = np.asarray(params[top[key]])
+        return ours.T if top[key].startswith("project") else ours
     if key == "lm_head.weight":
         return np.asarray(params["lm_head"]).T
     model, layers, index, *middle, kind = key.split(".")
