@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lorax_gen.baselines.autocompressor import CompressorConfig
@@ -69,6 +69,9 @@ class Macs:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Macs(*(a + b for a, b in pairs))
 
+    def __sub__(self, other: Macs) -> Macs:
+        return self + -1 * other
+
     def __rmul__(self, times: int) -> Macs:
         return Macs(*(times * part for part in dataclasses.astuple(self)))
 
@@ -103,6 +106,7 @@ def prefill_macs(
     logits: int | None = None,
     causal: bool = False,
     lora: Ranks | None = None,
+    layers: int | None = None,
 ) -> Macs:
     """One forward pass over B rows of T tokens.
 
@@ -113,24 +117,38 @@ def prefill_macs(
         lora        B T L R (D_in + D_out), summed over the kernels that have one
 
     Args:
+      layers: that have a LoRA, the last so many; None: all.
       cached: earlier tokens whose keys and values are cached: S = cached + T.
       logits: positions of a row that go through the head; None: all.
       causal: counts only pairs that the causal mask and windows allow, at most T (T + 1) / 2 per
         layer, as for a kernel that skips the others; else T S, as the decoder computes.
     """
-    layers, shapes = config.num_hidden_layers, kernel_shapes(config)
-    pairs = layers * tokens * (cached + tokens)
-    if causal:
-        last = cached + tokens
-        pairs = sum(_seen(last, window) - _seen(cached, window) for window in config.windows)
     projection = config.hidden_size * (config.word_embed_proj_dim or 0)
-    per_token = layers * sum(d_in * d_out for d_in, d_out in shapes.values()) + projection
     per_logits = config.embedding_size * config.vocab_size + projection
-    return batch * Macs(
-        kernels=tokens * per_token,
-        attention=2 * config.num_attention_heads * config.head_dim * pairs,
+    other = Macs(
+        kernels=tokens * projection,
         head=(tokens if logits is None else logits) * per_logits,
-        lora=lora_macs(config, tokens, lora or {}).lora,
+        lora=lora_macs(config, tokens, lora or {}, layers).lora,
+    )
+    return batch * (_layers_macs(config, tokens, config.windows, cached, causal) + other)
+
+
+def _layers_macs(
+    config: DecoderConfig,
+    tokens: int,
+    windows: Sequence[int | None],
+    cached: int = 0,
+    causal: bool = False,
+) -> Macs:
+    """Kernels and attention of the layers that these are the windows of; see `prefill_macs`."""
+    last = cached + tokens
+    pairs = len(windows) * tokens * last
+    if causal:
+        pairs = sum(_seen(last, window) - _seen(cached, window) for window in windows)
+    layer = sum(d_in * d_out for d_in, d_out in kernel_shapes(config).values())
+    return Macs(
+        kernels=len(windows) * tokens * layer,
+        attention=2 * config.num_attention_heads * config.head_dim * pairs,
     )
 
 
@@ -149,7 +167,7 @@ def mean_flops(tokens: Iterable[float], macs: Callable[[int], Macs]) -> float:
 def decode_macs(config: DecoderConfig, context: int, batch: int = 1, **options: Any) -> Macs:
     """One decoding step of B rows, whose token attends to `context` tokens including itself.
 
-    `options` are `causal` and `lora` of `prefill_macs`.
+    `options` are `causal`, `lora` and `layers` of `prefill_macs`.
     """
     return prefill_macs(config, 1, batch, cached=context - 1, **options)
 
@@ -188,7 +206,8 @@ def generator_macs(
 ) -> Macs:
     """A LoRA for each of P prompts of T tokens: the cloud with its own LoRA, the router, and eq. 8.
 
-    cloud       `prefill_macs` of T + L tokens (L edge layers: the meta tokens), no head
+    cloud       `prefill_macs` of T + L tokens (L edge layers with experts: the meta tokens), no
+                head
     router      P L M (D + N), D that of the cloud
     factors     P L N R (D_in + D_out), summed over targets: all N gates, including zeros
     products    P L R D_out per expert kept: gates into B; indexing experts needs no products
@@ -196,7 +215,7 @@ def generator_macs(
     Args:
       router: what stands in place of the router's M (D + N).
     """
-    generator, layers = spec.generator, spec.edge.num_hidden_layers
+    generator, layers = spec.generator, spec.layers
     cloud = prefill_macs(
         spec.cloud,
         prompt_length + layers,
@@ -221,11 +240,11 @@ def direct_router(spec: GeneratorSpec) -> int:
     return spec.cloud.hidden_size * (spec.generator.n_experts - 1)
 
 
-def merge_macs(config: DecoderConfig, lora: Ranks) -> Macs:
-    """Eq. 1, once per task: L R D_in D_out, summed over the kernels of a LoRA."""
+def merge_macs(config: DecoderConfig, lora: Ranks, layers: int | None = None) -> Macs:
+    """Eq. 1, once per task: L R D_in D_out, summed over the kernels of a LoRA of L `layers`."""
     shapes = kernel_shapes(config)
     layer = sum(rank * shapes[name][0] * shapes[name][1] for name, rank in lora.items())
-    return Macs(lora=config.num_hidden_layers * layer)
+    return Macs(lora=(layers or config.num_hidden_layers) * layer)
 
 
 # --- prompts that are compressed -----------------------------------------------------------------
@@ -275,11 +294,12 @@ def no_macs(tokens: int) -> Macs:
     return Macs()
 
 
-def lora_macs(config: DecoderConfig, tokens: int, ranks: Ranks) -> Macs:
-    """What LoRAs add to a forward pass over T tokens: T L R (D_in + D_out) summed over kernels."""
+def lora_macs(config: DecoderConfig, tokens: int, ranks: Ranks, layers: int | None = None) -> Macs:
+    """What LoRAs of L `layers`, None: all, add to a forward pass over T tokens:
+    T L R (D_in + D_out), summed over kernels."""
     shapes = kernel_shapes(config)
     layer = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
-    return Macs(lora=tokens * config.num_hidden_layers * layer)
+    return Macs(lora=tokens * (layers or config.num_hidden_layers) * layer)
 
 
 def loramoe_macs(config: DecoderConfig, tokens: int, moe: LoraMoeConfig) -> Macs:
@@ -321,6 +341,7 @@ def tuning_step_macs(
     lora: Ranks | None = None,
     *,
     adapter: Callable[[int], Macs] | None = None,
+    layers: int | None = None,
     answered: int | None = None,
     remat: str = "none",
     causal: bool = False,
@@ -331,13 +352,20 @@ def tuning_step_macs(
     Args:
       length: tokens per row of the batch; the model reads all but the last.
       adapter: what an adapter adds to a forward pass over so many tokens.
+      layers: that are adapted, the last so many; None: all. The others have a forward pass alone.
       answered: positions of a row that go through the head; None: all that the model reads.
       remat: "none" counts useful work only, the numerator of the model FLOPs utilisation (MFU).
     """
-    forward = prefill_macs(config, length - 1, rows, logits=answered, causal=causal, lora=lora)
+    tokens = length - 1
+    options: dict[str, Any] = {"causal": causal, "lora": lora, "layers": layers}
+    forward = prefill_macs(config, tokens, rows, logits=answered, **options)
     if adapter is not None:
-        forward += rows * adapter(length - 1)
-    return forward.training(frozen=bool(lora) or adapter is not None, remat=remat)
+        forward += rows * adapter(tokens)
+    adapts, below = bool(lora) or adapter is not None, Macs()
+    if adapts and layers is not None:
+        windows = config.windows[: config.num_hidden_layers - layers]
+        below = rows * _layers_macs(config, tokens, windows, causal=causal)
+    return below + (forward - below).training(frozen=adapts, remat=remat)
 
 
 def train_step_macs(
@@ -354,7 +382,8 @@ def train_step_macs(
 ) -> Macs:
     """A training step of LoRA-Gen: P prompts, and P Q rows of the edge with their prompt's LoRA.
 
-    Both models are frozen, so their kernels count twice; the cloud's LoRA, the router, the pool and
+    Both models are frozen, so their kernels count twice, or once in edge layers before the first
+    one with experts; the cloud's LoRA, the router, the pool and
     the generated LoRA count three times. See `generator_macs` for `router`, `tuning_step_macs` for
     the other arguments.
     """
@@ -364,6 +393,7 @@ def train_step_macs(
         prompts * queries,
         length,
         generated_ranks(spec.generator),
+        layers=spec.layers,
         answered=answered,
         remat=remat,
         causal=causal,

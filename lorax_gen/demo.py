@@ -89,4 +89,5 @@ def draw_gates(
     cards = specialize(prompts, cloud, edge, generator)
     gates = np.stack([card.dense_gates(generator.config.n_experts) for card in cards])
     names, families = [task.name for task in chosen], [task.family for task in chosen]
-    gate_pictures.draw_gates(gates, names, families, path)
+    first = edge.config.num_hidden_layers - gates.shape[1]
+    gate_pictures.draw_gates(gates, names, families, path, first=first)

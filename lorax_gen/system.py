@@ -27,7 +27,8 @@ from lorax_gen.models.decoder import Array, DecoderConfig, Execution, Params, ke
 class GeneratorSpec:
     """The static part of a LoRA-Gen system: the configs of the generator and of both models.
 
-    Raises UserError where a target is not a kernel of its model.
+    Raises UserError where a target is not a kernel of its model, or the edge has fewer layers than
+    the generator serves.
     """
 
     generator: GeneratorConfig
@@ -37,6 +38,12 @@ class GeneratorSpec:
     def __post_init__(self):
         select_kernels(kernel_shapes(self.cloud), self.generator.cloud_targets, "cloud")
         select_kernels(kernel_shapes(self.edge), self.generator.edge_targets, "edge")
+        self.generator.layers(self.edge.num_hidden_layers)
+
+    @property
+    def layers(self) -> int:
+        """Layers of the edge that have experts, and so the number of meta tokens: L below."""
+        return self.generator.layers(self.edge.num_hidden_layers)
 
 
 def meta_states(
@@ -55,7 +62,7 @@ def meta_states(
     Args:
       options: `dropout_key` and `execution` of `decoder.hidden_states`.
     """
-    layers = spec.edge.num_hidden_layers
+    layers = spec.layers
     embeddings = decoder.embed(cloud_params, spec.cloud, prompt)
     embeddings = meta_tokens.insert_meta_tokens(embeddings, lengths, params["meta_tokens"], layers)
     config = spec.generator

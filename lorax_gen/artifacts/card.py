@@ -1,6 +1,6 @@
 """Task cards: a specialised task as the K experts it uses in each layer and their gates.
 
-    indices  [L, K] uint8   experts, largest gate first
+    indices  [L, K] uint8   experts, largest gate first, of the edge's last L layers
     gates    [L, K] fp32    summing to 1 in each layer
 
 A card is a safetensors file of a few hundred bytes. With its pool of experts it defines a LoRA; its
@@ -143,7 +143,8 @@ class TaskCard:
                 f"this card is for the composition {self.composition}, the given generator's is "
                 f"{generator.config.composition}; use the card's own generator"
             )
-        wanted = generator.metadata["shapes"]["edge"]["layers"], kept_experts(generator.config)
+        layers = generator.config.layers(generator.metadata["shapes"]["edge"]["layers"])
+        wanted = layers, kept_experts(generator.config)
         if self.indices.shape != wanted:
             raise UserError(
                 f"this card has {self.indices.shape[0]} layers of {self.top_k} experts, the given "

@@ -110,7 +110,7 @@ class Generator:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the parameters, BatchNorm statistics and config."""
-        config = json.dumps(configs.to_dict(self.config), sort_keys=True)
+        config = json.dumps(self.config.stored(), sort_keys=True)
         tree = {"params": self.params, "stats": self.stats}
         return tree_hash(tree | {"config": np.frombuffer(config.encode(), np.uint8)})
 
@@ -171,7 +171,7 @@ def save_generator(
         write_tensors(partial / "generator.safetensors", tensors)
         document = {
             "format": FORMAT,
-            "generator": configs.to_dict(generator.config),
+            "generator": generator.config.stored(),
             **generator.metadata,
             "fingerprint": generator.fingerprint,
         }

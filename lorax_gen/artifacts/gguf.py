@@ -45,7 +45,8 @@ def save_gguf_lora(
     """Writes a GGUF adapter to a new file, atomically.
 
     Args:
-      tree: `{name: {'a': [L, D, R], 'b': [L, R, F]}}`, its scale folded in; of any dtype, written
+      tree: `{name: {'a': [L, D, R], 'b': [L, R, F]}}`, its scale folded in; with fewer layers than
+        the model has, of its last blocks; of any dtype, written
         as fp32.
       config: of the model that the tree was made for; determines the architecture.
       name: what llama.cpp shows for the adapter.
@@ -66,7 +67,8 @@ def save_gguf_lora(
         raise UserError(
             f"no GGUF adapter for the family {architecture!r}; known are {', '.join(known)}"
         )
-    check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
+    count = config.num_hidden_layers
+    first = count - check_fits(tree, kernel_shapes(config), count)
     check_tree(tree)
     alpha = max((pair["a"].shape[-1] for pair in tree.values()), default=1)
     with (
@@ -84,8 +86,8 @@ def save_gguf_lora(
             b = b * np.float32(a.shape[-1] / alpha)
             if family.neighbours and ours in ("q", "k"):
                 b = pair_neighbours(b, config.head_dim)
-            for layer in range(config.num_hidden_layers):
-                kernel = f"blk.{layer}.{KERNELS[ours]}.weight"
+            for layer in range(count - first):
+                kernel = f"blk.{first + layer}.{KERNELS[ours]}.weight"
                 writer.add_tensor(f"{kernel}.lora_a", np.ascontiguousarray(a[layer].T))
                 writer.add_tensor(f"{kernel}.lora_b", np.ascontiguousarray(b[layer].T))
         writer.write_header_to_file()

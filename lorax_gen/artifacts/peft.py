@@ -52,6 +52,8 @@ def save_adapter(
 ) -> None:
     """Writes an adapter to a new directory, for `peft`, vLLM and others.
 
+    A tree of m < L layers is written with `layers_to_transform`, the last m of the model.
+
     Numbers are written as they are; `export` and `load_adapter` refuse those that are not finite.
 
     Args:
@@ -62,10 +64,11 @@ def save_adapter(
 
     Raises UserError if `directory` exists or the tree does not fit the model.
     """
-    check_fits(tree, kernel_shapes(config), config.num_hidden_layers)
+    count = config.num_hidden_layers
+    first = count - check_fits(tree, kernel_shapes(config), count)
     tensors, ranks = {}, {}
     for kernel, pair in tree.items():
-        for layer, module in enumerate(modules(config)[kernel]):
+        for layer, module in enumerate(modules(config)[kernel][first:]):
             for factor, letter in (("a", "A"), ("b", "B")):
                 value = np.asarray(pair[factor][layer]).T
                 tensors[f"base_model.model.{module}.lora_{letter}.weight"] = value
@@ -86,6 +89,7 @@ def save_adapter(
                 "rank_pattern": others,
                 "alpha_pattern": others,
                 "target_modules": sorted(ranks),
+                **({"layers_to_transform": list(range(first, count))} if first else {}),
                 "lora_dropout": 0.0,
                 "bias": "none",
                 "fan_in_fan_out": False,
@@ -100,7 +104,9 @@ def save_adapter(
 def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:
     """The LoRA tree of a PEFT adapter, its scale folded in; fp32.
 
-    Layers that the adapter omits get zeros; ranks that differ between layers are padded with zeros.
+    Where the adapter begins at a later layer than the first, the tree is one of the last m layers.
+    Layers that it omits after that one get zeros; ranks that differ between layers are padded with
+    zeros.
 
     Raises UserError if the adapter is not a plain LoRA of this model's kernels or not finite, or if
     its config and its tensors disagree about modules, layers or ranks.
@@ -111,17 +117,20 @@ def load_adapter(name_or_dir: str | AnyPath, config: DecoderConfig) -> Tree:
     names, shapes = modules(config), kernel_shapes(config)
     flat = [name for kernel in names.values() for name in kernel]
     adapted = adapted_modules(settings, flat, config.num_hidden_layers, where)
+    first = next(
+        i for i, own in enumerate(zip(*names.values(), strict=True)) if adapted.keys() & own
+    )
     tensors, pairs = by_module(path), {}
     for kernel, own in names.items():
         found = {}
-        for layer, module in enumerate(own):
+        for layer, module in enumerate(own[first:]):
             if module in adapted:
                 keys = [f"{module}.lora_{letter}.weight" for letter in "AB"]
                 a, b = (take(tensors, key, path) for key in keys)
                 check_pair(a, b, shapes[kernel], module, adapted[module].rank, path)
                 found[layer] = a.T, fold(b, adapted[module].scale, f"{path}: {keys[1]}").T
         if found:
-            pairs[kernel] = stack(found, len(own), *shapes[kernel])
+            pairs[kernel] = stack(found, len(own) - first, *shapes[kernel])
     if tensors:
         raise UserError(
             f"{path} holds {min(tensors)}, which is not a LoRA of this model's kernels that "

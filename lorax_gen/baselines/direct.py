@@ -50,6 +50,8 @@ class DirectConfig:
     """Kernels of the cloud model that its own LoRA adapts."""
     edge_targets: tuple[str, ...] = ("gate", "up", "down")
     """Kernels of the edge model that are adapted."""
+    last_layers: Size | None = None
+    """Only so many of the edge's last layers, each with a meta token; None: all."""
 
     def __post_init__(self):
         check(self)
@@ -71,6 +73,7 @@ def units_config(config: DirectConfig) -> GeneratorConfig:
         cloud_dropout=config.cloud_dropout,
         cloud_targets=config.cloud_targets,
         edge_targets=config.edge_targets,
+        last_layers=config.last_layers,
     )
 
 
@@ -91,7 +94,7 @@ def init_direct(key: Array, spec: GeneratorSpec, embedding: Array) -> dict[str, 
       embedding: `[D]` of the cloud, which meta tokens are initialised from.
     """
     config, edge, cloud = spec.generator, spec.edge, spec.cloud
-    layers = edge.num_hidden_layers if config.pool == "per_layer" else None
+    layers = spec.layers if config.pool == "per_layer" else None
     lead = () if layers is None else (layers,)
     meta_key, cloud_key, network_key, pool_key = jax.random.split(key, 4)
     width, units = embedding.shape[-1], config.n_experts - 1
@@ -99,9 +102,7 @@ def init_direct(key: Array, spec: GeneratorSpec, embedding: Array) -> dict[str, 
     targets = select_kernels(kernel_shapes(edge), config.edge_targets, "edge")
     adapted = select_kernels(kernel_shapes(cloud), config.cloud_targets, "cloud")
     return {
-        "meta_tokens": init_meta_tokens(
-            meta_key, embedding, edge.num_hidden_layers, config.meta_tokens
-        ),
+        "meta_tokens": init_meta_tokens(meta_key, embedding, spec.layers, config.meta_tokens),
         "cloud_lora": init_lora(
             cloud_key, dict(adapted), config.cloud_rank, cloud.num_hidden_layers
         ),

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_gen.errors import UserError
-from lorax_gen.method.lora import Tree
+from lorax_gen.method.lora import Tree, deepened
 from lorax_gen.models.decoder import Array
 
 BOUND, PENALTY, BUDGET = 1.5, 0.05, 40
@@ -30,10 +31,13 @@ Minimise = Callable[[Score, int, int, int], np.ndarray]
 
 
 def stack_loras(trees: Sequence[Tree], names: Sequence[str]) -> Tree:
-    """LoRAs as one tree with a leading axis, `[N, L, D, R]` and `[N, L, R, F]`.
+    """LoRAs as one tree with a leading axis, `[N, L, D, R]` and `[N, L, R, F]`, L being that of the
+    one with the most layers.
 
     Raises UserError, naming the LoRA, where their kernels or shapes differ.
     """
+    layers = max(len(leaf) for leaf in jax.tree.leaves(trees))
+    trees = [deepened(tree, layers) for tree in trees]
     shapes = [
         {(kernel, k): pair[k].shape for kernel, pair in tree.items() for k in ("a", "b")}
         for tree in trees

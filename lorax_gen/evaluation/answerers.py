@@ -175,11 +175,16 @@ class CloudAnswerer(Answerer):
         return self.which != "empty"
 
     @property
+    def meta_tokens(self) -> int:
+        """That the cloud reads after each prompt: one for each layer of the edge, or for fewer."""
+        return self.model.config.num_hidden_layers
+
+    @property
     def room(self) -> int:
         """Most tokens of a prompt that fit into the cloud before the meta tokens."""
         positions = self.cloud.config.max_position_embeddings
         limit = min(self.max_length or positions, positions)
-        meta = self.model.config.num_hidden_layers
+        meta = self.meta_tokens
         if limit <= meta:
             raise UserError(f"{meta} meta tokens leave no room for a prompt in {limit} positions")
         return limit - meta
@@ -208,6 +213,10 @@ class LoraGen(CloudAnswerer):
     """The edge with the LoRA that a generator makes from each question's prompt."""
 
     generator: Generator = dataclasses.field(kw_only=True)
+
+    @property
+    def meta_tokens(self) -> int:
+        return self.generator.config.layers(self.model.config.num_hidden_layers)
 
     def specialise(
         self,

@@ -26,7 +26,7 @@ PANELS_PER_ROW = 6
 
 
 def draw_gates(
-    gates: np.ndarray, names: Sequence[str], groups: Sequence[str], path: AnyPath
+    gates: np.ndarray, names: Sequence[str], groups: Sequence[str], path: AnyPath, first: int = 0
 ) -> None:
     """Heat maps of tasks x experts, one per edge layer, with the tasks of a family together.
 
@@ -34,8 +34,9 @@ def draw_gates(
       gates: `[tasks, L, N]`, each in 0..1.
       names: the tasks' names; drawn where there are at most `LONGEST_NAMED`.
       groups: the family of each task.
+      first: the edge layer that the first of the gates are of.
     """
-    write_png(_figure_gates(gates, names, groups), path)
+    write_png(_figure_gates(gates, names, groups, first), path)
 
 
 def draw_map(gates: np.ndarray, names: Sequence[str], groups: Sequence[str], path: AnyPath) -> None:
@@ -47,19 +48,21 @@ def draw_map(gates: np.ndarray, names: Sequence[str], groups: Sequence[str], pat
     write_png(_figure_map(gates, names, groups), path)
 
 
-def draw_load(gates: np.ndarray, path: AnyPath) -> None:
+def draw_load(gates: np.ndarray, path: AnyPath, first: int = 0) -> None:
     """The share of the gates that each expert holds, by edge layer, beside an even share.
 
     Args:
-      gates: `[tasks, L, N]`.
+      gates: `[tasks, L, N]`; first: see `draw_gates`.
     """
-    write_png(_figure_load(gates), path)
+    write_png(_figure_load(gates, first), path)
 
 
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _figure_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]) -> Figure:
+def _figure_gates(
+    gates: np.ndarray, names: Sequence[str], groups: Sequence[str], first: int = 0
+) -> Figure:
     tasks, layers, experts = gates.shape
     families = list(dict.fromkeys(groups))
     order = sorted(range(tasks), key=lambda i: families.index(groups[i]))
@@ -82,7 +85,7 @@ def _figure_gates(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]
             gates[order, layer], cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none"
         )
         axes.hlines(ends[:-1] - 0.5, -0.5, experts - 0.5, colors=INK, linewidth=1)
-        axes.set_title(f"layer {layer}", fontsize=11, color=INK)
+        axes.set_title(f"layer {first + layer}", fontsize=11, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.tick_params(labelsize=10, colors=INK, length=0)
         axes.tick_params("x", labelbottom=True)  # where no panel stands below, too
@@ -137,7 +140,7 @@ def _figure_map(gates: np.ndarray, names: Sequence[str], groups: Sequence[str]) 
     return figure
 
 
-def _figure_load(gates: np.ndarray) -> Figure:
+def _figure_load(gates: np.ndarray, first: int = 0) -> Figure:
     load = gates.mean(0)  # [L, N]
     load = load / load.sum(-1, keepdims=True)
     layers, experts = load.shape
@@ -149,7 +152,8 @@ def _figure_load(gates: np.ndarray) -> Figure:
         ends = layer in (0, layers - 1)
         axes.plot(
             range(1, experts + 1), ordered[layer], color=COLORS[0], alpha=shade, linewidth=1.4,
-            marker="o", markersize=3, label=f"edge layer {layer}" if ends or layers < 7 else None,
+            marker="o", markersize=3,
+            label=f"edge layer {first + layer}" if ends or layers < 7 else None,
         )  # fmt: skip
     axes.axhline(1 / experts, color=INK, linestyle="--", linewidth=1, label="an even share")
     axes.set_ylim(0, None)

@@ -47,8 +47,8 @@ def gates_of_prompts(
         cloud,
         read,
         (generator.params, generator.stats, cloud.params),
-        (spec.edge.num_hidden_layers, generator.config.n_experts),
-        room=spec.cloud.max_position_embeddings - spec.edge.num_hidden_layers,
+        (spec.layers, generator.config.n_experts),
+        room=spec.cloud.max_position_embeddings - spec.layers,
         **options,
     )
 
@@ -85,7 +85,7 @@ def specialize(
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     encoder, rows = Encoder.of(cloud), []
-    room = cloud.config.max_position_embeddings - edge.config.num_hidden_layers
+    room = cloud.config.max_position_embeddings - generator.spec(cloud, edge).layers
     for text in prompts:
         if not text.strip():
             raise UserError("the prompt is empty; describe the task in a sentence or more")

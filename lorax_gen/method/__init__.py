@@ -10,7 +10,8 @@ are the paper's.
 Dims: this is the legend of the package; a module lists only letters that it adds or redefines.
 
     B batch   T time   D model or input width   F feed-forward or output width   H heads
-    V vocabulary   L layers, of the edge model in the method   N experts   K experts kept
+    V vocabulary   L layers, of the edge model in the method (with `last_layers`, those that have
+    experts)   N experts   K experts kept
     R rank   P prompts   Q questions per prompt, B = P Q
 """
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 from msgspec import Meta
 
-from lorax_gen.config import BelowOne, NotNegative, Positive, check
+from lorax_gen.config import BelowOne, NotNegative, Positive, Size, check, to_dict
 from lorax_gen.errors import UserError
 from lorax_gen.method.experts import compose, init_pool
 from lorax_gen.method.lora import Tree, init_lora, scaled
@@ -25,7 +25,7 @@ Array = jax.Array
 Shapes = Mapping[str, tuple[int, int]]
 
 Experts = Annotated[int, Meta(ge=1, le=2**16)]  # task cards number them in 16 bits
-Size = Annotated[int, Meta(ge=1, le=2**24)]
+Width = Annotated[int, Meta(ge=1, le=2**24)]
 Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 
 
@@ -41,7 +41,7 @@ class GeneratorConfig:
     """Experts per pool (n)."""
     top_k: Experts = 2
     """Experts kept by KeepTOP-K (K)."""
-    rank: Size = 16
+    rank: Width = 16
     """Rank of an expert (r)."""
     alpha: Positive = 16.0
     """The generated LoRA is scaled by alpha / rank."""
@@ -53,7 +53,7 @@ class GeneratorConfig:
     """One pool of experts per edge layer, or one for all."""
     router: Literal["per_layer", "shared"] = "per_layer"
     """One router per edge layer, or one for all."""
-    router_width: Size = 512
+    router_width: Width = 512
     """Hidden width of the router."""
     batch_norm: bool = True
     """BatchNorm over the logits, the last step of eq. 3."""
@@ -65,7 +65,7 @@ class GeneratorConfig:
     """One meta token per edge layer, or one vector for all."""
     balance_coefficient: NotNegative = 0.01
     """Weight of the balance loss (c in eq. 9)."""
-    cloud_rank: Size = 16
+    cloud_rank: Width = 16
     """Rank of the cloud model's own LoRA."""
     cloud_alpha: Positive = 16.0
     """That LoRA is scaled by cloud_alpha / cloud_rank."""
@@ -75,6 +75,8 @@ class GeneratorConfig:
     """Kernels of the cloud model that it adapts."""
     edge_targets: tuple[str, ...] = ("gate", "up", "down")
     """Kernels of the edge model that an expert adapts."""
+    last_layers: Size | None = None
+    """Only so many of the edge's last layers have experts, and a meta token each; None: all."""
 
     def __post_init__(self):
         check(self)
@@ -86,6 +88,18 @@ class GeneratorConfig:
             names = getattr(self, name)
             if not 0 < len(set(names)) == len(names):
                 raise UserError(f"{name} is {names!r}; list one or more kernels, each once")
+
+    def layers(self, edge_layers: int) -> int:
+        """How many layers of an edge have experts, L in everything that the generator makes.
+
+        Raises UserError where `last_layers` is more than the edge has.
+        """
+        return select_layers(self.last_layers, edge_layers)
+
+    def stored(self) -> dict[str, Any]:
+        """Plain values, which of all layers are those of the first versions: no `last_layers`."""
+        values = to_dict(self)
+        return {k: v for k, v in values.items() if (k, v) != ("last_layers", None)}
 
 
 class Generated(NamedTuple):
@@ -108,7 +122,7 @@ def init_generator(
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Initial trainables and BatchNorm statistics, fp32. The generated LoRA is zero at first.
 
-    The trainables, with H = `router_width` and R = `rank`:
+    The trainables, with L = `config.layers(edge_layers)`, H = `router_width` and R = `rank`:
 
     * `meta_tokens`: `[L, D]`; `[1, D]` where `config.meta_tokens` is shared.
     * `cloud_lora`: for each of `cloud_targets` `a [C, D_in, cloud_rank]` and
@@ -121,27 +135,39 @@ def init_generator(
     The statistics: `mean [L, N]` and `var [L, N]`, without L where `config.router` is shared.
 
     Args:
+      edge_layers, cloud_layers: that the models have.
       edge_shapes, cloud_shapes: kernel name -> (D_in, D_out) of one layer; only targets are used.
       cloud_embedding: `[D]`, the existing embedding that the meta tokens are initialised from.
 
     Raises:
-      UserError: a target is not a kernel of its model.
+      UserError: a target is not a kernel of its model, or the edge has fewer than `last_layers`.
     """
+    layers = config.layers(edge_layers)
     edge = select_kernels(edge_shapes, config.edge_targets, "edge")
     cloud = select_kernels(cloud_shapes, config.cloud_targets, "cloud")
-    router_layers = edge_layers if config.router == "per_layer" else None
-    pool_layers = edge_layers if config.pool == "per_layer" else None
+    router_layers = layers if config.router == "per_layer" else None
+    pool_layers = layers if config.pool == "per_layer" else None
     meta_key, cloud_key, router_key, pool_key = jax.random.split(key, 4)
     router, stats = init_router(
         router_key, cloud_embedding.shape[-1], config.router_width, config.n_experts, router_layers
     )
     params = {
-        "meta_tokens": init_meta_tokens(meta_key, cloud_embedding, edge_layers, config.meta_tokens),
+        "meta_tokens": init_meta_tokens(meta_key, cloud_embedding, layers, config.meta_tokens),
         "cloud_lora": init_lora(cloud_key, cloud, config.cloud_rank, cloud_layers),
         "router": router,
         "pool": init_pool(pool_key, edge, config.rank, config.n_experts, pool_layers),
     }
     return params, stats
+
+
+def select_layers(last_layers: int | None, layers: int) -> int:
+    """How many of a model's layers are adapted; raises UserError where it has fewer."""
+    if last_layers is not None and last_layers > layers:
+        raise UserError(
+            f"last_layers is {last_layers}, but the edge model has {layers} layers: choose that "
+            "many or fewer"
+        )
+    return last_layers or layers
 
 
 def select_kernels(shapes: Shapes, targets: tuple[str, ...], model: str) -> Shapes:

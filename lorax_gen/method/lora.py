@@ -3,7 +3,8 @@
 
 A tree is `{name: {'a': [..., D, R], 'b': [..., R, F]}}`, one pair per adapted kernel `[D, F]` of a
 decoder layer. The layer axis is first: `[L, D, R]` when the entire batch shares the tree,
-`[L, B, D, R]` when every example has its own. The scale s of eq. 1 is folded into `b` (`scaled`)
+`[L, B, D, R]` when every example has its own. With fewer layers than the model has, m < L, it is
+one of the last m. The scale s of eq. 1 is folded into `b` (`scaled`)
 before a tree is used, so that applying or merging it needs no other number.
 """
 
@@ -49,6 +50,11 @@ def scaled(tree: Tree, s: float) -> Tree:
     return {name: {"a": pair["a"], "b": pair["b"] * s} for name, pair in tree.items()}
 
 
+def deepened(tree: Tree, layers: int) -> Tree:
+    """A shared tree of the last m layers as one of `layers`, zero in those before."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((layers - len(x), 0), (0, 0), (0, 0))), tree)
+
+
 @shards(lambda x, pair: P(*x[:-1], pair["b"][-1]))
 def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
     """The low-rank term of eq. 1, (x A) B, for one layer's pair, in the dtype of `x`.
@@ -68,10 +74,15 @@ def apply_lora(x: Array, pair: Mapping[str, Array]) -> Array:
     return ((grouped @ a) @ b).reshape(*x.shape[:-1], b.shape[-1])
 
 
-def check_fits(tree: Tree, shapes: Mapping[str, tuple[int, int]], layers: int) -> None:
-    """Raises UserError if a tree is not a shared LoRA of kernels name -> (D, F) in `layers`."""
+def check_fits(tree: Tree, shapes: Mapping[str, tuple[int, int]], layers: int) -> int:
+    """The number of layers of a shared LoRA, the last ones of the model.
+
+    Raises UserError if a tree is not one of kernels name -> (D, F) in the last of `layers`, the
+    same of each.
+    """
     if not tree:
         raise UserError("the LoRA is empty; it must adapt at least one kernel")
+    own = max((leaf.shape[0] for leaf in jax.tree.leaves(tree) if leaf.shape), default=0)
     for name, pair in tree.items():
         if name not in shapes:
             raise UserError(
@@ -85,11 +96,13 @@ def check_fits(tree: Tree, shapes: Mapping[str, tuple[int, int]], layers: int) -
                 "pick an example with take_example(tree, index)"
             )
         rank = a[-1] if a else 0
-        if not rank or a != (layers, d_in, rank) or b != (layers, rank, d_out):
+        fits = rank and a == (own, d_in, rank) and b == (own, rank, d_out)
+        if not fits or not 0 < own <= layers:
             raise UserError(
                 f"LoRA for {name!r} has factors {a} and {b}, which do not fit the kernels "
                 f"{(layers, d_in, d_out)}: use a LoRA made for this model"
             )
+    return own
 
 
 @shards(lambda kernels, tree: kernels)
@@ -98,20 +111,23 @@ def merge(kernels: Mapping[str, Array], tree: Tree) -> dict[str, Array]:
 
     Args:
       kernels: name -> `[L, D, F]`; kernels that are not in the tree are returned unchanged.
-      tree: a shared tree with its scale folded in.
+      tree: a shared tree with its scale folded in; one of m < L layers changes the last m.
 
     Raises:
       UserError: a name or a shape of the tree does not fit, or the tree is per example.
     """
     stacked = {name: kernel.shape for name, kernel in kernels.items() if kernel.ndim == 3}
     layers = max((shape[0] for shape in stacked.values()), default=0)
-    check_fits(tree, {name: (d_in, d_out) for name, (_, d_in, d_out) in stacked.items()}, layers)
+    shapes = {name: (d_in, d_out) for name, (_, d_in, d_out) in stacked.items()}
+    first = layers - check_fits(tree, shapes, layers)
     # The default precision of an accelerator rounds the factors to fewer bits than fp32.
     exact, fp32 = jax.lax.Precision.HIGHEST, jnp.float32
     merged = dict(kernels)
     for name, pair in tree.items():
         delta = jnp.matmul(pair["a"].astype(fp32), pair["b"].astype(fp32), precision=exact)
-        merged[name] = (kernels[name].astype(fp32) + delta).astype(kernels[name].dtype)
+        last = kernels[name][first:]
+        last = (last.astype(fp32) + delta).astype(last.dtype)
+        merged[name] = jnp.concatenate([kernels[name][:first], last]) if first else last
     return merged
 
 

@@ -12,6 +12,9 @@ The decoder scans `shared` and `rows` together with its layers and calls `apply`
 one layer. The default is the LoRA of eq. 1: `Adapter(shared=tree)` for all rows,
 `Adapter(rows=tree)` for one LoRA per row. A subclass of `Apply` implements any other adapter, such
 as gates over a pool of experts or a mixture that routes tokens.
+
+Trees of m < L entries are those of the last m layers. The layers before them run without an
+adapter, and no gradient is computed in them.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_gen.errors import UserError
 from lorax_gen.method.lora import apply_lora
 
 Array = jax.Array
@@ -123,6 +127,19 @@ class Adapter:
         """See `Apply.feed_forward`; for an adapter sliced to one layer."""
         return self.apply.feed_forward(x, mlp, self.shared, self.rows, key)
 
+    def depth(self, layers: int) -> int:
+        """How many of a decoder's last layers it adapts.
+
+        Raises UserError where its trees have unequal numbers of layers, or more than the decoder.
+        """
+        found = {leaf.shape[0] for leaf in jax.tree.leaves((self.shared, self.rows))}
+        if len(found) > 1 or max(found, default=0) > layers:
+            raise UserError(
+                f"the adapter has trees of {sorted(found)} layers, the model has {layers}: all "
+                "must be of the same number of its last layers"
+            )
+        return found.pop() if found else layers
+
     def take_rows(self, indices: Any) -> Adapter:
         """The adapter of the rows at `indices`, which may repeat."""
         rows = jax.tree.map(lambda x: x[:, indices], self.rows)
@@ -133,6 +150,15 @@ class Adapter:
 def prefix_length(adapter: Adapter | None) -> int:
     """Positions S of a row that an adapter's prefix takes."""
     return 0 if adapter is None or adapter.prefix is None else adapter.prefix.shape[1]
+
+
+def by_layer(adapter: Adapter | None, layers: int) -> list[Adapter | None]:
+    """What an adapter is in each layer of a decoder; None below those that it adapts."""
+    if adapter is None:
+        return [None] * layers
+    depth = adapter.depth(layers)
+    own = [jax.tree.map(lambda leaf, i=i: leaf[i], adapter) for i in range(depth)]
+    return [None] * (layers - depth) + own
 
 
 def without_prefix(

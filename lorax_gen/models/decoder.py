@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,6 +69,11 @@ class Execution:
     attention: Callable = attend
     constrain: Callable = unconstrained
     remat: str = "none"
+
+
+def all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: save everything but slices, here of the stacked weights."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
 
 
 class Block(nn.Module):
@@ -213,10 +219,6 @@ class Decoder(nn.Module):
             x, positions, mask = prepend(prefix, x, positions, mask)
         x = execution.constrain(add_positions(x, learned, config, positions))
 
-        block = Block
-        if execution.remat != "none":
-            policy = REMAT_POLICIES[execution.remat]
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
         # One scan over what is stacked [L, ...]: layers that differ are told which kind they are.
         time, ropes = x.shape[1], rope_of_layers(config, x.shape[1], positions)
         windows = config.windows
@@ -229,19 +231,69 @@ class Decoder(nn.Module):
             which = jnp.array([kinds.index(kind) for kind in each], jnp.int32)
             distinct = (ropes[each.index(kind)] for kind in kinds)
             rope = jax.tree.map(lambda *tables: jnp.stack(tables), *distinct)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, *[nn.broadcast] * 4, 0),
-            length=config.num_hidden_layers,
-        )(config, execution, tuple(window for _, window in kinds), name="layers")
-        keys = None
-        if dropout_key is not None:
-            keys = jax.random.split(dropout_key, config.num_hidden_layers)
-        x, (_, aux) = layers(x, adapter, keys, rope, None, positions, mask, which)
+        windows, count = tuple(window for _, window in kinds), config.num_hidden_layers
+        depth = count if adapter is None else adapter.depth(count)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+        if depth == count:
+            block = Block
+            if execution.remat != "none":
+                policy = REMAT_POLICIES[execution.remat]
+                block = nn.remat(Block, policy=policy, prevent_cse=False)
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, *[nn.broadcast] * 4, 0),
+                length=count,
+            )(config, execution, windows, name="layers")
+            x, (_, aux) = layers(x, adapter, keys, rope, None, positions, mask, which)
+        else:
+            unbound = Block(config, execution, windows, parent=None)
+            run = partial(scan_layers, unbound, self.variables["params"]["layers"])
+            inputs = (keys, which), (rope, None, positions, mask)
+            x, _ = run(x, range(count - depth), None, *inputs)
+            x, aux = run(x, range(count - depth, count), adapter, *inputs)
         x = norm(self, "final_norm", x) if config.do_layer_norm_before else x
         return x if prefix is None else x[:, prefix.shape[1] :], aux
+
+
+def scan_layers(
+    block: Block,
+    params: Params,
+    x: Array,
+    layers: range,
+    adapter: Adapter | None,
+    each: tuple[Array | None, Array | None],
+    alike: tuple,
+) -> tuple[Array, dict[str, Array]]:
+    """Some consecutive ones of the stacked layers.
+
+    They are indexed in the stack of all: slices `[m, ...]` of it, to scan over, would be copies of
+    the weights, and so would what the backward pass keeps of them. It indexes them again.
+
+    Args:
+      block: not bound to a module.
+      params: of all L layers; `each`: the keys and kinds of all of them.
+      adapter: of these m layers.
+      alike: the other arguments of `Block`, which all layers share.
+
+    Returns:
+      The states after them `[B, T, D]`, and auxiliary values `[m, ...]`.
+    """
+
+    def layer(x: Array, own: tuple) -> tuple[Array, dict[str, Array]]:
+        index, adapter, key, which = own
+        one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), params)
+        found: Any = block.apply({"params": one}, x, adapter, key, *alike, which)
+        x, (_, aux) = found
+        return x, aux
+
+    policy = REMAT_POLICIES[block.execution.remat] or all_but_slices
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    every = (jnp.arange(block.config.num_hidden_layers), *each)
+    index, key, which = jax.tree.map(lambda leaf: leaf[layers.start : layers.stop], every)
+    x, aux = jax.lax.scan(layer, x, (index, adapter, key, which))
+    return x, aux
 
 
 def prepend(
@@ -394,7 +446,8 @@ def hidden_and_aux(
     execution: Execution = Execution(),
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
-    """`hidden_states`, and the adapter's auxiliary values by name, `[L, ...]` each."""
+    """`hidden_states`, and the adapter's auxiliary values by name, `[L, ...]` each, of the layers
+    that it adapts."""
     adapter, prefix = without_prefix(adapter, prefix)
     options |= {"adapter": adapter, "prefix": prefix}
     found: Any = Decoder(config, execution).apply({"params": params}, tokens, **options)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_gen.errors import UserError
-from lorax_gen.models.adapter import Adapter, prefix_length, without_prefix
+from lorax_gen.models.adapter import Adapter, by_layer, prefix_length, without_prefix
 from lorax_gen.models.attention import within
 from lorax_gen.models.decoder import (
     Array,
@@ -94,7 +94,7 @@ def forward_with_cache(
     x, cache = constrain(x), jax.tree.map(constrain, cache)
     keys = x.shape[1] if positions is None else cache[0]["k"].shape[1]
     for layer, own, rope, window, slots in zip(
-        layers, unstack(adapter, count), ropes, config.windows, cache, strict=True
+        layers, by_layer(adapter, count), ropes, config.windows, cache, strict=True
     ):
         block = Block(config, execution, (within(window, keys),))
         x, (slots, _) = block.apply({"params": layer}, x, own, None, rope, slots, positions)

@@ -44,7 +44,8 @@ def activations(
 ) -> dict[str, int]:
     """Estimated peak of the activations in a step, in parts.
 
-        kept      what the forward pass saves for the backward pass: L B T (D + saved)
+        kept      what the forward pass saves for the backward pass: L B T (D + saved), L of the
+                  edge being its layers with experts
         layer     one layer's backward pass, values and gradients: B T (2 inner + scores)
                   and its weights twice, if gathered from shards
         logits    B min(answered, 128) V of 4 bytes, three times: values, softmax, gradient
@@ -69,10 +70,12 @@ def activations(
     prompts = -(-prompts // microbatches)
     rows = prompts * queries
     cloud, edge = spec.cloud, spec.edge
-    cloud_tokens = prompts * (prompt_length + edge.num_hidden_layers)
+    cloud_tokens = prompts * (prompt_length + spec.layers)
     edge_tokens = rows * (length - 1)
 
-    def passes(config: DecoderConfig, tokens: int, time: int, flash: bool) -> tuple[int, int]:
+    def passes(
+        config: DecoderConfig, layers: int, tokens: int, time: int, flash: bool
+    ) -> tuple[int, int]:
         d, gated = config.hidden_size, config.mlp == "gated"
         wide = config.intermediate_size * (2 if gated else 1)  # outputs of gate and up
         qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
@@ -80,22 +83,22 @@ def activations(
         inner = bytes_each * (2 * d + 2 * qkv + 2 * wide) + 8 * d
         saved = {"none": inner + scores, "dots": bytes_each * (2 * d + qkv + wide), "full": 0}
         weights = bytes_each * sum(d_in * d_out for d_in, d_out in kernel_shapes(config).values())
-        kept = config.num_hidden_layers * tokens * (bytes_each * d + saved[remat])
+        kept = layers * tokens * (bytes_each * d + saved[remat])
         return kept, tokens * (2 * inner + scores) + (2 * weights if sharded else 0)
 
     cloud_kept, cloud_layer = passes(
-        cloud, cloud_tokens, prompt_length + edge.num_hidden_layers, flash["cloud"]
+        cloud, cloud.num_hidden_layers, cloud_tokens, prompt_length + spec.layers, flash["cloud"]
     )
-    edge_kept, edge_layer = passes(edge, edge_tokens, length - 1, flash["edge"])
+    edge_kept, edge_layer = passes(edge, spec.layers, edge_tokens, length - 1, flash["edge"])
     logits = 3 * rows * min(answered, 128) * edge.vocab_size * 4
     if sharded:
         logits += edge.hidden_size * edge.vocab_size * bytes_each
     shapes, ranks = kernel_shapes(edge), generated_ranks(spec.generator)
     factors = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
-    lora = 2 * 4 * edge.num_hidden_layers * prompts * factors
+    lora = 2 * 4 * spec.layers * prompts * factors
     if sharded:
         per_expert = spec.generator.rank * sum(sum(shapes[name]) for name in ranks)
-        pool_layers = edge.num_hidden_layers if spec.generator.pool == "per_layer" else 1
+        pool_layers = spec.layers if spec.generator.pool == "per_layer" else 1
         lora += 2 * 4 * pool_layers * spec.generator.n_experts * per_expert
     still = cloud_kept if microbatches == 1 else 0
     edge_phase = {"kept": edge_kept + still, "layer": edge_layer, "logits": logits, "lora": lora}

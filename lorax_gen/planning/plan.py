@@ -255,9 +255,13 @@ def estimate_step(step: Step) -> tuple[dict[str, Any], dict[str, hlo.Traffic]]:
         gathered = tree_bytes(step.frozen) // tensor * passes
         layers = spec.cloud.num_hidden_layers + spec.edge.num_hidden_layers
         kernels = len(kernel_shapes(spec.cloud))
-        traffic["all-gather"] = hlo.Traffic(
-            layers * kernels * passes, int(gathered * (fsdp - 1) / fsdp)
-        )
+        times = layers * kernels * passes
+        if below := spec.edge.num_hidden_layers - spec.layers:  # a forward pass alone
+            saved = passes - config.microbatches * (1 + (config.microbatches > 1))
+            share = below / spec.edge.num_hidden_layers
+            gathered -= int(tree_bytes(step.frozen["edge"]["layers"]) // tensor * saved * share)
+            times -= below * kernels * saved
+        traffic["all-gather"] = hlo.Traffic(times, int(gathered * (fsdp - 1) / fsdp))
     if shards > 1:
         trained = tree_bytes(step.state["params"])
         leaves = len(jax.tree.leaves(step.state["params"]))

@@ -39,6 +39,7 @@ def open_data(
     full_sequence: bool = False,
     in_context: bool = False,
     groups: Sequence[str] = (),
+    meta_tokens: int = 0,
 ) -> Data:
     """The data that a config names; for abstract models only the shapes of a batch.
 
@@ -54,12 +55,13 @@ def open_data(
         `data.question_length` tokens.
       groups: families of the world, or sources or tasks of a mixture, as glob patterns; `group`
         marks their rows.
+      meta_tokens: that the reader has after a prompt.
 
     Raises UserError where the data cannot be opened, or a batch could hold what a model cannot read
     when it is used.
     """
     data, prompted = config.data, reader is not None
-    check_models(data, edge, reader, in_context)
+    check_models(data, edge, reader, in_context, meta_tokens)
     shapes = batch_shapes(data, samples, queries, prompted, in_context, bool(groups))
     if edge.is_abstract:
         return Data(shapes, closed, closed)
@@ -86,6 +88,7 @@ def check_models(
     edge: Model,
     reader: Model | None = None,
     in_context: bool = False,
+    meta_tokens: int = 0,
 ) -> None:
     """Raises UserError where the models cannot read rows of the config's lengths when they are
     used, an end of text is missing, or the data are a world whose words they do not have. An edge
@@ -95,9 +98,8 @@ def check_models(
         key, longest = f"data.prompt_length + {key}", data.prompt_length + longest
     check_positions(key, longest, edge.config, "the edge model")
     if reader is not None and reader is not edge:
-        meta = edge.config.num_hidden_layers
-        longest = data.prompt_length
-        check_positions("data.prompt_length", longest, reader.config, "the cloud model", meta)
+        key, longest = "data.prompt_length", data.prompt_length
+        check_positions(key, longest, reader.config, "the cloud model", meta_tokens)
     needs_end_of_text(edge, "edge", "training puts it after each answer")
     if isinstance(data, WorldConfig):
         words = set(vocabulary(data.world()))

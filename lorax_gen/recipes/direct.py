@@ -86,6 +86,10 @@ class Direct(CloudAnswerer):
     def spec(self) -> GeneratorSpec:
         return direct_spec(self.config, self.cloud.config, self.model.config)
 
+    @property
+    def meta_tokens(self) -> int:
+        return self.spec.layers
+
     def specialise(
         self,
         prompts: Sequence[Prompt],
@@ -108,7 +112,7 @@ class Direct(CloudAnswerer):
             self.cloud,
             read,
             (reading, self.cloud.params),
-            (spec.edge.num_hidden_layers, spec.generator.n_experts),
+            (spec.layers, spec.generator.n_experts),
             room=self.room,
             tokens_per_batch=tokens_per_batch,
             wanted=wanted,

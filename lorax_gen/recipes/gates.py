@@ -21,11 +21,13 @@ MOST_PROMPTS = 200
 
 
 class Gates(NamedTuple):
-    """`gates: [P, L, N]` fp32 of P prompts, and the name and the group of the task of each."""
+    """`gates: [P, L, N]` fp32 of P prompts, the name and the group of the task of each, and the
+    index of the first of these edge layers."""
 
     gates: np.ndarray
     names: list[str]
     groups: list[str]
+    first: int = 0
 
 
 def gates_of_run(run_dir: AnyPath) -> Gates | None:
@@ -40,7 +42,8 @@ def gates_of_run(run_dir: AnyPath) -> Gates | None:
         return None
     cloud, edge = (load_model(name, dtype=config.dtype) for name in (config.cloud, config.edge))
     names, groups, prompts = _prompts(config, cloud, edge)
-    return Gates(gates_of_prompts(prompts, cloud, edge, load_generator(released)), names, groups)
+    gates = gates_of_prompts(prompts, cloud, edge, load_generator(released))
+    return Gates(gates, names, groups, edge.config.num_hidden_layers - gates.shape[1])
 
 
 def _prompts(

@@ -19,6 +19,7 @@ from lorax_gen.config import Positive, Size
 from lorax_gen.cost import lora_macs
 from lorax_gen.errors import UserError
 from lorax_gen.frames import Frame
+from lorax_gen.method.generator import select_layers
 from lorax_gen.method.lora import Tree, init_lora, scaled
 from lorax_gen.models.adapter import Adapter, LowRank
 from lorax_gen.models.decoder import Array, DecoderConfig, kernel_shapes
@@ -37,6 +38,8 @@ class LoraConfig(TuningConfig):
     rank: Size = 8
     alpha: Positive = 8.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    last_layers: Size | None = None
+    """Only so many of the edge's last layers have a LoRA; None: all."""
 
     @property
     def scale(self) -> float:
@@ -68,7 +71,7 @@ def experiment(
 
 
 def tuned(config: LoraConfig, edge: Model) -> Tuned:
-    """Raises UserError where the edge lacks a target."""
+    """Raises UserError where the edge lacks a target, or has fewer than `last_layers`."""
     shapes = kernel_shapes(edge.config)
     for name in config.targets:
         if name not in shapes:
@@ -76,13 +79,16 @@ def tuned(config: LoraConfig, edge: Model) -> Tuned:
                 f"targets names {name!r}, which the edge model lacks: choose from {sorted(shapes)}"
             )
     shapes = {name: shapes[name] for name in config.targets}
-    key, layers = jax.random.key(config.run.seed), edge.config.num_hidden_layers
+    key = jax.random.key(config.run.seed)
+    layers = select_layers(config.last_layers, edge.config.num_hidden_layers)
+    ranks = dict.fromkeys(shapes, config.rank)
     return Tuned(
         "lora",
         "edge + one LoRA",
         lambda: init_lora(key, shapes, config.rank, layers),
         partial(lora_adapter, config),
-        macs=lambda tokens: lora_macs(edge.config, tokens, dict.fromkeys(shapes, config.rank)),
+        macs=lambda tokens: lora_macs(edge.config, tokens, ranks, layers),
+        layers=layers,
     )
 
 

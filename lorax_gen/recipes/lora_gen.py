@@ -82,6 +82,7 @@ def open_parts(
         samples=config.prompts,
         queries=config.queries_per_prompt,
         full_sequence=config.loss == "sequence",
+        meta_tokens=spec.layers,
     )
     parts = Parts(mesh, cloud, edge, spec, data, start, jax.random.key(config.run.seed))
     if hosts.several():  # all processes take part, but only the first one releases
@@ -199,9 +200,9 @@ def count_work(
     shape |= {"router": router}
     executed = train_step_macs(spec, **shape, remat=config.remat)
     if config.microbatches > 1:  # each is recomputed in full
-        lora = generated_ranks(spec.generator)
+        options: dict[str, Any] = {"lora": generated_ranks(spec.generator), "layers": spec.layers}
         executed += generator_macs(spec, prompt_length, prompts, router=router)
-        executed += prefill_macs(spec.edge, length - 1, rows, logits=answered, lora=lora)
+        executed += prefill_macs(spec.edge, length - 1, rows, logits=answered, **options)
     return {
         "examples": rows,
         "tokens": prompts * prompt_length + rows * length,

@@ -16,11 +16,14 @@ from lorax_gen.data.own_tasks import RowSource, RowTask
 from lorax_gen.data.sources import Source
 from lorax_gen.data.tokens import Batch, Encoder
 from lorax_gen.errors import UserError
+from lorax_gen.method.generator import select_layers
 from lorax_gen.models.huggingface import load_reader
 from lorax_gen.models.model import Model
 from lorax_gen.recipes.autocompressor import AutoCompressorConfig, check_room
 from lorax_gen.recipes.base import CloudConfig, PromptedConfig, RecipeConfig
 from lorax_gen.recipes.data import check_models, warn_without_texts, world_batches
+from lorax_gen.recipes.direct import DirectTraining
+from lorax_gen.recipes.lora_gen import LoraGenConfig
 from lorax_gen.recipes.tuning import TuningConfig
 
 MOST_BATCHES = 100  # of an epoch that is surveyed
@@ -88,7 +91,10 @@ def open_preview(config: RecipeConfig, load: Callable[[str], Model] = load_reade
     if compresses := isinstance(config, AutoCompressorConfig):
         check_room(config, edge)
     in_context = isinstance(config, TuningConfig) and config.in_context
-    check_models(config.data, edge, cloud, in_context)
+    meta = 0
+    if isinstance(config, LoraGenConfig | DirectTraining):
+        meta = select_layers(config.generator.last_layers, edge.config.num_hidden_layers)
+    check_models(config.data, edge, cloud, in_context, meta)
     data, to_edge = config.data, Encoder.of(edge)
     to_cloud = None if cloud is None else Encoder.of(cloud)
     options: dict[str, Any] = {"seed": config.run.seed, "answer_length": config.answer_length}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,19 +126,20 @@ def _gates(run: AnyPath) -> Gates | None:
 
 
 def gate_parts(found: Gates, prefix: str) -> Iterable[Picture]:
-    gates, names, groups = found
+    gates, names, groups, first = found
     few = np.arange(len(names))
     if len(names) > gate_pictures.LONGEST_NAMED:  # evenly, so that no group is left out
         few = np.linspace(0, len(names) - 1, gate_pictures.LONGEST_NAMED).astype(int)
     some = [[each[i] for i in few] for each in (names, groups)]
     yield draw(
         f"{prefix}gates.png", f"Gates of {len(few)} prompts, by edge layer.",
-        gate_pictures.draw_gates, gates[few], *some,
+        partial(gate_pictures.draw_gates, first=first), gates[few], *some,
     )  # fmt: skip
     yield draw(
         f"{prefix}map.png", f"{len(names)} prompts by their gates in all layers.",
         gate_pictures.draw_map, gates, names, groups,
     )  # fmt: skip
     yield draw(
-        f"{prefix}load.png", "How evenly the experts are used.", gate_pictures.draw_load, gates
-    )
+        f"{prefix}load.png", "How evenly the experts are used.",
+        partial(gate_pictures.draw_load, first=first), gates,
+    )  # fmt: skip

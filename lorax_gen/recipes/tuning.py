@@ -64,6 +64,7 @@ class Tuned(NamedTuple):
         are no padding; with it the adapter gives the auxiliary values that `balance` takes.
       balance: `balance(aux, batch, axis_name)`, added to the loss with its coefficient; None: none.
       macs: what the adapter adds to a forward pass over so many tokens.
+      layers: of the edge, the last so many, that it adapts; None: all.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Tuned(NamedTuple):
     adapter: MakeAdapter
     balance: Balance | None = None
     macs: Callable[[int], Macs] = no_macs
+    layers: int | None = None
 
 
 def tuning_loss(
@@ -140,6 +142,7 @@ def tune(
     def work(batch: Batch) -> dict[str, int]:
         rows, length = batch["tokens"].shape
         options: dict[str, Any] = {"adapter": made.macs, "answered": config.answered(length)}
+        options |= {"layers": made.layers}
         macs = [
             tuning_step_macs(edge.config, rows, length, **options, remat=remat)
             for remat in ("none", config.remat)
