@@ -292,6 +292,23 @@ def test_a_tuning_step_costs_what_xla_counts(name, ranks, remat):
     assert agrees(macs, flops)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("name", ["tinyllama_1b", "gemma2_2b"])
+def test_layers_below_those_with_a_lora_have_a_forward_pass_alone(name, remat):
+    """One layer of each kind, since XLA counts the body of a scan once."""
+    config = shallow(getattr(presets, name)(), 2)
+    rows, length = 2, 101
+
+    def loss(lora, params, batch):
+        adapter, execution = adapter_of(lora), Execution(remat=remat)
+        return answer_loss(params, config, batch, adapter=adapter, execution=execution)[0]
+
+    batch = {"tokens": ints(rows, length), "answer": jax.ShapeDtypeStruct((rows, length), bool)}
+    trees = (lora_of(shallow(config, 1), RANKS), params_of(config))
+    flops = xla_flops(jax.value_and_grad(loss), *trees, batch)
+    assert agrees(tuning_step_macs(config, rows, length, RANKS, layers=1, remat=remat), flops)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_of_lora_gen_costs_what_xla_counts(make_spec, system):
     cloud, edge, switches = SYSTEMS[system]
@@ -404,6 +421,23 @@ def test_a_generated_lora_has_the_rank_of_its_composition():
     products = GeneratorConfig(composition="products", top_k=3, edge_targets=("q",))
     assert generated_ranks(products) == {"q": 48}
     assert generated_ranks(dataclasses.replace(products, strategy="gumbel")) == {"q": 128}
+
+
+def test_fewer_layers_with_experts_cost_less_in_cloud_generator_and_backward_pass(make_spec):
+    sizes = {"prompts": 2, "queries": 2, "prompt_length": 10, "length": 9}
+    spec = make_spec(presets.llama3_2_1b(), presets.tinyllama_1b(), layers=4)
+    edge = spec.edge
+    half = dataclasses.replace(spec, generator=dataclasses.replace(spec.generator, last_layers=2))
+    every = dataclasses.replace(spec, generator=dataclasses.replace(spec.generator, last_layers=4))
+    assert train_step_macs(every, **sizes) == train_step_macs(spec, **sizes)
+    saved = train_step_macs(spec, **sizes) - train_step_macs(half, **sizes)
+    reading = generator_macs(spec, 10, 2) - generator_macs(half, 10, 2)
+    assert generator_macs(half, 10, 2).generator * 2 == generator_macs(spec, 10, 2).generator
+    lower = prefill_macs(shallow(edge, 2), 8, 4, logits=0)
+    lower += Macs(attention=lower.attention)  # two products in the backward pass, of both factors
+    lora = 3 * 4 * lora_macs(edge, 8, generated_ranks(spec.generator), 2).lora
+    expected = reading.training(frozen=True) + lower + Macs(lora=lora)
+    assert saved == expected
 
 
 def test_a_step_costs_two_passes_of_what_is_frozen_and_three_of_what_learns(make_spec):

@@ -109,6 +109,34 @@ def test_the_lora_of_a_card_is_that_of_the_original_gates(system, generator, car
 
 
 @pytest.mark.parametrize("pool", ["per_layer", "shared"])
+def test_a_card_of_the_last_layers_has_their_experts_alone(system, pool, tmp_path):
+    generator = make_generator(system, pool=pool, last_layers=1)
+    card = specialize(PROMPT, system.cloud, system.edge, generator)
+    save_card(tmp_path / "card", card)
+    card = load_card(tmp_path / "card")
+    assert card.indices.shape == (1, generator.config.top_k)
+    gates = gates_of(system, generator, PROMPT)
+    assert gates.shape == (1, 1, generator.config.n_experts)
+    np.testing.assert_allclose(card.dense_gates(4), gates[0], atol=1e-5)
+    merged = card.merge(system.edge, generator).params
+    for name, kernel in system.edge.params["layers"].items():
+        changed = (merged["layers"][name] != kernel).any(tuple(range(1, kernel.ndim)))
+        assert changed.tolist() == [False, name in generator.config.edge_targets]
+    config, tokens = system.edge.config, jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    unmerged = answer(system.edge.params, config, tokens, card.lora(generator))
+    np.testing.assert_allclose(answer(merged, config, tokens), unmerged, atol=1e-4)
+
+
+def test_a_card_of_another_number_of_layers_is_refused(system):
+    last = make_generator(system, pool="shared", last_layers=1)
+    every = dataclasses.replace(last, config=dataclasses.replace(last.config, last_layers=None))
+    assert every.pool_hash == last.pool_hash
+    card = specialize(PROMPT, system.cloud, system.edge, last)
+    with pytest.raises(UserError, match="has 1 layers of 2 experts, the given generator 2 of 2"):
+        card.lora(every)
+
+
+@pytest.mark.parametrize("pool", ["per_layer", "shared"])
 @pytest.mark.parametrize("composition", ["factors", "products"])
 def test_a_merged_edge_answers_as_the_edge_with_its_lora(system, composition, pool):
     generator = make_generator(system, composition=composition, pool=pool)

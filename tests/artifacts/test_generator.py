@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from lorax_gen import cli, load_card, load_generator, load_model, specialize
+from lorax_gen import config as configs
 from lorax_gen.artifacts import identity
 from lorax_gen.artifacts.generator import digest, save_generator
 from lorax_gen.artifacts.generator import make_generator as make
 from lorax_gen.artifacts.identity import Identities, identify
 from lorax_gen.errors import UserError
 from lorax_gen.frames import IO, PLAIN
+from lorax_gen.method import GeneratorConfig
 from lorax_gen.models.huggingface import save_model
 from lorax_gen.models.int8 import quantize_kernels
 from lorax_gen.tensors import named_leaves, read_tensors, tree_hash, write_tensors
@@ -43,6 +45,40 @@ def test_a_generator_comes_back_bit_by_bit(generator, directory):
     chex.assert_trees_all_equal_shapes_and_dtypes(loaded.params, generator.params)
     assert loaded.pool_hash == generator.pool_hash
     assert loaded.metadata["shapes"] == generator.metadata["shapes"]
+
+
+def test_a_generator_of_the_last_layers_comes_back(tiny_world_system, tmp_path):
+    made = make_generator(tiny_world_system, last_layers=1)
+    save_generator(tmp_path / "made", made)
+    loaded = load_generator(tmp_path / "made")
+    assert loaded.config == made.config and loaded.fingerprint == made.fingerprint
+    chex.assert_trees_all_equal(loaded.params, made.params)
+    for name in ("meta_tokens", "router", "pool"):
+        assert all(len(leaf) == 1 for leaf in jax.tree.leaves(made.params[name]))
+    spec = loaded.spec(tiny_world_system.cloud, tiny_world_system.edge)
+    assert spec.layers == 1
+
+
+def test_a_generator_of_all_layers_is_stored_as_before(generator, directory):
+    document = json.loads((directory / "config.json").read_text())
+    assert "last_layers" not in document["generator"]
+    assert configs.from_dict(GeneratorConfig, document["generator"], "") == generator.config
+
+
+@pytest.mark.parametrize(
+    "last, message",
+    [
+        (3, "last_layers is 3, but the edge model has 2 layers"),
+        (1, r"meta_tokens is \(2, 48\), but its config.json makes it \(1, 48\)"),
+    ],
+)
+def test_last_layers_that_do_not_fit_are_refused(last, message, directory):
+    path = directory / "config.json"
+    document = json.loads(path.read_text())
+    document["generator"]["last_layers"] = last
+    path.write_text(json.dumps({**document, "digest": digest(document)}))
+    with pytest.raises(UserError, match=message):
+        load_generator(directory)
 
 
 def test_the_pool_hash_follows_the_pool_alone(generator):

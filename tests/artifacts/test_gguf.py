@@ -131,6 +131,18 @@ def test_tensors_have_the_names_of_the_converted_model(architecture, tmp_path):
     assert set(tensors) == expected and len(tensors) == layers * 7 * 2
 
 
+def test_a_lora_of_the_last_layers_is_in_their_blocks(tmp_path):
+    tree = random_tree(names=("q", "down"))
+    _, every = round_trip(tmp_path, tree)
+    last = jax.tree.map(lambda leaf: leaf[1:], tree)
+    _, found = round_trip(tmp_path / "last", last)
+    kernels = ("attn_q", "ffn_down")
+    names = {f"blk.1.{name}.weight.lora_{letter}" for name in kernels for letter in "ab"}
+    assert found.keys() == names
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, every[name])
+
+
 def test_values_come_back_transposed(tmp_path):
     tree = random_tree(names=("v", "gate", "down"))
     _, tensors = round_trip(tmp_path, tree)

@@ -17,6 +17,7 @@ from lorax_gen.artifacts.card import make_card
 from lorax_gen.artifacts.peft import CONFIG, TENSORS
 from lorax_gen.artifacts.peft_config import adapted_modules, read_config
 from lorax_gen.errors import UserError
+from lorax_gen.method.lora import deepened
 from lorax_gen.models import decoder
 from lorax_gen.models.decoder import kernel_shapes
 from lorax_gen.models.huggingface import save_model
@@ -231,7 +232,7 @@ def write_adapter(directory, pairs, suffix="weight", extra=None, **config):
 
 def assert_deltas(tree, pairs, scale_of):
     """The tree adds scale B A where the adapter has a pair, and nothing elsewhere."""
-    for name, factors in tree.items():
+    for name, factors in deepened(tree, len(LAYERS)).items():
         for i in LAYERS:
             delta = factors["a"][i] @ factors["b"][i]
             module = full_name(name, i)
@@ -282,8 +283,31 @@ def test_layers_that_are_left_out_add_nothing(tmp_path):
         tmp_path / "adapter", pairs, target_modules=["q_proj"], layers_to_transform=[2]
     )
     tree = load_adapter(path, LLAMA)
-    assert tree.keys() == {"q"}
+    assert tree.keys() == {"q"} and len(tree["q"]["a"]) == 1
     assert_deltas(tree, pairs, lambda module: 4 / 3)
+
+
+def test_a_layer_after_the_first_adapted_one_that_is_left_out_adds_nothing(tmp_path):
+    pairs = {full_name("q", i): random_pairs()[full_name("q", i)] for i in (0, 2)}
+    path = write_adapter(
+        tmp_path / "adapter", pairs, target_modules=["q_proj"], layers_to_transform=[0, 2]
+    )
+    tree = load_adapter(path, LLAMA)
+    assert len(tree["q"]["a"]) == 3 and not tree["q"]["b"][1].any()
+    assert_deltas(tree, pairs, lambda module: 4 / 3)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_a_lora_of_the_last_layers_names_them_and_comes_back_bit_by_bit(name, last, tmp_path):
+    config = CONFIGS[name]
+    tree = jax.tree.map(lambda leaf: leaf[-last:], random_tree(config))
+    save_adapter(tmp_path / "adapter", tree, config)
+    raw = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert raw["layers_to_transform"] == [0, 1, 2][-last:]
+    tensors = read_tensors(tmp_path / "adapter" / TENSORS)
+    assert len(tensors) == 2 * last * len(tree)
+    chex.assert_trees_all_equal(load_adapter(tmp_path / "adapter", config), tree)
 
 
 def test_ranks_that_differ_between_layers_are_filled_up(tmp_path):
@@ -603,6 +627,18 @@ def test_peft_gives_each_module_the_rank_and_scale_that_it_has(edge_of, in_torch
     save_adapter(tmp_path / "adapter", tree, edge.config)
     theirs = torch_logits(peft.PeftModel.from_pretrained(in_torch("llama"), tmp_path / "adapter"))
     np.testing.assert_allclose(logits(edge.params, edge.config, TOKENS, tree), theirs, **EXACT)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_peft_adapts_the_last_layers_alone(family, edge_of, in_torch, peft, tmp_path):
+    edge = edge_of(family)
+    tree = jax.tree.map(lambda leaf: leaf[-2:], random_tree(edge.config))
+    save_adapter(tmp_path / "adapter", tree, edge.config)
+    model = peft.PeftModel.from_pretrained(in_torch(family), tmp_path / "adapter")
+    ours = logits(edge.params, edge.config, TOKENS, tree)
+    np.testing.assert_allclose(ours, torch_logits(model), **EXACT)
+    model.save_pretrained(tmp_path / "theirs")
+    chex.assert_trees_all_equal(load_adapter(tmp_path / "theirs", edge.config), tree)
 
 
 @pytest.mark.parametrize(
