@@ -44,6 +44,15 @@ def test_one_with_weight_one_is_itself_and_none_is_nothing():
     assert not combine(stacked, np.zeros(3, np.float32))["up"]["a"].any()
 
 
+def test_a_lora_of_fewer_layers_is_zero_below_the_last():
+    first, second = loras(2)
+    short = {name: {k: v[1:] for k, v in pair.items()} for name, pair in second.items()}
+    found = stack_loras([first, short], ["first", "second"])
+    np.testing.assert_array_equal(found["q"]["a"][0], first["q"]["a"])
+    np.testing.assert_array_equal(found["q"]["a"][1, 1], second["q"]["a"][1])
+    assert not found["q"]["b"][1, 0].any()
+
+
 def test_loras_of_other_shapes_are_named():
     with pytest.raises(
         UserError, match=r"second has a factor a of 'q' of shape \(2, 5, 3\), first"

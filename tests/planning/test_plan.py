@@ -171,6 +171,20 @@ def test_what_saves_memory_is_estimated_to(paper, less):
     assert after["memory"]["needed"] < before["memory"]["needed"]
 
 
+def test_fewer_layers_with_experts_need_less_memory_time_and_traffic(paper):
+    more = change(paper, microbatches=1, remat="none", mesh=MeshConfig(data=1, fsdp=-1))
+    every = plan.make_plan(change(more, generator__last_layers=22), "gpu:8")
+    last = plan.make_plan(change(more, generator__last_layers=6), "gpu:8")
+    assert every == plan.make_plan(more, "gpu:8")  # 22 are all
+    for part in ("arguments", "needed"):
+        assert last["memory"][part] < every["memory"][part]
+    for part in ("kept", "lora"):
+        assert last["memory"]["parts"][part] < every["memory"]["parts"][part]
+    assert last["flops"]["useful"] < every["flops"]["useful"]
+    for kind in ("all-gather", "all-reduce"):
+        assert last["collectives"][kind]["bytes"] < every["collectives"][kind]["bytes"]
+
+
 @pytest.mark.parametrize("edge", ["tinyllama_1b", "gemma2_2b"])
 def test_flash_is_estimated_for_what_the_kernel_computes(paper, edge):
     """All that cuDNN lacks here is the soft-cap of Gemma 2, which XLA then computes."""

@@ -129,8 +129,12 @@ def world_run(tmp_path):
 
 
 def test_gates_of_a_generator_are_those_of_unseen_tasks(world_run):
-    gates, names, groups = gates_of_run(world_run)
-    assert gates.shape == (len(names), 4, 32) and set(groups) == {"sort", "grade", "clock", "check"}
+    gates, names, groups, first = gates_of_run(world_run)
+    assert (
+        gates.shape == (len(names), 4, 32)
+        and first == 0
+        and set(groups) == {"sort", "grade", "clock", "check"}
+    )
     assert ((gates > 0).sum(-1) == 4).all()  # K
     assert abs(gates.sum(-1) - 1).max() < 1e-5
 
