@@ -7,10 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_gen import UserError, export, load_model, save_card, save_model, verify
+from lorax_gen import (
+    UserError,
+    export,
+    load_model,
+    save_card,
+    save_model,
+    specialize,
+    verify,
+)
 from lorax_gen.artifacts.export import CARD
 from lorax_gen.artifacts.verify import Comparison
 from lorax_gen.tensors import read_tensors, write_tensors
+from tests.tiny import PROMPTS, make_generator
 
 COMPOSITIONS = ["factors", "products"]
 SMALL = {"rows": 2, "length": 8}
@@ -70,6 +79,14 @@ def test_a_card_says_the_same_in_all_its_forms(composition, dtype, compare, made
     assert found["merged, written and read"].difference == found["merged"].difference
     if dtype == "float32":
         assert all(row.agreement == 1 for form, row in found.items() if form != "edge without it")
+
+
+def test_a_card_of_the_last_layer_says_the_same_in_all_its_forms(tiny_world_system):
+    system, generator = tiny_world_system, make_generator(tiny_world_system, last_layers=1)
+    card = specialize(PROMPTS[0], system.cloud, system.edge, generator)
+    found = verify(card, system.edge, generator, **SMALL)
+    assert len(found) == 5 and not names_of_those_that_differ({row.form: row for row in found})
+    assert found[-1].difference == 0
 
 
 def test_the_first_line_says_how_much_there_is_to_get_wrong(compare):
