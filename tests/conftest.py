@@ -1,5 +1,6 @@
 """What every test shares: 8 simulated CPU devices, no network, and a tiny untrained system."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from lorax_gen.system import GeneratorSpec
 from lorax_gen.tokenizers import word_level
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_MAPS = 25_000
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # programs compile six times as fast
@@ -38,6 +40,17 @@ jax.config.update("jax_disable_most_optimizations", True)  # programs compile si
 # is not bounded: with a bound, jax rereads all of it, under a lock, whenever it adds an entry.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Forgets compiled programs before they are too many: each is some memory maps, Linux allows a
+    process 65,530, and XLA ends the process where it gets no more."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
