@@ -96,7 +96,9 @@ def test_the_loss_is_that_of_the_edge_merged_for_each_prompt(
 
 
 @pytest.mark.parametrize(
-    "options", [{"microbatches": 2}, {"execution": Execution(remat="dots")}], ids=str
+    "options",
+    [{"microbatches": 2}, {"execution": Execution(remat="dots")}],
+    ids=["microbatches", "remat"],
 )
 def test_what_saves_memory_changes_nothing(gradients, options):
     chex.assert_trees_all_close(gradients(**options), gradients(), rtol=1e-4, atol=2e-6)
