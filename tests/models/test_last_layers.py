@@ -207,6 +207,15 @@ def gradient(config, params, tokens, depth, remat="none"):
     return jax.value_and_grad(loss), (lora, params, tokens)
 
 
+def stacked(scan):
+    """Shapes of what a scan keeps of each layer: `[length, ...]` of the body's `[...]`. How many of
+    its outputs are carried is written differently in every jax."""
+    body = scan.params["jaxpr"]
+    inner = getattr(body, "jaxpr", body).outvars
+    pairs = zip(scan.outvars, inner, strict=True)
+    return [out.aval.shape for out, own in pairs if out.aval.shape != own.aval.shape]
+
+
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_the_backward_pass_ends_at_the_first_adapted_layer_and_saves_nothing_below(remat):
     params = decoder.abstract_params(LLAMA)
@@ -215,8 +224,8 @@ def test_the_backward_pass_ends_at_the_first_adapted_layer_and_saves_nothing_bel
     lower, upper, backward = scans(jax.make_jaxpr(function)(*inputs))
     lengths = [eqn.params["length"] for eqn in (lower, upper, backward)]
     assert lengths == [L - LAST, LAST, LAST] and backward.params["reverse"]
-    assert len(lower.outvars) == lower.params["num_carry"]  # no value of each layer is kept
-    kept = [var.aval.shape for var in upper.outvars[upper.params["num_carry"] :]]
+    assert not stacked(lower)  # no value of each layer is kept
+    kept = stacked(upper)
     assert kept and all(shape[0] == LAST for shape in kept)
     for d_in, d_out in kernel_shapes(LLAMA).values():  # nor copies of the weights
         assert (LAST, d_in, d_out) not in kept
