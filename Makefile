@@ -65,7 +65,7 @@ TABLES = table_2 table_5 table_6 table_7 table_8 table_9 kept_experts pool_size 
 TABLES_DIR = runs/tables$(if $(QUICK),-quick)
 SHORTER = $(if $(QUICK),--seeds 0 --steps 0.1)
 
-tables: $(VENV)/.installed-lorahub ## run the experiments in the world (a night; QUICK=1: a look) and make their report
+tables: $(VENV)/.installed-lorahub ## run the experiments in the world (QUICK=1: a look) and make their report
 	@for name in $(TABLES); do \
 		$(VENV)/bin/python experiments/$$name.py $(SHORTER) --runs $(TABLES_DIR) || exit; \
 	done

@@ -214,7 +214,7 @@ def model_card(merged: Model, provenance: dict[str, Any]) -> str:
     rows = [f"| {key} | {value} |" for key, value in flatten_rows(made_from).items()]
     parts = [
         "\n".join(["---", *header, "---"]),
-        INTRO.strip(),
+        (IN_CONTEXT if provenance.get("in_context") else INTRO).strip(),
         how_to_ask(merged),
         "\n".join(["| made from | |", "|---|---|", *rows]),
     ]
@@ -227,6 +227,13 @@ INTRO = """
 An edge model with a generated LoRA merged into its kernels (LoRA-Gen,
 [arXiv 2506.11638](https://arxiv.org/abs/2506.11638)). It serves the task of one system prompt and
 needs no prompt. Same architecture, size and tokenizer as the edge model, whose licence applies.
+"""
+IN_CONTEXT = """
+# A fine-tuned model
+
+An edge model with a LoRA merged into its kernels. It was trained on questions after their task's
+prompt and needs that prompt before each input. Same architecture, size and tokenizer as
+the edge model, whose licence applies.
 """
 
 

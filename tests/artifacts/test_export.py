@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lorax_gen import UserError, export, generate_text, load_adapter, load_card, load_model
-from lorax_gen.artifacts.export import CARD, specialised
+from lorax_gen.artifacts.export import CARD, model_card, specialised
 from lorax_gen.frames import Frame, read_frame
 from lorax_gen.models import decoder
 from tests.tiny import PROMPTS
@@ -229,6 +229,13 @@ def test_the_model_card_names_them_for_the_hub(made, write):
     expected |= {f"edge {key}": value for key, value in edge.items()}
     for key, value in expected.items():
         assert f"| {key} | {value} |\n" in body
+
+
+@pytest.mark.parametrize("in_context", [True, False])
+def test_the_model_card_says_whether_the_prompt_is_needed(made, in_context):
+    text = model_card(made.edge, {"in_context": True} if in_context else {})
+    assert ("needs that prompt before each input" in text) == in_context
+    assert ("needs no prompt" in text) != in_context
 
 
 def test_the_model_card_of_an_edge_of_the_hub_links_to_it(made, tmp_path):
